@@ -1,0 +1,79 @@
+# Every target makes what it needs: a virtual environment in .venv, with the versions pinned in constraints.txt. Set-up
+# writes to stderr, so that `make generate ... > answer.txt` holds the answer alone. GNU make 3.81 and POSIX sh suffice.
+#
+#   PYTHON            interpreters to try for .venv, in this order
+#   IDLM_TORCH_INDEX  package index to take torch (and torch alone) from, e.g. one with CPU-only builds
+#   ARGS              further arguments for the program behind generate, test and bench
+
+PYTHON ?= python3.13 python3.12 python3.11 python3.10 python3 python
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PINS   := pyproject.toml setup.py constraints.txt
+TORCH  := $(shell grep '^torch==' constraints.txt)
+
+# The text goes to the program through the environment, exactly as it was given: neither make nor the shell expands it.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.PHONY: help generate test lint types bench wheel clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+generate: $(VENV)/.installed ## decode text: make generate PROMPT="..." [ARGS="--max-tokens 64 --check"]
+	@[ -n "$$PROMPT" ] || { echo 'make generate: no prompt given; write: make generate PROMPT="Why is the sky blue?"' >&2; exit 2; }
+	@$(BIN)/idlm generate --prompt="$$PROMPT" $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests: make test [ARGS="tests/ops -k rms_norm"]
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check style with ruff
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev ## check types with mypy
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev ## run the benchmarks: make bench [ARGS="bench/bench_linear.py"]
+	@$(BIN)/python -m pytest $(or $(ARGS),bench)
+
+wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc
+	@rm -rf dist build
+	@$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean: ## remove the virtual environment and everything that was built or cached here
+	rm -rf $(VENV) .softgpu build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: .created (an empty environment), .torch, .installed (the package), .installed-dev (tests, benches, linters), and
+# .installed-build (what a wheel needs, which is not torch). A stamp is written only once its step has succeeded.
+$(VENV)/.created:
+	@bare=; for p in $(PYTHON); do \
+	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 || continue; \
+	  "$$p" -c 'import ensurepip, venv' >/dev/null 2>&1 || { bare="$$bare $$p"; continue; }; \
+	  echo "creating $(VENV) with $$p" >&2; \
+	  "$$p" -m venv $(VENV) >&2 && touch $@; exit; \
+	done; \
+	if [ -n "$$bare" ]; then \
+	  echo "make: found$$bare, but without the venv and ensurepip modules; install them (Debian, Ubuntu: the package python3-venv)" >&2; \
+	else \
+	  echo "make: Python 3.10 or newer is needed, none of these is: $(PYTHON); name one with: make PYTHON=/path/to/python3" >&2; \
+	fi; exit 1
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@$(PIP) install -c constraints.txt setuptools >&2
+	@$(PIP) install $(if $(IDLM_TORCH_INDEX),--no-deps --index-url "$(IDLM_TORCH_INDEX)") $(TORCH) -c constraints.txt >&2
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(PINS)
+	@$(PIP) install --no-build-isolation -c constraints.txt -e . >&2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(PINS)
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]' >&2
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-build: $(VENV)/.created constraints.txt
+	@$(PIP) install -c constraints.txt setuptools build >&2
+	@touch $@

@@ -1,0 +1,44 @@
+"""Kernels and a decoding loop for Introspective Diffusion Language Models (I-DLM, arXiv 2604.11035).
+
+The ops are functions of torch tensors; the generator lives in `idlm_kernels.generate`. Importing this package
+initialises no device and compiles nothing.
+"""
+
+from idlm_kernels._version import __version__
+from idlm_kernels.ops import (
+    advance,
+    backends,
+    embed,
+    gated_lora_linear,
+    linear,
+    prepare_weight,
+    qk_norm_rope_append,
+    rms_norm,
+    sample_rows,
+    set_backend,
+    silu_and_mul,
+    strided_attention,
+    use_backend,
+    verify_accept,
+)
+from python_ref import QState, rotary_table
+
+__all__ = [
+    "QState",
+    "__version__",
+    "advance",
+    "backends",
+    "embed",
+    "gated_lora_linear",
+    "linear",
+    "prepare_weight",
+    "qk_norm_rope_append",
+    "rms_norm",
+    "rotary_table",
+    "sample_rows",
+    "set_backend",
+    "silu_and_mul",
+    "strided_attention",
+    "use_backend",
+    "verify_accept",
+]

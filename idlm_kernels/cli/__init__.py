@@ -1,0 +1,44 @@
+"""The command line, `idlm`. Importing it and `--help` load no torch: each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from idlm_kernels._version import __version__
+from idlm_kernels.cli.doctor import doctor
+from idlm_kernels.cli.generate import generate
+
+# Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
+app = typer.Typer(
+    name="idlm",
+    help="Decode with Introspective Diffusion Language Models: strided, and token for token what "
+    "autoregressive decoding gives.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"idlm_kernels {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _idlm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 130 for Ctrl-C."""
+    app(prog_name="idlm")

@@ -1,0 +1,261 @@
+"""`idlm generate`: decode one prompt, show the text as it comes and then one line of figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
+
+if TYPE_CHECKING:
+    from idlm_kernels.generate import GenerationResult, Generator, SamplingParams
+
+
+class Plan(str, Enum):
+    ar = "ar"
+    chain = "chain"
+    branched = "branched"
+
+
+class Verify(str, Enum):
+    match = "match"
+    rejection = "rejection"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Unsupported = Annotated[str | None, typer.Option(hidden=True)]
+
+
+@reported()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; without it, or with -, it is read from stdin.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Wrap the prompt in the model's chat template, or continue it as it is.",
+                     show_default="--chat where the model has a template"),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A Hugging Face folder or hub id, a .gguf file, or `default`.")
+    ] = "default",
+    adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter for the MASK rows.")] = None,
+    stride: Annotated[int, typer.Option("--stride", "-n", help="Tokens that one forward may commit.")] = 4,
+    plan: Annotated[Plan, typer.Option(help="Which rows a forward has.")] = Plan.branched,
+    verify: Annotated[
+        Verify, typer.Option(help="match: the tokens of AR sampling; rejection: their distribution.")
+    ] = Verify.match,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="64 bits; drawn and shown where not given.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    max_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per page of the KV cache.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.auto,
+    device: Annotated[Device, typer.Option(help="auto: CUDA where there is a device.")] = Device.auto,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
+    ] = False,
+    repetition_penalty: Unsupported = None,
+    frequency_penalty: Unsupported = None,
+    presence_penalty: Unsupported = None,
+    grammar: Unsupported = None,
+) -> None:
+    """Decode one prompt and stream the text to stdout; figures go to stderr."""
+    for name, value in {
+        "--repetition-penalty": repetition_penalty,
+        "--frequency-penalty": frequency_penalty,
+        "--presence-penalty": presence_penalty,
+        "--grammar": grammar,
+    }.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
+    if check and verify is Verify.rejection:
+        raise ValueError("--check compares tokens, and --verify rejection is exact in distribution only: leave one out")
+    if system is not None and chat is False:
+        raise ValueError("--system needs a chat template: leave out --raw")
+    text = _prompt_text(prompt)
+
+    import torch
+
+    from idlm_kernels.generate import Generator, SamplingParams
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device is Device.auto:
+        device = Device.cuda if torch.cuda.is_available() else Device.cpu
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+    )
+    sizes = {"max_len": max_len, "page_size": page_size}
+    generator = Generator.from_pretrained(
+        model,
+        adapter=adapter,
+        device=device.value,
+        dtype=dtype.value,
+        backend=backend,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
+    prompt_ids = _prompt_ids(generator, text, chat=chat, system=system)
+
+    show = _ignore if as_json else _show
+    result, interrupted = _decode(generator, prompt_ids, params, plan.value, stride, verify.value, show)
+    ar: GenerationResult | None = None
+    if not as_json:
+        print(flush=True)
+        print(_figures(result, seed_drawn=seed is None and temperature > 0), file=sys.stderr)
+    if check and not interrupted:
+        same_seed = dataclasses.replace(params, seed=result.seed)
+        ar, interrupted = _decode(generator, prompt_ids, same_seed, "ar", stride, verify.value, _ignore)
+        if interrupted:
+            ar = None
+    if as_json:
+        print(json.dumps(_record(result, ar, check)), flush=True)
+    elif ar is not None:
+        print(_comparison(result, ar), file=sys.stderr)
+    if interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if ar is not None and ar.token_ids != result.token_ids:
+        raise typer.Exit(EXIT_MISMATCH)
+
+
+def _prompt_text(prompt: str | None) -> str:
+    """The prompt as given, or stdin without its last line end."""
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            print("idlm: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+    elif any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt given to --prompt is not UTF-8")
+    if not prompt:
+        raise ValueError("the prompt is empty; give --prompt TEXT or write it to stdin")
+    return prompt
+
+
+def _prompt_ids(generator: Generator, text: str, *, chat: bool | None, system: str | None) -> list[int]:
+    tokenizer = generator.tokenizer
+    if chat is None:
+        chat = tokenizer.has_chat_template or system is not None
+    if not chat:
+        return tokenizer.encode(text)
+    if not tokenizer.has_chat_template:
+        raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def _decode(
+    generator: Generator,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    plan: str,
+    stride: int,
+    verify: str,
+    show: Callable[[str], None],
+) -> tuple[GenerationResult, bool]:
+    """Decode to the end or to Ctrl-C; returns the result so far and whether it was interrupted."""
+    stream = generator.stream(prompt_ids, params, plan=plan, stride=stride, verify=verify)
+    interrupted = False
+    try:
+        for event in stream:
+            show(event.text)
+    except KeyboardInterrupt:
+        interrupted = True
+    return stream.result, interrupted
+
+
+def _figures(result: GenerationResult, *, seed_drawn: bool) -> str:
+    acceptance = " ".join("-" if share is None else f"{share:.2f}" for share in result.acceptance)
+    return ", ".join(
+        [
+            f"{result.tokens} tokens in {result.forwards} forwards",
+            f"TPF {result.tpf:.2f}",
+            *([f"acceptance {acceptance}"] if acceptance else []),
+            f"{result.tokens_per_second:.1f} tokens/s",
+            f"ended by {result.finish_reason}",
+            *([f"seed {result.seed}"] if seed_drawn else []),
+        ]
+    )
+
+
+def _comparison(result: GenerationResult, ar: GenerationResult) -> str:
+    rows = [
+        f"{name:<{16}} {row.tokens:>7} {row.forwards:>9} {row.tpf:>6.2f} {row.tokens_per_second:>9.1f}"
+        for name, row in ((f"{result.plan}, N={result.stride}", result), ("ar", ar))
+    ]
+    if result.token_ids == ar.token_ids:
+        verdict = "token ids: identical to AR"
+    else:
+        pairs = zip(result.token_ids, ar.token_ids, strict=False)
+        shorter = min(len(result.token_ids), len(ar.token_ids))
+        at = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
+        verdict = f"token ids: DIFFERENT from AR, first at index {at}"
+    return "\n".join([f"{'':<16}  tokens  forwards    TPF  tokens/s", *rows, verdict])
+
+
+def _record(result: GenerationResult, ar: GenerationResult | None, check: bool) -> dict[str, Any]:
+    """What --json prints. The three AR fields are there with --check, and null where Ctrl-C came before them."""
+    names = [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "tokens",
+        "forwards",
+        "tpf",
+        "acceptance",
+        "tokens_per_second",
+        "finish_reason",
+        "seed",
+        "plan",
+        "stride",
+    ]
+    record = {name: getattr(result, name) for name in names}
+    if check:
+        record["identical_to_ar"] = ar and ar.token_ids == result.token_ids
+        record["ar_tokens_per_second"] = ar and ar.tokens_per_second
+        record["ar_token_ids"] = ar and ar.token_ids
+    return record

@@ -1,0 +1,52 @@
+"""The public ops: contract and checks here, arithmetic in the backends. One file per family."""
+
+from idlm_kernels.ops._dispatch import (
+    Backend,
+    backends,
+    current_backend,
+    implementation,
+    register_backend,
+    set_backend,
+    use_backend,
+)
+from idlm_kernels.ops.attention import strided_attention
+from idlm_kernels.ops.gemm import gated_lora_linear, linear, prepare_weight
+from idlm_kernels.ops.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.ops.sampling import sample_rows, verify_accept
+from idlm_kernels.ops.state import advance
+
+OPS = (
+    "strided_attention",
+    "verify_accept",
+    "sample_rows",
+    "advance",
+    "prepare_weight",
+    "linear",
+    "gated_lora_linear",
+    "rms_norm",
+    "qk_norm_rope_append",
+    "silu_and_mul",
+    "embed",
+)
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "advance",
+    "backends",
+    "current_backend",
+    "embed",
+    "gated_lora_linear",
+    "implementation",
+    "linear",
+    "prepare_weight",
+    "qk_norm_rope_append",
+    "register_backend",
+    "rms_norm",
+    "sample_rows",
+    "set_backend",
+    "silu_and_mul",
+    "strided_attention",
+    "use_backend",
+    "verify_accept",
+]

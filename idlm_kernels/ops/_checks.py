@@ -1,0 +1,66 @@
+"""Contract checks. They read metadata only (never a value), and say what was given and what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT32 = (torch.int32,)
+INT64 = (torch.int64,)
+GATES = (torch.bool, torch.uint8, torch.int32)
+FP8 = (torch.float8_e4m3fn,)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    *,
+    inner: bool = True,
+) -> None:
+    """Check one tensor argument: rank, sizes (None = any), dtype, device; `inner`: the last stride must be 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    given = x.shape
+    if len(given) != len(shape) or any(w is not None and w != g for w, g in zip(shape, given, strict=True)):
+        want = ", ".join("any" if w is None else str(w) for w in shape)
+        raise ValueError(f"{op}: {name} has shape {list(given)}, wanted [{want}]")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} has dtype {_names([x.dtype])}, wanted {_names(dtypes)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, wanted {device} as the other arguments")
+    if inner and given and given[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{op}: {name} has stride {x.stride(-1)} in its last dimension, wanted 1 (use .contiguous())")
+
+
+def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
+    """Check a tensor that is written: no two of its elements share memory, and it is none of the inputs."""
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        if size > 1 and stride == 0:
+            raise ValueError(f"{op}: {name} is an expanded tensor (stride 0), it cannot be written")
+    for other in inputs:
+        if other is not None and x.numel() and other.numel() and x.data_ptr() == other.data_ptr():
+            raise ValueError(f"{op}: {name} shares its memory with an input, wanted separate memory")
+
+
+def positive(op: str, name: str, value: int, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} is {value}, wanted at least {minimum}")
+
+
+def broadcastable_scale(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
+    """A KV scale: one fp32 number on the device."""
+    if x is not None:
+        tensor(op, name, x, (), (torch.float32,), device)

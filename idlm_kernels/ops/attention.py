@@ -1,0 +1,201 @@
+"""Strided-causal paged attention.
+
+Contract: design section 5.1. The bits of a row depend on its query and on the slots that it sees, in slot order, and
+on nothing else: not on other rows or requests, page size, page placement, or how the work was split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.ops import _checks as check
+from idlm_kernels.ops._dispatch import implementation, traced
+
+MAX_TAIL_ROWS = 64  # bits of a tail mask
+
+
+def strided_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    tail_mask: Tensor | None = None,
+    max_query_len: int,
+    sm_scale: float | None = None,
+    window: int = -1,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """Attention of the rows of a step over a paged KV cache that holds the step's own K and V already.
+
+    A request with m rows and length seq_len has written them at slots seq_len - m .. seq_len - 1. Without `tail_mask`
+    row i sees slots <= seq_len - m + i (chain plans, AR, prefill chunks of any length). With it, a row sees every
+    slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (branched plans, draft trees).
+
+    Args:
+        q: [T, Hq, D], fp16, bf16, fp32 or fp64; D is 64, 128 or 256 on GPU backends.
+        k_cache, v_cache: [num_pages, page_size, Hkv, D], q's dtype (or fp8 e4m3), Hq a multiple of Hkv, any page
+            size from 1, any strides with a unit inner one: views of other engines' caches pass unchanged.
+        page_table: int32 [B, max_pages]; slot s of request b is in page page_table[b, s // page_size].
+        seq_lens: int32 [B], tokens including this step's rows; 0 marks a padded request (a no-op).
+        query_start_loc: int32 [B + 1], rising from 0; rows of request b are query_start_loc[b] : [b + 1].
+            Rows from query_start_loc[B] on are padding: their output is 0, their lse -inf.
+        tail_mask: int64 [T] read as 64 bits, for requests of at most 64 rows; excludes `window`.
+        max_query_len: the largest number of rows of a request, known on the host.
+        sm_scale: factor of q K^T; 1 / sqrt(D) when None.
+        window: with w >= 0 a row also sees nothing older than w slots before its own.
+        k_scale, v_scale: fp32 scalars (shape []) that multiply K and V.
+        out: [T, Hq, D], q's dtype; allocated when None.
+        lse: fp32 [T, Hq], receives the natural log of the softmax denominator.
+        workspace: uint8 [n] scratch memory for backends that ask for it (none does so far).
+
+    Returns:
+        [T, Hq, D] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Source: I-DLM, arXiv 2604.11035 (visibility: design section 3); paging: Kwon et al., arXiv 2309.06180.
+    """
+    op, device = "strided_attention", q.device
+    check.tensor(op, "q", q, (None, None, None), check.FLOATS, device)
+    num_rows, num_heads, head_dim = q.shape
+    check.tensor(op, "k_cache", k_cache, (None, None, None, head_dim), (q.dtype, *check.FP8), device)
+    check.tensor(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
+    num_kv_heads = k_cache.shape[2]
+    if min(k_cache.shape) == 0:
+        raise ValueError(f"{op}: k_cache has shape {list(k_cache.shape)}, wanted no empty dimension")
+    if num_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{op}: q has {num_heads} heads, wanted a positive multiple of the cache's {num_kv_heads}")
+    check.tensor(op, "seq_lens", seq_lens, (None,), check.INT32, device)
+    batch = seq_lens.shape[0]
+    check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
+    check.tensor(op, "page_table", page_table, (batch, None), check.INT32, device)
+    check.positive(op, "max_query_len", max_query_len)
+    if tail_mask is not None:
+        check.tensor(op, "tail_mask", tail_mask, (num_rows,), check.INT64, device)
+        if window >= 0:
+            raise ValueError(f"{op}: window = {window} with a tail_mask, wanted one of the two")
+        if max_query_len > MAX_TAIL_ROWS:
+            raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TAIL_ROWS} with a tail_mask")
+    check.positive(op, "window", window, -1)
+    check.broadcastable_scale(op, "k_scale", k_scale, device)
+    check.broadcastable_scale(op, "v_scale", v_scale, device)
+    if out is not None:
+        check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (q.dtype,), device)
+        check.writable(op, "out", out, q, k_cache, v_cache)
+    if lse is not None:
+        check.tensor(op, "lse", lse, (num_rows, num_heads), (torch.float32,), device)
+        check.writable(op, "lse", lse, q)
+    if workspace is not None:
+        check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
+    if traced(q):
+        args = (q, k_cache, v_cache, page_table, seq_lens, query_start_loc, tail_mask, max_query_len, sm_scale, window)
+        if out is None and lse is None:
+            return torch.ops.idlm.strided_attention(*args, k_scale, v_scale)[0]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        torch.ops.idlm.strided_attention_out(*args, k_scale, v_scale, out, lse, workspace)
+        return out
+    return implementation(op, device.type)(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        query_start_loc,
+        tail_mask=tail_mask,
+        max_query_len=max_query_len,
+        sm_scale=sm_scale,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
+
+
+@torch.library.custom_op("idlm::strided_attention", mutates_args=())
+def _strided_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    tail_mask: Tensor | None,
+    max_query_len: int,
+    sm_scale: float | None,
+    window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    out = implementation("strided_attention", q.device.type)(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        query_start_loc,
+        tail_mask=tail_mask,
+        max_query_len=max_query_len,
+        sm_scale=sm_scale,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        lse=lse,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("idlm::strided_attention_out", mutates_args=("out", "lse", "workspace"))
+def _strided_attention_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    tail_mask: Tensor | None,
+    max_query_len: int,
+    sm_scale: float | None,
+    window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    workspace: Tensor | None,
+) -> None:
+    implementation("strided_attention", q.device.type)(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        query_start_loc,
+        tail_mask=tail_mask,
+        max_query_len=max_query_len,
+        sm_scale=sm_scale,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+        lse=lse,
+        workspace=workspace,
+    )
+
+
+@_strided_attention.register_fake
+def _(q, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+_strided_attention_out.register_fake(lambda *args: None)

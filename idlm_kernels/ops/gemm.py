@@ -1,0 +1,175 @@
+"""Linear layers, plain and with a gated LoRA adapter on MASK rows.
+
+Contract: design section 5.3. Rows with gate 0 carry the very bits of `linear(x, weight)` of the same backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.ops import _checks as check
+from idlm_kernels.ops._dispatch import implementation, traced
+
+
+def prepare_weight(weight: Tensor) -> Tensor:
+    """Give a linear weight [N, K] the layout that the backend in use reads fastest; once, at load.
+
+    Returns a tensor with the same shape, dtype and device: the weight itself, or a handle to a packed copy that only
+    `linear` and `gated_lora_linear` of the same backend may read (any other reader would find NaN). The original
+    may be freed.
+    """
+    check.tensor("prepare_weight", "weight", weight, (None, None), check.FLOATS, weight.device)
+    return implementation("prepare_weight", weight.device.type)(weight)
+
+
+def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """y = x W^T + b, accumulated in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        x: [T, K], fp16, bf16, fp32 or fp64.
+        weight: [N, K], x's dtype or a narrower one; plain or from `prepare_weight`.
+        bias: [N], a float dtype.
+        out: [T, N], x's dtype; allocated when None.
+
+    Returns:
+        [T, N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+    """
+    op, device = "linear", x.device
+    _check_base(op, x, weight, bias, out)
+    if traced(x):
+        if out is None:
+            return torch.ops.idlm.linear(x, weight, bias)
+        torch.ops.idlm.linear_out(x, weight, bias, out)
+        return out
+    return implementation(op, device.type)(x, weight, bias=bias, out=out)
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    slices: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + b, plus scale * (x A^T) B^T on rows whose gate is not 0.
+
+    A packed layer (qkv, gate_up) has S slices, each with an adapter of its own: `slices` are their widths.
+    Rows with gate 0 are bit-identical to `linear(x, weight, bias=bias)`, -0.0 included, whatever other rows and the
+    adapter hold (Inf and NaN too).
+
+    Args:
+        x: [T, K], fp16, bf16, fp32 or fp64.
+        weight: [N, K], x's dtype or a narrower one; plain or from `prepare_weight`.
+        lora_a: [S * r, K], the A matrices of the slices one below the other.
+        lora_b: [N, r], the B matrices likewise.
+        gate: bool, uint8 or int32 [T]; not 0 switches the adapter on.
+        scale: factor of the update (alpha / r of the adapter).
+        bias: [N], a float dtype.
+        slices: positive widths that add up to N; one slice when None.
+        out: [T, N], x's dtype; allocated when None.
+        workspace: uint8 [n] scratch memory for backends that ask for it (none does so far).
+
+    Returns:
+        [T, N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: I-DLM, arXiv 2604.11035.
+    """
+    op, device = "gated_lora_linear", x.device
+    _check_base(op, x, weight, bias, out)
+    widths = [weight.shape[0]] if slices is None else list(slices)
+    if any(w <= 0 for w in widths) or sum(widths) != weight.shape[0]:
+        raise ValueError(f"{op}: slices are {widths}, wanted positive widths that add up to N = {weight.shape[0]}")
+    check.tensor(op, "lora_b", lora_b, (weight.shape[0], None), check.FLOATS, device)
+    rank = lora_b.shape[1]
+    if rank == 0:
+        raise ValueError(f"{op}: lora_b has rank 0, wanted at least 1 (use `linear` without an adapter)")
+    check.tensor(op, "lora_a", lora_a, (len(widths) * rank, x.shape[1]), (lora_b.dtype,), device)
+    check.tensor(op, "gate", gate, (x.shape[0],), check.GATES, device)
+    if workspace is not None:
+        check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
+    if traced(x):
+        if out is None:
+            return torch.ops.idlm.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias, widths)
+        args = (x, weight, lora_a, lora_b, gate, scale, bias, widths)
+        torch.ops.idlm.gated_lora_linear_out(*args, out, workspace)
+        return out
+    return implementation(op, device.type)(
+        x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=widths, out=out, workspace=workspace
+    )
+
+
+def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
+    device = x.device
+    check.tensor(op, "x", x, (None, None), check.FLOATS, device)
+    # A handle of prepare_weight is an expanded tensor: its strides say nothing.
+    check.tensor(op, "weight", weight, (None, x.shape[1]), check.FLOATS, device, inner=False)
+    if weight.dtype != x.dtype and torch.promote_types(weight.dtype, x.dtype) != x.dtype:
+        raise TypeError(f"{op}: weight is {weight.dtype} and x is {x.dtype}; weight must not be the wider one")
+    if bias is not None:
+        check.tensor(op, "bias", bias, (weight.shape[0],), check.FLOATS, device)
+    if out is not None:
+        check.tensor(op, "out", out, (x.shape[0], weight.shape[0]), (x.dtype,), device)
+        check.writable(op, "out", out, x, weight)
+
+
+@torch.library.custom_op("idlm::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return implementation("linear", x.device.type)(x, weight, bias=bias)
+
+
+@torch.library.custom_op("idlm::linear_out", mutates_args=("out",))
+def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    implementation("linear", x.device.type)(x, weight, bias=bias, out=out)
+
+
+@torch.library.custom_op("idlm::gated_lora_linear", mutates_args=())
+def _gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    slices: Sequence[int],
+) -> Tensor:
+    run = implementation("gated_lora_linear", x.device.type)
+    return run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices)
+
+
+@torch.library.custom_op("idlm::gated_lora_linear_out", mutates_args=("out", "workspace"))
+def _gated_lora_linear_out(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    slices: Sequence[int],
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    run = implementation("gated_lora_linear", x.device.type)
+    run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out, workspace=workspace)
+
+
+_linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+_linear_out.register_fake(lambda *args: None)
+_gated_lora_linear.register_fake(lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]))
+_gated_lora_linear_out.register_fake(lambda *args: None)

@@ -1,0 +1,386 @@
+"""Sampling of rows, and verify-and-accept.
+
+Contract: design sections 3, 4 and 5.2. The noise of a token is a function of (seed, position, id, stream) alone, so in
+mode `match` the output of a decode is token for token what AR sampling with the same seed gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.ops import _checks as check
+from idlm_kernels.ops._dispatch import implementation, traced
+from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
+
+MODES = ("match", "rejection")
+MAX_VOCAB = 262_144
+_LOGITS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
+    check.tensor(op, "logits", logits, (None, None), _LOGITS, logits.device)
+    vocab_size = logits.shape[1]
+    if not 1 <= vocab_size <= MAX_VOCAB:
+        raise ValueError(f"{op}: logits have {vocab_size} columns, wanted 1 to {MAX_VOCAB}")
+    check.positive(op, "id_limit", id_limit)
+    if id_limit > vocab_size:
+        raise ValueError(f"{op}: id_limit is {id_limit}, wanted at most the {vocab_size} columns of logits")
+    if not -1 <= mask_id < vocab_size:
+        raise ValueError(f"{op}: mask_id is {mask_id}, wanted -1 (none) or an id below {vocab_size}")
+    if mask_id == 0 and id_limit == 1:
+        raise ValueError(f"{op}: id_limit = 1 and mask_id = 0 leave no id to sample")
+    if logit_bias is not None:
+        check.tensor(op, "logit_bias", logit_bias, tuple(logits.shape), _LOGITS, logits.device)
+
+
+def _check_parameters(
+    op: str,
+    count: int,
+    device: torch.device,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+) -> None:
+    for name, x in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        check.tensor(op, name, x, (count,), (torch.float32,), device)
+    check.tensor(op, "top_k", top_k, (count,), check.INT32, device)
+    check.tensor(op, "seed", seed, (count,), check.INT64, device)
+
+
+def sample_rows(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    *,
+    stream: int = STREAM_TARGET,
+    logit_bias: Tensor | None = None,
+    status: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sample one token per row: argmax of (kept logits / T + Gumbel noise). Parameters are values, never branches.
+
+    The transform of a row: ids from `id_limit` on and `mask_id` become -inf; NaN becomes -inf, +inf the largest finite
+    value; divide by T; keep the top_k largest (all ties of the last), then the smallest set of the most probable
+    that reaches mass top_p (ties too), then those of at least min_p times the largest probability.
+
+    Args:
+        logits: [T, V], bf16, fp16, fp32 or fp64; V up to 262,144.
+        positions: int32 or int64 [T], of the *predicted* tokens (the row's own position + 1).
+        temperature: fp32 [T]; below 1e-4 the row is an argmax, ties to the lowest id.
+        top_k: int32 [T]; 0 is off.
+        top_p: fp32 [T]; 1 is off.
+        min_p: fp32 [T]; 0 is off.
+        seed: int64 [T], read as 64 bits.
+        id_limit: ids from here on are never sampled (the tokenizer's size).
+        mask_id: this id is never sampled either; -1 when there is none.
+        stream: 0 target, 1 drafts of `rejection`, 2 acceptance.
+        logit_bias: [T, V], added to the logits first (penalties, grammars).
+        status: int32 [T]; bits are or-ed in: 1 a NaN, 2 a +inf, 4 no finite logit (the lowest allowed id is taken).
+        out: int64 [T]; allocated when None.
+
+    Returns:
+        Token ids, int64 [T].
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+    """
+    op, device, count = "sample_rows", logits.device, logits.shape[0]
+    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check.tensor(op, "positions", positions, (count,), (torch.int32, torch.int64), device)
+    _check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
+    if stream not in (STREAM_TARGET, STREAM_DRAFT, STREAM_ACCEPT):
+        raise ValueError(f"{op}: stream is {stream}, wanted 0 (target), 1 (draft) or 2 (acceptance)")
+    if status is not None:
+        check.tensor(op, "status", status, (count,), check.INT32, device)
+    if out is not None:
+        check.tensor(op, "out", out, (count,), check.INT64, device)
+        check.writable(op, "out", out, seed, positions)
+    if traced(logits):
+        args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id, stream, logit_bias)
+        if out is None:
+            return torch.ops.idlm.sample_rows(*args, status)
+        torch.ops.idlm.sample_rows_out(*args, status, out)
+        return out
+    return implementation(op, device.type)(
+        logits,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        id_limit,
+        mask_id,
+        stream=stream,
+        logit_bias=logit_bias,
+        status=status,
+        out=out,
+    )
+
+
+def verify_accept(
+    logits: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    drafts: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    *,
+    branched: bool,
+    mode: str,
+    q_state: QState | None = None,
+    logit_bias: Tensor | None = None,
+    status: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decide a step: which drafts stand, the token after them, and the drafts of the next step.
+
+    Rows of a request: clean rows 0..n (pending, its n drafts), then K MASK rows for each branch: branches 0..n if
+    `branched`, else branch n alone; without MASK rows (AR) nothing is proposed. Clean row i gives y_i for position
+    L + i, where L = positions + 1.
+
+    `match`: y_i as by `sample_rows` with stream 0; a draft stands iff it equals y_i and all before it stand. New
+    drafts are sampled from MASK rows with the same noise. The output is that of AR sampling, whatever the drafts.
+    `rejection`: draft x of law q stands iff u q(x) < p(x); after the first refusal the token is of max(0, p - q)
+    renormalised (of p where that is empty). Exact in distribution. New drafts are sampled with stream 1.
+
+    Args:
+        logits: [T, V], bf16, fp16, fp32 or fp64; V up to 262,144.
+        query_start_loc: int32 [B + 1]; a request without rows is a no-op.
+        num_drafts: int32 [B], n.
+        drafts: int64 [B, K], K from 0 up; the first n count.
+        positions: int32 [B], of pending (L - 1).
+        temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
+        id_limit, mask_id: as in `sample_rows`.
+        branched: whether the plan has a branch after every draft.
+        mode: "match" or "rejection".
+        q_state: the laws of the current drafts, needed by `rejection`; overwritten with those of the next drafts.
+            Its logits have the dtype of `logits`, or fp32.
+        logit_bias: [T, V], added to the logits first. With `rejection` q_state.logits must then be fp32.
+        status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
+            count out of range (the draft is refused, the token is of p).
+        out: the four results, to write into; allocated when None.
+
+    Returns:
+        num_accepted int32 [B] (a); tokens int64 [B, K + 1] (d_1..d_a, y_a, then -1); next_drafts int64 [B, K] (-1
+        where there is none); next_num_drafts int32 [B] (K, or 0 without the branch). A request without rows yields
+        0, -1, -1, 0.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Source: I-DLM, arXiv 2604.11035; the rejection rule: Leviathan et al., arXiv 2211.17192.
+    """
+    op, device = "verify_accept", logits.device
+    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
+    batch, num_k = drafts.shape
+    check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
+    check.tensor(op, "num_drafts", num_drafts, (batch,), check.INT32, device)
+    check.tensor(op, "positions", positions, (batch,), check.INT32, device)
+    _check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
+    if logits.shape[0] == 0 and batch:
+        raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode is {mode!r}, wanted one of {', '.join(MODES)}")
+    if status is not None:
+        check.tensor(op, "status", status, (batch,), check.INT32, device)
+    state: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if mode == "rejection":
+        if q_state is None:
+            raise ValueError(f"{op}: mode 'rejection' needs a q_state (QState.empty)")
+        dtypes = (torch.float32, torch.float64) if logit_bias is not None else (logits.dtype, torch.float32)
+        check.tensor(op, "q_state.logits", q_state.logits, (batch, num_k, logits.shape[1]), dtypes, device)
+        check.tensor(op, "q_state.cut", q_state.cut, (batch, num_k), (torch.float32,), device)
+        check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (torch.float32,), device)
+        state = (q_state.logits, q_state.cut, q_state.log_norm)
+    elif q_state is not None:
+        raise ValueError(f"{op}: q_state is for mode 'rejection', wanted None with {mode!r}")
+    if out is not None:
+        check.tensor(op, "out[0]", out[0], (batch,), check.INT32, device)
+        check.tensor(op, "out[1]", out[1], (batch, num_k + 1), check.INT64, device)
+        check.tensor(op, "out[2]", out[2], (batch, num_k), check.INT64, device)
+        check.tensor(op, "out[3]", out[3], (batch,), check.INT32, device)
+        for i, x in enumerate(out):
+            check.writable(op, f"out[{i}]", x, drafts, num_drafts)
+    if traced(logits):
+        args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
+        options = (id_limit, mask_id, branched, mode, *state, logit_bias, status)
+        if out is None:
+            return torch.ops.idlm.verify_accept(*args, *options)
+        torch.ops.idlm.verify_accept_out(*args, *options, *out)
+        return out
+    return implementation(op, device.type)(
+        logits,
+        query_start_loc,
+        num_drafts,
+        drafts,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        id_limit,
+        mask_id,
+        branched=branched,
+        mode=mode,
+        q_state=q_state,
+        logit_bias=logit_bias,
+        status=status,
+        out=out,
+    )
+
+
+def _q_state(logits: Tensor | None, cut: Tensor | None, log_norm: Tensor | None) -> QState | None:
+    return None if logits is None or cut is None or log_norm is None else QState(logits, cut, log_norm)
+
+
+@torch.library.custom_op("idlm::sample_rows", mutates_args=("status",))
+def _sample_rows(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    stream: int,
+    logit_bias: Tensor | None,
+    status: Tensor | None,
+) -> Tensor:
+    run = implementation("sample_rows", logits.device.type)
+    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
+    return run(*args, stream=stream, logit_bias=logit_bias, status=status)
+
+
+@torch.library.custom_op("idlm::sample_rows_out", mutates_args=("status", "out"))
+def _sample_rows_out(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    stream: int,
+    logit_bias: Tensor | None,
+    status: Tensor | None,
+    out: Tensor,
+) -> None:
+    run = implementation("sample_rows", logits.device.type)
+    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
+    run(*args, stream=stream, logit_bias=logit_bias, status=status, out=out)
+
+
+@torch.library.custom_op("idlm::verify_accept", mutates_args=("q_logits", "q_cut", "q_log_norm", "status"))
+def _verify_accept(
+    logits: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    drafts: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    branched: bool,
+    mode: str,
+    q_logits: Tensor | None,
+    q_cut: Tensor | None,
+    q_log_norm: Tensor | None,
+    logit_bias: Tensor | None,
+    status: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = implementation("verify_accept", logits.device.type)
+    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
+    state = _q_state(q_logits, q_cut, q_log_norm)
+    options = {"branched": branched, "mode": mode, "q_state": state, "logit_bias": logit_bias, "status": status}
+    return run(*args, id_limit, mask_id, **options)
+
+
+@torch.library.custom_op(
+    "idlm::verify_accept_out",
+    mutates_args=(
+        "q_logits",
+        "q_cut",
+        "q_log_norm",
+        "status",
+        "num_accepted",
+        "tokens",
+        "next_drafts",
+        "next_num_drafts",
+    ),
+)
+def _verify_accept_out(
+    logits: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    drafts: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    branched: bool,
+    mode: str,
+    q_logits: Tensor | None,
+    q_cut: Tensor | None,
+    q_log_norm: Tensor | None,
+    logit_bias: Tensor | None,
+    status: Tensor | None,
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+) -> None:
+    run = implementation("verify_accept", logits.device.type)
+    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
+    state = _q_state(q_logits, q_cut, q_log_norm)
+    options = {"branched": branched, "mode": mode, "q_state": state, "logit_bias": logit_bias, "status": status}
+    run(*args, id_limit, mask_id, **options, out=(num_accepted, tokens, next_drafts, next_num_drafts))
+
+
+@_sample_rows.register_fake
+def _(logits, *rest):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@_verify_accept.register_fake
+def _(logits, query_start_loc, num_drafts, drafts, *rest):  # type: ignore[no-untyped-def]
+    batch, num_k = drafts.shape
+    return (
+        drafts.new_empty(batch, dtype=torch.int32),
+        drafts.new_empty(batch, num_k + 1),
+        drafts.new_empty(batch, num_k),
+        drafts.new_empty(batch, dtype=torch.int32),
+    )
+
+
+_sample_rows_out.register_fake(lambda *args: None)
+_verify_accept_out.register_fake(lambda *args: None)

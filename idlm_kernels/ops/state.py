@@ -1,0 +1,161 @@
+"""`advance`: the end of a step, on the device.
+
+Contract: design sections 3 and 5.2. Commits the emitted tokens, applies stop ids and the length limit, and leaves the
+state that the next step starts from. Pages need no move: they are reserved for the whole epoch ahead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.ops import _checks as check
+from idlm_kernels.ops._dispatch import implementation, traced
+
+
+def advance(
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+    *,
+    text: Tensor,
+    lengths: Tensor,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    length_limits: Tensor,
+    stop_ids: Tensor,
+    finish: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Move the state of every running request forward by the outcome of one step.
+
+    Commits the first tokens of `tokens` up to and including the first stop id, as far as `length_limits` allow.
+
+    Args:
+        num_accepted: int32 [B], tokens: int64 [B, N], next_drafts: int64 [B, N - 1], next_num_drafts: int32 [B]: the
+            results of `verify_accept`.
+        text: int64 [B, max_len], committed tokens; written at lengths .. lengths + emitted - 1.
+        lengths: int32 [B], L; updated. At least 1 and at most max_len.
+        drafts: int64 [B, N - 1]; updated.
+        num_drafts: int32 [B]; updated (0 for a request that ends).
+        length_limits: int32 [B], the largest L; at most max_len.
+        stop_ids: int64 [B, S], padded with -1.
+        finish: int32 [B], 0 running, 1 stopped by an id, 2 length limit; updated. Requests that are not running, or
+            had no rows, do not change.
+        out: int32 [B]; allocated when None.
+
+    Returns:
+        The number of tokens committed per request, int32 [B].
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+    """
+    op, device = "advance", tokens.device
+    check.tensor(op, "tokens", tokens, (None, None), check.INT64, device)
+    batch, width = tokens.shape
+    if width == 0:
+        raise ValueError(f"{op}: tokens have no columns, wanted at least 1")
+    for name, x in (
+        ("num_accepted", num_accepted),
+        ("next_num_drafts", next_num_drafts),
+        ("lengths", lengths),
+        ("num_drafts", num_drafts),
+        ("length_limits", length_limits),
+        ("finish", finish),
+    ):
+        check.tensor(op, name, x, (batch,), check.INT32, device)
+    check.tensor(op, "next_drafts", next_drafts, (batch, width - 1), check.INT64, device)
+    check.tensor(op, "drafts", drafts, (batch, width - 1), check.INT64, device)
+    check.tensor(op, "text", text, (batch, None), check.INT64, device)
+    check.tensor(op, "stop_ids", stop_ids, (batch, None), check.INT64, device)
+    check.writable(op, "text", text, tokens)
+    check.writable(op, "lengths", lengths, length_limits, num_accepted)
+    if out is not None:
+        check.tensor(op, "out", out, (batch,), check.INT32, device)
+        check.writable(op, "out", out, num_accepted, lengths)
+    results = (num_accepted, tokens, next_drafts, next_num_drafts)
+    if traced(tokens):
+        state = (text, lengths, drafts, num_drafts, length_limits, stop_ids, finish)
+        if out is None:
+            return torch.ops.idlm.advance(*results, *state)
+        torch.ops.idlm.advance_out(*results, *state, out)
+        return out
+    return implementation(op, device.type)(
+        *results,
+        text=text,
+        lengths=lengths,
+        drafts=drafts,
+        num_drafts=num_drafts,
+        length_limits=length_limits,
+        stop_ids=stop_ids,
+        finish=finish,
+        out=out,
+    )
+
+
+_UPDATED = ("text", "lengths", "drafts", "num_drafts", "finish")
+
+
+@torch.library.custom_op("idlm::advance", mutates_args=_UPDATED)
+def _advance(
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    length_limits: Tensor,
+    stop_ids: Tensor,
+    finish: Tensor,
+) -> Tensor:
+    return implementation("advance", tokens.device.type)(
+        num_accepted,
+        tokens,
+        next_drafts,
+        next_num_drafts,
+        text=text,
+        lengths=lengths,
+        drafts=drafts,
+        num_drafts=num_drafts,
+        length_limits=length_limits,
+        stop_ids=stop_ids,
+        finish=finish,
+    )
+
+
+@torch.library.custom_op("idlm::advance_out", mutates_args=(*_UPDATED, "out"))
+def _advance_out(
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+    text: Tensor,
+    lengths: Tensor,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    length_limits: Tensor,
+    stop_ids: Tensor,
+    finish: Tensor,
+    out: Tensor,
+) -> None:
+    implementation("advance", tokens.device.type)(
+        num_accepted,
+        tokens,
+        next_drafts,
+        next_num_drafts,
+        text=text,
+        lengths=lengths,
+        drafts=drafts,
+        num_drafts=num_drafts,
+        length_limits=length_limits,
+        stop_ids=stop_ids,
+        finish=finish,
+        out=out,
+    )
+
+
+_advance.register_fake(lambda num_accepted, *rest: torch.empty_like(num_accepted))
+_advance_out.register_fake(lambda *args: None)

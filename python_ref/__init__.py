@@ -1,0 +1,47 @@
+"""References: every op of idlm_kernels in plain PyTorch, slow and obvious, in the notation of the I-DLM paper.
+
+They define what the kernels must compute. Each function has the signature of its public twin in `idlm_kernels`
+and imports nothing of it. Arithmetic is fp32, or fp64 when the floating-point inputs are fp64: passing fp64 tensors
+is the way to get a high-precision result to judge a kernel by. No function reads a device value on the host.
+"""
+
+from python_ref.attention import strided_attention
+from python_ref.gemm import gated_lora_linear, linear, prepare_weight
+from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
+from python_ref.noise import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, philox4x32, uniform
+from python_ref.sampling import (
+    STATUS_BAD_DRAFT,
+    STATUS_EMPTY_ROW,
+    STATUS_INF,
+    STATUS_NAN,
+    QState,
+    sample_rows,
+    verify_accept,
+)
+from python_ref.state import advance
+
+__all__ = [
+    "STATUS_BAD_DRAFT",
+    "STATUS_EMPTY_ROW",
+    "STATUS_INF",
+    "STATUS_NAN",
+    "STREAM_ACCEPT",
+    "STREAM_DRAFT",
+    "STREAM_TARGET",
+    "QState",
+    "advance",
+    "embed",
+    "gated_lora_linear",
+    "gumbel",
+    "linear",
+    "philox4x32",
+    "prepare_weight",
+    "qk_norm_rope_append",
+    "rms_norm",
+    "rotary_table",
+    "sample_rows",
+    "silu_and_mul",
+    "strided_attention",
+    "uniform",
+    "verify_accept",
+]
