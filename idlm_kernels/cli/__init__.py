@@ -1,4 +1,4 @@
-"""The command line, `idlm`. Importing it and `--help` load no torch: each command imports what it needs when it runs."""
+"""The command line, `idlm`. Each command imports torch and the model code when it runs, not before."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from idlm_kernels._version import __version__
-from idlm_kernels.cli.doctor import doctor
-from idlm_kernels.cli.generate import generate
+from idlm_kernels.cli import doctor, generate
 
 # Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
 app = typer.Typer(
@@ -20,8 +19,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command()(generate)
-app.command()(doctor)
+app.command()(generate.generate)
+app.command()(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:
@@ -40,5 +39,5 @@ def _idlm(
 
 
 def main() -> None:
-    """Entry point of the console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 130 for Ctrl-C."""
+    """The console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 130 for Ctrl-C."""
     app(prog_name="idlm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -47,16 +48,21 @@ Unsupported = Annotated[str | None, typer.Option(hidden=True)]
 @reported()
 def generate(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt; without it, or with -, it is read from stdin.")
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt; without it, or with -, it is read from stdin."),
     ] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--raw", help="Wrap the prompt in the model's chat template, or continue it as it is.",
-                     show_default="--chat where the model has a template"),
+        typer.Option(
+            "--chat/--raw",
+            help="Wrap the prompt in the model's chat template, or continue it as it is.",
+            show_default="--chat where the model has a template",
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A Hugging Face folder or hub id, a .gguf file, or `default`.")
+        str,
+        typer.Option("--model", "-m", help="A Hugging Face folder or hub id, a .gguf file, or `default`."),
     ] = "default",
     adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter for the MASK rows.")] = None,
     stride: Annotated[int, typer.Option("--stride", "-n", help="Tokens that one forward may commit.")] = 4,
@@ -70,14 +76,18 @@ def generate(
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="64 bits; drawn and shown where not given.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.")
+    ] = None,
     max_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per page of the KV cache.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is a device.")] = Device.auto,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
     ] = False,
@@ -96,10 +106,14 @@ def generate(
         if value is not None:
             raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
     if check and verify is Verify.rejection:
-        raise ValueError("--check compares tokens, and --verify rejection is exact in distribution only: leave one out")
+        raise ValueError("--check compares tokens, but --verify rejection is exact in distribution only")
     if system is not None and chat is False:
         raise ValueError("--system needs a chat template: leave out --raw")
     text = _prompt_text(prompt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that cannot show a character is no reason to stop
 
     import torch
 
@@ -224,7 +238,7 @@ def _figures(result: GenerationResult, *, seed_drawn: bool) -> str:
 
 def _comparison(result: GenerationResult, ar: GenerationResult) -> str:
     rows = [
-        f"{name:<{16}} {row.tokens:>7} {row.forwards:>9} {row.tpf:>6.2f} {row.tokens_per_second:>9.1f}"
+        f"{name:<16} {row.tokens:>7} {row.forwards:>9} {row.tpf:>6.2f} {row.tokens_per_second:>9.1f}"
         for name, row in ((f"{result.plan}, N={result.stride}", result), ("ar", ar))
     ]
     if result.token_ids == ar.token_ids:
@@ -238,7 +252,7 @@ def _comparison(result: GenerationResult, ar: GenerationResult) -> str:
 
 
 def _record(result: GenerationResult, ar: GenerationResult | None, check: bool) -> dict[str, Any]:
-    """What --json prints. The three AR fields are there with --check, and null where Ctrl-C came before them."""
+    """What --json prints. The three AR fields come with --check, and are null where Ctrl-C came first."""
     names = [
         "text",
         "token_ids",

@@ -1,10 +1,11 @@
-"""Reading JSON and safetensors files that may be damaged or hostile: bounded, and with errors that name the file."""
+"""Reading JSON and safetensors files that may be damaged or hostile: bounded, and with errors that name the
+file."""
 
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. FileNotFoundError when it is absent, CheckpointError when it is anything else."""
+    """The JSON object in `path`. FileNotFoundError when it is absent, CheckpointError when it is anything
+    else."""
     try:
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
@@ -54,7 +56,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class SafetensorsFile:
-    """One memory-mapped safetensors file. The library checks header size, offsets and length when it opens."""
+    """One memory-mapped safetensors file. The library checks header size, offsets and length when it
+    opens."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +77,8 @@ class SafetensorsFile:
             return str(self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, backed by the mapped file, so it costs memory only as it is read."""
+        """The tensor in its stored dtype, backed by the mapped file, so it costs memory only as it is
+        read."""
         with naming(self.path):
             return self._file.get_tensor(name)
 
@@ -82,14 +86,18 @@ class SafetensorsFile:
 def require_float(path: Path, name: str, dtype: str) -> None:
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is stored as {dtype}; supported are {', '.join(FLOAT_DTYPES)} (quantised weights: GGUF)"
+            f"{path}: {name} is stored as {dtype}; supported are {', '.join(FLOAT_DTYPES)} (quantised "
+            "weights: GGUF)"
         )
 
 
 def require_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """CheckpointError with the count when `tensor` holds NaN or Inf. The usual case is one pass without a copy."""
+    """CheckpointError with the count when `tensor` holds NaN or Inf. The usual case is one pass without a
+    copy."""
     low, high = torch.aminmax(tensor)
     if torch.isfinite(low) and torch.isfinite(high):
         return
     count = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 22))
-    raise CheckpointError(f"{path}: {name} holds {count} non-finite values of {tensor.numel()}; the file is damaged")
+    raise CheckpointError(
+        f"{path}: {name} holds {count} non-finite values of {tensor.numel()}; the file is damaged"
+    )

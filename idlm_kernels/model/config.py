@@ -1,7 +1,8 @@
 """What a transformer is made of: read from a Hugging Face config.json, checked, and never guessed at.
 
-Everything that would change the numbers and is not implemented is refused here by name; nothing is ignored. A config
-comes from a stranger's file, so each number is checked for type and range before anything is allocated from it.
+Everything that would change the numbers and is not implemented is refused here by name; nothing is ignored. A
+config comes from a stranger's file, so each number is checked for type and range before anything is allocated
+from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _ROPE_COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """The Llama 3 frequency scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    """The Llama 3 frequency scaling: long wavelengths divided by `factor`, short ones kept, a ramp
+    between."""
 
     factor: float
     low_freq_factor: float
@@ -39,9 +41,8 @@ class RopeScaling:
         _require_real("rope scaling factor", self.factor, low=1.0, high=1e6)
         _require_real("rope scaling low_freq_factor", self.low_freq_factor, low=1e-6, high=1e6)
         _require_real("rope scaling high_freq_factor", self.high_freq_factor, low=1e-6, high=1e6)
-        _require_int(
-            "rope scaling original_max_position_embeddings", self.original_max_position_embeddings, 1, MAX_DIMENSION
-        )
+        context = self.original_max_position_embeddings
+        _require_int("rope scaling original_max_position_embeddings", context, 1, MAX_DIMENSION)
         if self.high_freq_factor <= self.low_freq_factor:
             raise CheckpointError(
                 f"rope scaling: high_freq_factor {self.high_freq_factor} must be larger than "
@@ -51,7 +52,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a Qwen3, SDAR or Llama decoder. Construction checks ranges; raises CheckpointError."""
+    """Shape and constants of a Qwen3, SDAR or Llama decoder. Construction checks ranges; raises
+    CheckpointError."""
 
     architecture: str  # "qwen3" | "sdar" | "llama"
     vocab_size: int  # rows of the embedding, padding rows included
@@ -64,7 +66,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    rope_freq_factors: tuple[float, ...] | None  # divisors of the head_dim/2 frequencies, from a GGUF's rope_freqs
+    rope_freq_factors: tuple[float, ...] | None  # divisors of the frequencies, [head_dim/2], from a GGUF
     max_position_embeddings: int
     tie_word_embeddings: bool
     qk_norm: bool
@@ -77,7 +79,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in _QK_NORM:
             raise CheckpointError(
-                f"architecture {self.architecture!r} is not supported; supported: {', '.join(sorted(_QK_NORM))}"
+                f"architecture {self.architecture!r} is not supported; supported: "
+                f"{', '.join(sorted(_QK_NORM))}"
             )
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             _require_int(name, getattr(self, name), 1, MAX_DIMENSION)
@@ -89,7 +92,9 @@ class ModelConfig:
                 f"num_heads {self.num_heads} x head_dim {self.head_dim} is larger than {MAX_DIMENSION}"
             )
         if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise CheckpointError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         _require_real("rms_norm_eps", self.rms_norm_eps, low=1e-20, high=1.0)
@@ -99,7 +104,8 @@ class ModelConfig:
                 raise CheckpointError("rope_scaling and rope_freq_factors exclude each other")
             if len(self.rope_freq_factors) != self.head_dim // 2:
                 raise CheckpointError(
-                    f"rope_freq_factors has {len(self.rope_freq_factors)} values, wanted {self.head_dim // 2} "
+                    f"rope_freq_factors has {len(self.rope_freq_factors)} values, wanted "
+                    f"{self.head_dim // 2} "
                     f"(head_dim {self.head_dim} / 2)"
                 )
             for value in self.rope_freq_factors:
@@ -113,7 +119,8 @@ class ModelConfig:
     def inv_freq(self) -> torch.Tensor:
         """Rotary frequencies in radians per position, fp32 [head_dim / 2] on the CPU.
 
-        The same operations in the same order as transformers, Llama 3 scaling included, so the bits are the same.
+        The same operations in the same order as transformers, Llama 3 scaling included, so the bits are the
+        same.
         """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
         inv_freq = 1.0 / (self.rope_theta**exponents)
@@ -133,7 +140,8 @@ class ModelConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that a checkpoint of this config holds, by its canonical Hugging Face name."""
-        hidden, q_size, kv_size = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden = self.hidden_size
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linears = {
             "self_attn.q_proj": (q_size, hidden, self.attention_bias),
             "self_attn.k_proj": (kv_size, hidden, self.attention_bias),
@@ -165,9 +173,9 @@ class ModelConfig:
         """Reads the content of a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5
         (`rope_parameters`) writes it.
 
-        Raises CheckpointError for whatever is missing, absurd, or not implemented: other architectures, rope types
-        other than default and llama3, sliding windows in use, activations other than silu, quantised weights,
-        partial rotary, pretraining_tp.
+        Raises CheckpointError for whatever is missing, absurd, or not implemented: other architectures, rope
+        types other than default and llama3, sliding windows in use, activations other than silu, quantised
+        weights, partial rotary, pretraining_tp.
         """
         if not isinstance(config, Mapping):
             raise CheckpointError(f"config: found a {type(config).__name__}, wanted a JSON object")
@@ -176,7 +184,8 @@ class ModelConfig:
 
         hidden_size = _int(config, "hidden_size")
         num_heads = _int(config, "num_attention_heads")
-        # transformers' own defaults where a key is absent: Llama derives these two, Qwen3 has to state the first.
+        # transformers' own defaults where a key is absent: Llama derives these two, Qwen3 has to state the
+        # first.
         num_kv_heads = _optional_int(config, "num_key_value_heads")
         if num_kv_heads is None:
             if architecture != "llama" and "num_key_value_heads" not in config:
@@ -188,7 +197,8 @@ class ModelConfig:
         if head_dim is None:
             if num_heads < 1 or hidden_size % num_heads:
                 raise CheckpointError(
-                    f"config: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, "
+                    f"config: hidden_size {hidden_size} is not a multiple of num_attention_heads "
+                    f"{num_heads}, "
                     "and head_dim is not given"
                 )
             head_dim = hidden_size // num_heads
@@ -252,11 +262,14 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
             raise CheckpointError(
-                f"config: {key} is set: quantised safetensors are not supported; use the bf16, fp16 or fp32 checkpoint "
+                f"config: {key} is set: quantised safetensors are not supported; use the bf16, fp16 or "
+                "fp32 checkpoint "
                 "or a GGUF file"
             )
     if config.get("pretraining_tp") not in (None, 1):
-        raise CheckpointError(f"config: pretraining_tp {config['pretraining_tp']!r} is not supported; only 1 is")
+        raise CheckpointError(
+            f"config: pretraining_tp {config['pretraining_tp']!r} is not supported; only 1 is"
+        )
     if architecture != "llama" and _bool(config, "mlp_bias", False):
         raise CheckpointError(f"config: mlp_bias is not part of the {architecture} architecture")
     layer_types = config.get("layer_types")
@@ -294,13 +307,17 @@ def _rope_from(
         raise CheckpointError(f"config: {key} is {rope!r}, wanted a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise CheckpointError(f"config: {key}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
+        raise CheckpointError(
+            f"config: {key}: rope type {kind!r} is not supported; 'default' and 'llama3' are"
+        )
     allowed = _ROPE_COMMON_KEYS + (_ROPE_LLAMA3_KEYS if kind == "llama3" else ())
     unknown = sorted(str(name) for name, value in rope.items() if name not in allowed and value is not None)
     if unknown:
         raise CheckpointError(f"config: {key}: {', '.join(unknown)} not supported with rope type {kind!r}")
 
-    top_level = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
+    top_level = {
+        name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None
+    }
     for name, value in top_level.items():
         if rope.get(name) not in (None, value):
             raise CheckpointError(f"config: {name} {value!r} contradicts {key}.{name} {rope[name]!r}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, tokenizer or adapter that is damaged, contradicts itself or needs what is not supported."""
+    """A checkpoint, tokenizer or adapter that is damaged, contradicts itself or needs what is not
+    supported."""
 
 
 class DownloadError(FileNotFoundError):

@@ -1,8 +1,9 @@
 """GGUF files: a strict reader of the header, and the mapping to Hugging Face configs, names and row order.
 
-The `gguf` package's reader trusts every count in the file and needs seconds for a vocabulary of 49,152 tokens. A guard
-in front of it would have to walk the whole header anyway, so this walk *is* the reader: each count is held against the
-bytes that are left before anything is allocated. Block layouts and dequantisation stay with the `gguf` package.
+The `gguf` package's reader trusts every count in the file and needs seconds for a vocabulary of 49,152
+tokens. A guard in front of it would have to walk the whole header anyway, so this walk *is* the reader: each
+count is held against the bytes that are left before anything is allocated. Block layouts and dequantisation
+stay with the `gguf` package.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -33,7 +34,19 @@ _MAX_TENSORS = 10**6
 _MAX_DIMS = 4
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<B",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 
 _FLOATS = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
 _DEQUANTIZE_ELEMENTS = 1 << 22  # per call: `dequantize` holds its output twice
@@ -52,8 +65,9 @@ class GgufTensor:
 class GgufFile:
     """The header of a GGUF file, checked, and its tensors, memory-mapped.
 
-    `fields` maps metadata keys to int, float, bool, str, list[str] or a read-only numpy array; `tensors` maps GGUF names to
-    places. Raises CheckpointError for a file that is truncated or lies about any count, size, type or offset.
+    `fields` maps metadata keys to int, float, bool, str, list[str] or a read-only numpy array; `tensors` maps
+    GGUF names to places. Raises CheckpointError for a file that is truncated or lies about any count, size,
+    type or offset.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +83,8 @@ class GgufFile:
         self.fields, self.tensors = header.read()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor: F32, F16 and BF16 as they are, quantised ones as fp32. A copy; the rest of the file stays cold."""
+        """One tensor: F32, F16 and BF16 as they are, quantised ones as fp32. A copy; the rest of the file
+        stays cold."""
         place = self.tensors[name]
         raw = np.frombuffer(self._data, dtype=np.uint8, count=place.num_bytes, offset=place.offset)
         if place.kind in _FLOATS:
@@ -85,7 +100,9 @@ class GgufFile:
             try:
                 rows[part] = dequantize(blocks[part], place.kind)
             except NotImplementedError:
-                raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
+                raise CheckpointError(
+                    f"{self.path}: {name}: type {place.kind.name} cannot be dequantised"
+                ) from None
         return torch.from_numpy(out)
 
 
@@ -105,9 +122,15 @@ class _HeaderReader:
             raise self.error(f"version {version} is not supported; supported: {_VERSIONS}")
         tensor_count = self.scalar("<Q", "tensor count")
         field_count = self.scalar("<Q", "metadata count")
-        # The shortest entries: a key (8 + 1), a type (4) and a value (1); a name (8 + 1), dims (4 + 8), type and offset (12).
-        if field_count > (self.size - self.position) // 14 or tensor_count > (self.size - self.position) // 33:
-            raise self.error(f"claims {field_count} metadata entries and {tensor_count} tensors, more than it can hold")
+        # The shortest entries: a key (8 + 1), a type (4) and a value (1); a name (8 + 1), dims (4 + 8), type
+        # and offset (12).
+        if (
+            field_count > (self.size - self.position) // 14
+            or tensor_count > (self.size - self.position) // 33
+        ):
+            raise self.error(
+                f"claims {field_count} metadata entries and {tensor_count} tensors, more than it can hold"
+            )
         if tensor_count > _MAX_TENSORS:
             raise self.error(f"claims {tensor_count} tensors, more than {_MAX_TENSORS}")
         fields: dict[str, Any] = {}
@@ -180,7 +203,8 @@ class _HeaderReader:
                 raise self.error(f"tensor {name!r}: offset {offset} is not a multiple of {alignment}")
             if num_bytes > self.size or data_start + offset + num_bytes > self.size:
                 raise self.error(
-                    f"tensor {name!r} of {num_bytes} bytes at offset {offset} lies beyond the end of the file "
+                    f"tensor {name!r} of {num_bytes} bytes at offset {offset} lies beyond the end of the "
+                    "file "
                     f"({self.size} bytes): truncated?"
                 )
             tensors[name] = GgufTensor(shape, kind, data_start + offset, num_bytes)
@@ -193,7 +217,9 @@ class _HeaderReader:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.position:
-            raise self.error(f"ends inside {what!r}: {count} bytes wanted, {self.size - self.position} left: truncated?")
+            raise self.error(
+                f"ends inside {what!r}: {count} bytes wanted, {self.size - self.position} left: truncated?"
+            )
         start, self.position = self.position, self.position + count
         return self.data[start : self.position]
 
@@ -213,7 +239,7 @@ class _HeaderReader:
         return CheckpointError(f"{self.path}: {message}")
 
 
-# --- from llama.cpp's names and layouts to Hugging Face's -------------------------------------------------------------
+# --- from llama.cpp's names and layouts to Hugging Face's -------------------------------------------------
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -237,16 +263,30 @@ _LAYER_PATTERN = re.compile(r"blk\.(0|[1-9]\d{0,4})\.([a-z_]+)\.(weight|bias)")
 
 ROPE_FREQS = "rope_freqs.weight"
 
-# The keys of an architecture's block that are read, or that say nothing about the computation. Others are refused.
+# The keys of an architecture's block that are read, or that say nothing about the computation. Others are
+# refused.
 _READ_KEYS = frozenset(
-    """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
-    attention.key_length attention.value_length attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count
-    rope.scaling.type vocab_size""".split()
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "rope.scaling.type",
+        "vocab_size",
+    ]
 )
 
 
 def huggingface_name(gguf_name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a name that has no counterpart."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a name that has no
+    counterpart."""
     if gguf_name in _GLOBAL_NAMES:
         return _GLOBAL_NAMES[gguf_name]
     match = _LAYER_PATTERN.fullmatch(gguf_name)
@@ -256,13 +296,15 @@ def huggingface_name(gguf_name: str) -> str | None:
 
 
 def undo_rotary_permutation(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """llama.cpp interleaves the two rotary halves of each head's q and k rows; this puts them back. [heads * head_dim, ...]"""
+    """llama.cpp interleaves the two rotary halves of each head's q and k rows; this puts them back. [heads *
+    head_dim, ...]"""
     pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def config_from_gguf(file: GgufFile) -> ModelConfig:
-    """The model config that a GGUF's metadata and tensor list describe. Raises CheckpointError as ModelConfig does."""
+    """The model config that a GGUF's metadata and tensor list describe. Raises CheckpointError as ModelConfig
+    does."""
     path, fields = file.path, file.fields
     architecture = fields.get("general.architecture")
     if architecture not in ("llama", "qwen3"):
@@ -273,7 +315,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
 
     scaling = fields.get(prefix + "rope.scaling.type", "none")
     if scaling != "none":
-        raise CheckpointError(f"{path}: {prefix}rope.scaling.type {scaling!r} is not supported; only 'none' is")
+        raise CheckpointError(
+            f"{path}: {prefix}rope.scaling.type {scaling!r} is not supported; only 'none' is"
+        )
     unknown = sorted(key for key in fields if key.startswith(prefix) and key[len(prefix) :] not in _READ_KEYS)
     if unknown:
         raise CheckpointError(f"{path}: metadata not supported: {', '.join(unknown[:5])}")
@@ -299,7 +343,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     factors = None
     if ROPE_FREQS in file.tensors:
         if file.tensors[ROPE_FREQS].kind != GGMLQuantizationType.F32:
-            raise CheckpointError(f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32")
+            raise CheckpointError(
+                f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32"
+            )
         factors = tuple(file.tensor(ROPE_FREQS).flatten().tolist())
     try:
         return ModelConfig(

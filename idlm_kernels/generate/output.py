@@ -1,0 +1,141 @@
+"""The host's side of a request: its text as it grows, stop strings, and the figures of the decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from idlm_kernels.generate.params import SamplingParams
+from idlm_kernels.generate.state import LENGTH, RUNNING, STOPPED
+from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
+
+_REASONS = {STOPPED: "stop", LENGTH: "length"}
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """Text that became certain (possibly empty) and the tokens committed by one step."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished (or interrupted) request.
+
+    text: without special tokens and without the stop string. token_ids: committed tokens, the end token included.
+    tokens: their number. forwards: decode steps that committed them, the one that rode on the prefill included.
+    tpf: tokens / forwards. acceptance[j]: share of the verified drafts at index j that were accepted, given that all
+    before were; None where none was verified. tokens_per_second: prefill time included. finish_reason: "stop" (end
+    token, stop id or stop string), "length" or "cancelled". seed: the 64-bit seed in use. status: bits of
+    `verify_accept` seen on the way (0 is clean).
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    tokens: int
+    forwards: int
+    tpf: float
+    acceptance: list[float | None]
+    tokens_per_second: float
+    finish_reason: str
+    seed: int
+    plan: str
+    stride: int
+    status: int
+
+
+class RequestOutput:
+    """Collects the steps of one request. Nothing after a stop is kept or counted."""
+
+    def __init__(
+        self, prompt_tokens: int, params: SamplingParams, seed: int, tokenizer: Tokenizer | None, num_drafts: int
+    ):
+        self.params, self.seed, self.prompt_tokens = params, seed, prompt_tokens
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._text: list[str] = []
+        self._held = ""  # the end of the text, while it may be the start of a stop string
+        self._forwards = 0
+        self._verified = [0] * num_drafts
+        self._accepted = [0] * num_drafts
+        self._started = self._last = time.perf_counter()
+
+    def take(self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish: int) -> StreamEvent:
+        """Take the tokens that a step committed; returns what can be shown. Sets finish_reason at the end."""
+        kept: list[int] = []
+        shown = ""
+        for token in tokens:
+            kept.append(token)
+            shown += self._push([token])
+            if self.finish_reason is not None:  # a stop string ended with this token
+                break
+        if self.finish_reason is None and finish != RUNNING:
+            self.finish_reason = _REASONS[finish]
+            shown += self._flush()
+        self.token_ids += kept
+        self._forwards += 1
+        for j in range(min(num_drafts, num_accepted + 1, len(kept))):
+            self._verified[j] += 1
+            self._accepted[j] += j < num_accepted
+        self._last = time.perf_counter()
+        self._text.append(shown)
+        return StreamEvent(shown, kept)
+
+    def cancel(self) -> None:
+        """End an unfinished request here; text that was held back for a stop string is its text after all."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+            self._text.append(self._flush())
+
+    def _push(self, tokens: Sequence[int]) -> str:
+        return "" if self._detokenizer is None else self._release(self._detokenizer.push(tokens))
+
+    def _flush(self) -> str:
+        if self._detokenizer is None:
+            return ""
+        text = self._release(self._detokenizer.flush())
+        text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, piece: str) -> str:
+        """What of the held text and `piece` no stop string can claim any more."""
+        text = self._held + piece
+        found = [i for i in (text.find(s) for s in self.params.stop) if i >= 0]
+        if found:
+            self.finish_reason, self._held = "stop", ""
+            return text[: min(found)]
+        hold = max((_overlap(text, s) for s in self.params.stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def result(self, plan: str, stride: int, status: int) -> GenerationResult:
+        count, forwards, seconds = len(self.token_ids), self._forwards, self._last - self._started
+        shares = zip(self._accepted, self._verified, strict=True)
+        return GenerationResult(
+            text="".join(self._text),
+            token_ids=list(self.token_ids),
+            prompt_tokens=self.prompt_tokens,
+            tokens=count,
+            forwards=forwards,
+            tpf=count / forwards if forwards else 0.0,
+            acceptance=[a / v if v else None for a, v in shares],
+            tokens_per_second=count / seconds if seconds > 0 else 0.0,
+            finish_reason=self.finish_reason or "cancelled",
+            seed=self.seed,
+            plan=plan,
+            stride=stride,
+            status=status,
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that is a proper start of stop."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,84 @@
+"""What a request asks for, checked once."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_SEEDS = 1 << 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling and stopping of one request. Off values: top_k 0, top_p 1, min_p 0; temperature 0 is greedy.
+
+    seed: 0 .. 2^64 - 1, or None to have one drawn (the result tells which). max_tokens: the most new tokens. stop:
+    strings that end the text before them; stop_token_ids: ids that end it, beside the tokenizer's end-of-text ids
+    (which `ignore_eos` turns off).
+
+    Raises: TypeError, ValueError naming the field, what was given and what is wanted.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high, wanted in (
+            ("temperature", 0.0, math.inf, "a finite number >= 0"),
+            ("top_p", 0.0, 1.0, "a number above 0 and at most 1 (1 is off)"),
+            ("min_p", 0.0, 1.0, "a number from 0 (off) to 1"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not (low <= value <= high) or math.isinf(value) or (name == "top_p" and value == 0):
+                raise ValueError(f"{name} is {value}, wanted {wanted}")
+        _int("top_k", self.top_k, 0, 2**31 - 1, "0 (off) or a positive number")
+        _int("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1")
+        if self.seed is not None:
+            _int("seed", self.seed, 0, _SEEDS - 1, "0 to 2^64 - 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop is {list(stop)}, wanted strings that are not empty")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token in self.stop_token_ids:
+            _int("stop_token_ids", token, 0, 2**31 - 1, "token ids")
+
+
+def _int(name: str, value: int, low: int, high: int, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, wanted {wanted}")
+
+
+def draw_seed() -> int:
+    return secrets.randbits(64)
+
+
+def mixed_seed(seed: int, index: int) -> int:
+    """The seed of prompt `index` of a batch that was given one seed, so that no two requests share their noise.
+
+    Prompt 0 keeps the seed; the others take steps of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection.
+    """
+    if index == 0:
+        return seed
+    z = (seed + index * 0x9E3779B97F4A7C15) % _SEEDS
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % _SEEDS
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % _SEEDS
+    return z ^ (z >> 31)
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 with the bits of a 64-bit seed."""
+    return seed - _SEEDS if seed >= _SEEDS // 2 else seed

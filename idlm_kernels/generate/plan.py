@@ -1,0 +1,126 @@
+"""The plan of a step: which rows each request runs, and the packing of those rows into one forward.
+
+Words and layout: design sections 2 and 3. A request with n drafts runs clean rows 0..n (pending, drafts), then K MASK
+rows for each branch. `plan_rows` is a pure function of device tensors with shapes that depend on (B, plan) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.generate.state import RUNNING, DecodeState
+from idlm_kernels.model.transformer import Rows
+
+PlanKind = Literal["ar", "chain", "branched"]
+MAX_STRIDE = {"ar": 1, "chain": 32, "branched": 8}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """kind and stride N of every step of a batch. AR is the plan with N = 1: one row, no draft, no MASK."""
+
+    kind: PlanKind
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in MAX_STRIDE:
+            raise ValueError(f"plan is {self.kind!r}, wanted one of {', '.join(MAX_STRIDE)}")
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int):
+            raise TypeError(f"stride must be an int, got {type(self.stride).__name__}")
+        if self.kind == "ar":
+            object.__setattr__(self, "stride", 1)
+        elif not 2 <= self.stride <= MAX_STRIDE[self.kind]:
+            raise ValueError(f"stride is {self.stride}, wanted 2 to {MAX_STRIDE[self.kind]} for a {self.kind} plan")
+
+    @property
+    def branched(self) -> bool:
+        return self.kind == "branched"
+
+    @property
+    def num_drafts(self) -> int:
+        """K, the drafts of a step and the MASK rows of a branch."""
+        return self.stride - 1
+
+    @property
+    def max_rows(self) -> int:
+        """R, the most rows of a request in a step."""
+        return self.stride**2 if self.branched else 2 * self.stride - 1
+
+
+def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) -> Tensor:
+    """Slot (page * page_size + offset), int64, of the index-th token of a request."""
+    return page_table[request, index // page_size].long() * page_size + index % page_size
+
+
+def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
+    """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
+    batch, num_k, device = state.batch, plan.num_drafts, state.lengths.device
+    running = state.finish == RUNNING
+    length, n = state.lengths.long(), state.num_drafts.long()
+    num_branches = n + 1 if plan.branched else torch.ones_like(n)
+    m = (1 + n + num_branches * num_k) * running
+    query_start_loc = torch.nn.functional.pad(m.cumsum(0), (1, 0))
+
+    t = torch.arange(batch * plan.max_rows, device=device)
+    request = torch.searchsorted(query_start_loc[1:], t, right=True).clamp(max=batch - 1)
+    is_row = t < query_start_loc[-1]
+    r = torch.where(is_row, t - query_start_loc[request], 0)  # index of the row in its request
+    row_n, row_length = n[request], length[request]
+
+    is_clean = r <= row_n
+    mask_index = (r - 1 - row_n).clamp(min=0)
+    branch = mask_index // max(num_k, 1) if plan.branched else row_n
+    j = mask_index - (branch * num_k if plan.branched else 0)
+    position = row_length - 1 + torch.where(is_clean, r, 1 + branch + j)
+
+    pending = state.text[request, row_length - 1]
+    clean_id = pending
+    if num_k:
+        clean_id = torch.where(r == 0, pending, state.drafts[request, (r - 1).clamp(0, num_k - 1)])
+    is_mask = is_row & ~is_clean
+    ids = torch.where(is_mask, state.mask_id, clean_id)
+
+    tail_mask = None
+    if plan.branched:
+        own = ((2 << j) - 1) << (1 + row_n + branch * num_k).clamp(max=63)
+        tail_mask = torch.where(is_clean, (2 << r) - 1, ((2 << branch) - 1) | own)
+
+    slot = slot_of(state.page_table, request, row_length - 1 + r, page_size)
+    return Rows(
+        ids=torch.where(is_row, ids, 0),
+        is_mask=is_mask,
+        positions=torch.where(is_row, position, 0),
+        slot_mapping=torch.where(is_row, slot, -1),
+        page_table=state.page_table,
+        seq_lens=torch.where(running, length - 1 + m, 0).to(torch.int32),
+        query_start_loc=query_start_loc.to(torch.int32),
+        tail_mask=tail_mask,
+        max_query_len=plan.max_rows,
+    )
+
+
+def prefill_rows(state: DecodeState, b: int, start: int, stop: int, num_masks: int, page_size: int) -> Rows:
+    """Tokens start..stop-1 of request b, then num_masks MASK rows: one prefill chunk of a request.
+
+    With num_masks > 0 (or stop = L) the chunk ends in the rows of the first step, which so costs no forward of its
+    own: pending, and the MASK rows after it, are plain causal rows behind the prompt.
+    """
+    device, table = state.text.device, state.page_table[b : b + 1]
+    count = stop - start + num_masks
+    index = torch.arange(start, stop + num_masks, device=device)
+    is_mask = index >= stop
+    return Rows(
+        ids=torch.where(is_mask, state.mask_id, state.text[b, index.clamp(max=stop - 1)]),
+        is_mask=is_mask,
+        positions=index,
+        slot_mapping=slot_of(table, torch.zeros_like(index), index, page_size),
+        page_table=table,
+        seq_lens=torch.full((1,), stop + num_masks, dtype=torch.int32, device=device),
+        query_start_loc=torch.tensor([0, count], dtype=torch.int32, device=device),
+        tail_mask=None,
+        max_query_len=count,
+    )

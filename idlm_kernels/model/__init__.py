@@ -1,0 +1,24 @@
+"""Models: configs, checkpoints, tokenizers, adapters, and the transformer built of the ops."""
+
+from idlm_kernels.model.adapter import Adapter, load_adapter
+from idlm_kernels.model.checkpoint import Checkpoint, load_checkpoint
+from idlm_kernels.model.config import ModelConfig, RopeScaling
+from idlm_kernels.model.errors import CheckpointError, DownloadError
+from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
+from idlm_kernels.model.transformer import KVCache, Rows, Transformer
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "CheckpointError",
+    "Detokenizer",
+    "DownloadError",
+    "KVCache",
+    "ModelConfig",
+    "RopeScaling",
+    "Rows",
+    "Tokenizer",
+    "Transformer",
+    "load_adapter",
+    "load_checkpoint",
+]

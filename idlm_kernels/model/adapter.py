@@ -1,0 +1,256 @@
+"""LoRA adapters in PEFT's folder layout, plus the learned MASK embedding that may lie beside them.
+
+The adapter of R-ISD is active on MASK rows alone, so it is never merged into the weights; its pairs are
+handed out as they are. What a PEFT config can ask for beyond plain LoRA on the seven linears is refused by
+name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._files import SafetensorsFile, read_json_object, require_finite, require_float
+from .config import ModelConfig
+from .errors import CheckpointError
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BLOCK_OF = {module: "self_attn" if module in MODULES[:4] else "mlp" for module in MODULES}
+_TENSOR = re.compile(
+    r"base_model\.model\.(model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight"
+)
+
+# What says nothing about the result of a forward pass, or is read below.
+_HARMLESS_KEYS = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+        "ensure_weight_tying",
+        "eva_config",
+    ]
+)
+# Initialisations that leave the base weights alone. PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA change them.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_REASONS = {
+    "use_dora": "DoRA rescales whole rows of the base weights",
+    "modules_to_save": "it replaces whole modules of the base model",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "fan_in_fan_out": "the base weights are stored as [out, in]",
+    "lora_bias": "only the two matrices are applied",
+}
+_MAX_PATTERN_CHARS = 200
+
+
+@dataclass
+class Adapter:
+    """LoRA pairs by layer and module: a gated row adds `scale * (x A^T) B^T`.
+
+    Every pair has the same rank: a module of a lower one is padded with zeros, and where a module's own scale
+    differs from `scale` the ratio is folded into its B (which is fp32 then; all else keeps its stored dtype).
+    """
+
+    name: str
+    rank: int
+    scale: float
+    mask_embedding: torch.Tensor | None  # [hidden], the input of MASK rows, when it was learned
+    pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+
+    def pair(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(A [rank, in], B [out, rank]) of one of the seven linears, or None when the adapter leaves it
+        alone."""
+        if module not in MODULES:
+            raise ValueError(f"module is {module!r}, wanted one of {', '.join(MODULES)}")
+        return self.pairs.get((layer, module))
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """Reads adapter_config.json, adapter_model.safetensors and, where present, mask_embedding.safetensors.
+
+    Raises FileNotFoundError when one of the first two is missing, CheckpointError when the adapter does not
+    fit `config`, is damaged, or needs more than plain LoRA.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; wanted one with adapter_config.json in it")
+    config_file, weights_file = path / "adapter_config.json", path / "adapter_model.safetensors"
+    settings = read_json_object(config_file, max_bytes=16 << 20)
+    if not weights_file.is_file() and (path / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{path / 'adapter_model.bin'}: pickle adapters can run code when they are read and are never "
+            "opened; save "
+            "it again with PEFT's save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        _refuse_unsupported(settings)
+        scales = _Scales(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{config_file}: {error}") from None
+
+    file = SafetensorsFile(weights_file)
+    # (layer, module) -> "A" or "B" -> (module path, tensor name)
+    found: dict[tuple[int, str], dict[str, tuple[str, str]]] = {}
+    for name in sorted(file.names):
+        match = _TENSOR.fullmatch(name)
+        if match is None or match[3] not in MODULES or f".{_BLOCK_OF[match[3]]}." not in name:
+            raise CheckpointError(f"{weights_file}: {name} is not a LoRA matrix of {', '.join(MODULES)}")
+        if int(match[2]) >= config.num_layers:
+            raise CheckpointError(
+                f"{weights_file}: {name} is for a model of more than {config.num_layers} layers"
+            )
+        require_float(weights_file, name, file.dtype(name))
+        found.setdefault((int(match[2]), match[3]), {})[match[4]] = match[1], name
+    if not found:
+        raise CheckpointError(f"{weights_file}: holds no LoRA matrices")
+
+    shapes = config.tensor_shapes()
+    plans: dict[tuple[int, str], tuple[str, str, int, float]] = {}
+    for key, halves in found.items():
+        if len(halves) != 2:
+            _, name = next(iter(halves.values()))
+            raise CheckpointError(
+                f"{weights_file}: {name} has no counterpart (lora_A and lora_B belong together)"
+            )
+        (module, name_a), (_, name_b) = halves["A"], halves["B"]
+        rank, scale = scales.of(module)
+        size_out, size_in = shapes[module + ".weight"]
+        for name, wanted in ((name_a, (rank, size_in)), (name_b, (size_out, rank))):
+            if file.shape(name) != wanted:
+                raise CheckpointError(
+                    f"{weights_file}: {name} has shape {list(file.shape(name))}, the model and rank "
+                    f"{rank} ask for {list(wanted)}"
+                )
+        plans[key] = name_a, name_b, rank, scale
+
+    rank = max(plan[2] for plan in plans.values())
+    pairs = {}
+    for key, (name_a, name_b, own_rank, own_scale) in plans.items():
+        lora_a, lora_b = file.tensor(name_a), file.tensor(name_b)
+        require_finite(weights_file, name_a, lora_a)
+        require_finite(weights_file, name_b, lora_b)
+        if own_scale != scales.default:
+            lora_b = lora_b.float() * (own_scale / scales.default)
+        if own_rank != rank:
+            lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, rank - own_rank))
+            lora_b = torch.nn.functional.pad(lora_b, (0, rank - own_rank))
+        pairs[key] = lora_a, lora_b
+    return Adapter(path.resolve().name, rank, scales.default, _mask_embedding(path, config), pairs)
+
+
+def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(f"peft_type {settings.get('peft_type')!r} is not supported; only 'LORA' is")
+    if settings.get("bias", "none") != "none":
+        raise CheckpointError(f"bias {settings['bias']!r} is not supported; only 'none' is")
+    if settings.get("init_lora_weights") not in _HARMLESS_INITS:
+        raise CheckpointError(
+            f"init_lora_weights {settings['init_lora_weights']!r} is not supported: it changes the base "
+            "weights; convert "
+            "the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for key, value in settings.items():
+        if value and key not in _HARMLESS_KEYS:
+            raise CheckpointError(
+                f"{key} is not supported: {_REASONS.get(key, 'plain LoRA has no such setting')}"
+            )
+
+
+class _Scales:
+    """Rank and scale of each module, after PEFT's rule: the first pattern that matches the end of its
+    path."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._rslora = settings.get("use_rslora") or False
+        if not isinstance(self._rslora, bool):
+            raise CheckpointError(f"use_rslora is {self._rslora!r}, wanted true or false")
+        self._rank = _rank(settings.get("r"), "r")
+        self._alpha = _alpha(settings.get("lora_alpha"), "lora_alpha")
+        self._ranks = {
+            key: _rank(value, "rank_pattern") for key, value in _patterns(settings, "rank_pattern")
+        }
+        self._alphas = {
+            key: _alpha(value, "alpha_pattern") for key, value in _patterns(settings, "alpha_pattern")
+        }
+        self.default = self._scale(self._rank, self._alpha)
+
+    def of(self, module: str) -> tuple[int, float]:
+        rank = next((value for key, value in self._ranks.items() if key.match(module)), self._rank)
+        alpha = next((value for key, value in self._alphas.items() if key.match(module)), self._alpha)
+        return rank, self._scale(rank, alpha)
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self._rslora else rank)
+
+
+def _patterns(settings: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], Any]]:
+    patterns = settings.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{name} is {patterns!r}, wanted a JSON object")
+    compiled = []
+    for key, value in patterns.items():
+        # A stranger's regular expression: without repetition it cannot take exponential time.
+        if len(key) > _MAX_PATTERN_CHARS or not re.fullmatch(r"[\w.\\^|()\[\]-]+", key):
+            raise CheckpointError(
+                f"{name}: {key[:60]!r} is not supported; wanted module names without repetition (* + ?)"
+            )
+        try:
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
+        except re.error as error:
+            raise CheckpointError(f"{name}: {key!r} is not a regular expression: {error}") from None
+    return compiled
+
+
+def _rank(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**16:
+        raise CheckpointError(f"{name} is {value!r}, wanted a rank from 1 to 65536")
+    return value
+
+
+def _alpha(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
+        raise CheckpointError(f"{name} is {value!r}, wanted a number above 0")
+    return float(value)
+
+
+def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
+    location = path / "mask_embedding.safetensors"
+    if not location.is_file():
+        return None
+    file = SafetensorsFile(location)
+    if file.names != {"mask_embedding"}:
+        raise CheckpointError(
+            f"{location}: holds {sorted(file.names)[:5]}, wanted the tensor 'mask_embedding' alone"
+        )
+    require_float(location, "mask_embedding", file.dtype("mask_embedding"))
+    if file.shape("mask_embedding") != (config.hidden_size,):
+        raise CheckpointError(
+            f"{location}: mask_embedding has shape {list(file.shape('mask_embedding'))}, wanted "
+            f"[{config.hidden_size}]"
+        )
+    embedding = file.tensor("mask_embedding")
+    require_finite(location, "mask_embedding", embedding)
+    return embedding

@@ -1,0 +1,238 @@
+"""The transformer: Qwen3, SDAR and Llama as one stack of ops, with an optional LoRA adapter on MASK rows.
+
+A forward takes packed rows of any mixture of requests, writes their K and V to the paged cache and returns logits.
+It owns no arithmetic: everything is an op of `idlm_kernels.ops`, so each backend computes the whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from idlm_kernels import ops
+from idlm_kernels.model.adapter import Adapter
+from idlm_kernels.model.checkpoint import Checkpoint
+from idlm_kernels.model.config import ModelConfig
+from idlm_kernels.model.errors import CheckpointError
+from python_ref import rotary_table
+
+
+@dataclass
+class Rows:
+    """The rows of one forward, packed by request. T rows, B requests; rows past query_start_loc[B] are padding.
+
+    ids int64 [T]; is_mask bool [T]; positions int64 [T]; slot_mapping int64 [T] (-1: nothing is written);
+    page_table int32 [B, max_pages]; seq_lens int32 [B], these rows included; query_start_loc int32 [B + 1];
+    tail_mask int64 [T] or None for plain causal rows; max_query_len: the most rows of one request.
+    """
+
+    ids: Tensor
+    is_mask: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    tail_mask: Tensor | None
+    max_query_len: int
+
+
+class KVCache:
+    """Paged keys and values of every layer: views [num_pages, page_size, Hkv, D].
+
+    On a CPU the memory is head-major, since there a request's pages are gathered per head; on a GPU the tokens of a
+    page lie together, as in other engines.
+    """
+
+    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        self.page_size = page_size
+        layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
+        if device.type == "cpu":
+            storage = torch.zeros(2, layers, heads, num_pages, page_size, dim, dtype=dtype, device=device)
+            storage = storage.permute(0, 1, 3, 4, 2, 5)
+        else:
+            storage = torch.zeros(2, layers, num_pages, page_size, heads, dim, dtype=dtype, device=device)
+        self.k: list[Tensor] = list(storage[0])
+        self.v: list[Tensor] = list(storage[1])
+
+
+@dataclass
+class Projection:
+    """A linear layer, possibly several packed side by side (`widths`), possibly with an adapter for MASK rows."""
+
+    weight: Tensor  # [N, K], prepared for the backend
+    bias: Tensor | None
+    widths: list[int]
+    lora: tuple[Tensor, Tensor] | None  # A [S * r, K], B [N, r]
+    scale: float
+
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        if self.lora is None:
+            return ops.linear(x, self.weight, bias=self.bias)
+        a, b = self.lora
+        return ops.gated_lora_linear(x, self.weight, a, b, gate, self.scale, bias=self.bias, slices=self.widths)
+
+
+@dataclass
+class Layer:
+    attention_norm: Tensor
+    qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    down: Projection
+
+
+class Transformer:
+    """A causal transformer on one device.
+
+    Attributes: config; device; dtype: of activations, logits and KV; weight_dtype; max_positions: rows of the rotary
+    table; has_adapter.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: str | torch.dtype = "auto",
+        adapter: Adapter | None = None,
+    ):
+        self.config = config = checkpoint.config
+        self.device = torch.device(device)
+        self.weight_dtype = _weight_dtype(dtype, checkpoint, self.device)
+        # A CPU keeps activations in fp32: half precision would save nothing there and cost accuracy.
+        self.dtype = torch.float32 if self.device.type == "cpu" else self.weight_dtype
+        self.has_adapter = adapter is not None
+        self._checkpoint, self._adapter = checkpoint, adapter
+
+        self.embedding = self._load("model.embed_tokens.weight").to(self.weight_dtype).to(self.device)
+        self.layers = [self._layer(i) for i in range(config.num_layers)]
+        self.norm = self._vector("model.norm.weight")
+        head = self.embedding if config.tie_word_embeddings else self._load("lm_head.weight")
+        self.head = ops.prepare_weight(head.to(self.weight_dtype).to(self.device))
+        self.mask_embedding = self._mask_embedding()
+        self._inv_freq = config.inv_freq().to(self.device)
+        self.rotary = rotary_table(self._inv_freq, 0)
+        self.reserve_positions(1024)
+        del self._checkpoint, self._adapter
+
+    # Loading
+
+    def _load(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name)
+
+    def _vector(self, name: str) -> Tensor:
+        return self._load(name).to(device=self.device, dtype=self.dtype)
+
+    def _layer(self, index: int) -> Layer:
+        config, prefix = self.config, f"model.layers.{index}"
+        norm = config.qk_norm
+        return Layer(
+            attention_norm=self._vector(f"{prefix}.input_layernorm.weight"),
+            qkv=self._projection(index, "self_attn", ("q_proj", "k_proj", "v_proj"), config.attention_bias),
+            q_norm=self._vector(f"{prefix}.self_attn.q_norm.weight") if norm else None,
+            k_norm=self._vector(f"{prefix}.self_attn.k_norm.weight") if norm else None,
+            o=self._projection(index, "self_attn", ("o_proj",), config.attention_bias),
+            mlp_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._projection(index, "mlp", ("gate_proj", "up_proj"), config.mlp_bias),
+            down=self._projection(index, "mlp", ("down_proj",), config.mlp_bias),
+        )
+
+    def _projection(self, index: int, block: str, modules: tuple[str, ...], has_bias: bool) -> Projection:
+        names = [f"model.layers.{index}.{block}.{module}" for module in modules]
+        parts = [self._load(f"{name}.weight").to(self.weight_dtype) for name in names]
+        widths = [part.shape[0] for part in parts]
+        in_features = parts[0].shape[1]
+        bias = torch.cat([self._vector(f"{name}.bias") for name in names]) if has_bias else None
+        weight = ops.prepare_weight(torch.cat(parts).to(self.device))
+        lora, scale = None, 1.0
+        if self._adapter is not None:
+            pairs = [self._adapter.pair(index, module) for module in modules]
+            if any(pair is not None for pair in pairs):
+                rank, scale = self._adapter.rank, self._adapter.scale
+                a = torch.cat([torch.zeros(rank, in_features) if p is None else p[0].float() for p in pairs])
+                b = torch.cat(
+                    [torch.zeros(w, rank) if p is None else p[1].float() for w, p in zip(widths, pairs, strict=True)]
+                )
+                lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
+        return Projection(weight, bias, widths, lora, scale)
+
+    def _mask_embedding(self) -> Tensor | None:
+        """What MASK rows embed: the adapter's vector, else the model's own MASK token (None), else the mean token."""
+        if self._adapter is not None and self._adapter.mask_embedding is not None:
+            return self._adapter.mask_embedding.to(self.device, self.dtype)
+        if self.config.mask_token_id is not None:
+            return None
+        return self.embedding.float().mean(0).to(self.dtype)
+
+    def reserve_positions(self, count: int) -> None:
+        """Let the rotary table cover positions 0 .. count - 1. Not to be called while a graph refers to it."""
+        if count > self.rotary.shape[0]:
+            self.rotary = rotary_table(self._inv_freq, count)
+
+    # Running
+
+    def new_cache(self, num_pages: int, page_size: int) -> KVCache:
+        return KVCache(self.config, num_pages, page_size, self.dtype, self.device)
+
+    def forward(self, rows: Rows, cache: KVCache, logits_rows: Tensor | None = None) -> Tensor:
+        """Logits [T, V] of the rows, or [R, V] of those that logits_rows int64 [R] names. Writes K and V of all rows."""
+        eps, gate = self.config.rms_norm_eps, rows.is_mask
+        residual = ops.embed(
+            rows.ids, self.embedding, is_mask=gate, mask_embedding=self.mask_embedding, dtype=self.dtype
+        )
+        x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(x, gate)
+            q = ops.qk_norm_rope_append(
+                qkv,
+                rows.positions,
+                self.rotary,
+                rows.slot_mapping,
+                cache.k[i],
+                cache.v[i],
+                q_weight=layer.q_norm,
+                k_weight=layer.k_norm,
+                eps=eps,
+            )
+            o = ops.strided_attention(
+                q,
+                cache.k[i],
+                cache.v[i],
+                rows.page_table,
+                rows.seq_lens,
+                rows.query_start_loc,
+                tail_mask=rows.tail_mask,
+                max_query_len=rows.max_query_len,
+            )
+            x = layer.o(o.flatten(1), gate)
+            x = ops.rms_norm(x, layer.mlp_norm, eps, residual=residual)
+            x = layer.down(ops.silu_and_mul(layer.gate_up(x, gate)), gate)
+            next_norm = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.norm
+            x = ops.rms_norm(x, next_norm, eps, residual=residual)
+        if logits_rows is not None:
+            x = x[logits_rows]
+        return ops.linear(x, self.head)
+
+
+def _weight_dtype(wanted: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if isinstance(wanted, torch.dtype):
+        if wanted not in names.values():
+            raise ValueError(f"dtype is {wanted}, wanted float32, float16 or bfloat16")
+        return wanted
+    if wanted in names:
+        return names[wanted]
+    if wanted != "auto":
+        raise ValueError(f"dtype is {wanted!r}, wanted one of auto, {', '.join(names)}")
+    if checkpoint.path.suffix == ".gguf":  # quantised weights: any 16 bits hold what is left of them
+        return torch.float16 if device.type == "cpu" else torch.bfloat16
+    stored = checkpoint.tensor("model.norm.weight").dtype
+    if stored not in names.values():
+        raise CheckpointError(f"{checkpoint.name}: weights are stored as {stored}; choose --dtype fp32, fp16 or bf16")
+    return stored
