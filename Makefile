@@ -63,7 +63,7 @@ $(VENV)/.created:
 
 $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@$(PIP) install -c constraints.txt setuptools >&2
-	@$(PIP) install $(if $(IDLM_TORCH_INDEX),--no-deps --index-url "$(IDLM_TORCH_INDEX)") $(TORCH) -c constraints.txt >&2
+	@$(PIP) install $(TORCH) $(if $(IDLM_TORCH_INDEX),--no-deps --index-url "$(IDLM_TORCH_INDEX)",-c constraints.txt) >&2
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(PINS)

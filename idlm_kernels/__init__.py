@@ -8,6 +8,7 @@ from idlm_kernels._version import __version__
 from idlm_kernels.ops import (
     advance,
     backends,
+    current_backend,
     embed,
     gated_lora_linear,
     linear,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "advance",
     "backends",
+    "current_backend",
     "embed",
     "gated_lora_linear",
     "linear",

@@ -58,6 +58,8 @@ def strided_attention(
     no request are zero and their lse is -inf. lse fp32 [T, Hq] receives the natural log-sum-exp.
     """
     num_rows, num_heads, head_dim = q.shape
+    if num_rows == 0:
+        return torch.empty_like(q) if out is None else out
     batch = seq_lens.shape[0]
     num_kv_heads = k_cache.shape[2]
     acc = torch.promote_types(q.dtype, torch.float32)

@@ -62,7 +62,7 @@ def qk_norm_rope_append(
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     acc = _accumulator(qkv.dtype)
     q_acc = q.to(acc) if q_weight is None else _normalise(q, q_weight, eps)

@@ -27,7 +27,8 @@ class QState:
     """The laws that the current drafts were drawn from, exactly as they were sampled (`rejection` only).
 
     logits [B, K, V]: the MASK rows, logit_bias added; cut fp32 [B, K]: an id is kept iff logit / T >= cut;
-    log_norm fp32 [B, K]: log-sum-exp of the kept logits / T. Read, then overwritten with those of the next drafts.
+    log_norm fp32 [B, K]: log-sum-exp of the kept logits / T; both fp64 for fp64 logits. Read, then overwritten with
+    those of the next drafts; a request without rows in a step keeps its own.
     """
 
     logits: Tensor
@@ -36,11 +37,24 @@ class QState:
 
     @classmethod
     def empty(cls, batch: int, num_drafts: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> QState:
+        acc = torch.promote_types(dtype, torch.float32)
         return cls(
             torch.zeros(batch, num_drafts, vocab_size, dtype=dtype, device=device),
-            torch.zeros(batch, num_drafts, dtype=torch.float32, device=device),
-            torch.zeros(batch, num_drafts, dtype=torch.float32, device=device),
+            torch.zeros(batch, num_drafts, dtype=acc, device=device),
+            torch.zeros(batch, num_drafts, dtype=acc, device=device),
         )
+
+    def requests(self, first: int, last: int) -> QState:
+        """A view of requests first .. last - 1."""
+        return QState(self.logits[first:last], self.cut[first:last], self.log_norm[first:last])
+
+
+def add_bias(logits: Tensor, logit_bias: Tensor | None) -> Tensor:
+    """logits + logit_bias in the accumulator dtype: a bf16 sum would swallow a small penalty of a large logit."""
+    if logit_bias is None:
+        return logits
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(acc) + logit_bias.to(acc)
 
 
 def sanitise(logits: Tensor, id_limit: int, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +93,7 @@ def truncation_cut(z: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     p_cut = torch.where(top_p.unsqueeze(-1) < 1, ordered.gather(-1, before.clamp(max=vocab_size - 1)), -math.inf)
     likely = torch.exp(ordered - ordered[..., :1]) >= min_p.unsqueeze(-1)
     kept = (ordered >= kth) & (ordered >= p_cut) & likely & (ordered > -math.inf)
-    return ordered.masked_fill(~kept, math.inf).amin(-1)
+    return ordered.masked_fill(~kept, math.inf).amin(-1).minimum(ordered[..., 0])  # the largest always stays
 
 
 def lowest_argmax(score: Tensor) -> Tensor:
@@ -97,7 +111,7 @@ def perturbed_argmax(z: Tensor, cut: Tensor, greedy: Tensor, noise: Tensor) -> T
 def law(z: Tensor, cut: Tensor, log_norm: Tensor, greedy: Tensor) -> Tensor:
     """Probabilities [..., V] of the transformed row; a point mass on the argmax for greedy rows."""
     soft = torch.exp(z - log_norm.unsqueeze(-1)).masked_fill(z < cut.unsqueeze(-1), 0.0)
-    point = torch.nn.functional.one_hot(lowest_argmax(z), z.shape[-1]).to(z.dtype)
+    point = (torch.arange(z.shape[-1], device=z.device) == lowest_argmax(z).unsqueeze(-1)).to(z.dtype)
     return torch.where(greedy.unsqueeze(-1), point, soft)
 
 
@@ -125,8 +139,7 @@ def sample_rows(
 
     `positions` are those of the predicted tokens. mask_id = -1 when there is none. Bits are or-ed into status [T].
     """
-    x = logits if logit_bias is None else logits + logit_bias
-    x, row_status = sanitise(x, id_limit, mask_id)
+    x, row_status = sanitise(add_bias(logits, logit_bias), id_limit, mask_id)
     z = scale_by_temperature(x, temperature)
     cut = truncation_cut(z, top_k, top_p, min_p)
     if status is not None:
@@ -178,7 +191,7 @@ def verify_accept(
     def transform(rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [B, R, V], cut [B, R] and the biased logits of rows [B, R]; status bits of the valid ones are kept."""
         nonlocal flags
-        raw = logits[rows] if logit_bias is None else logits[rows] + logit_bias[rows]
+        raw = add_bias(logits[rows], None if logit_bias is None else logit_bias[rows])
         x, row_status = sanitise(raw, id_limit, mask_id)
         for r in range(rows.shape[1]):
             flags = flags | torch.where(valid[:, r], row_status[:, r], 0)
@@ -242,9 +255,12 @@ def verify_accept(
         next_drafts = torch.where(has_row, sampled, -1)
         if mode == "rejection":
             assert q_state is not None
-            q_state.logits.copy_(raw)
-            q_state.cut.copy_(cut)
-            q_state.log_norm.copy_(log_norm_of(z, cut))
+            # A request without rows in this step keeps its drafts, and so their laws.
+            here = present.unsqueeze(1)
+            q_state.logits.copy_(torch.where(here.unsqueeze(2), raw.to(q_state.logits.dtype), q_state.logits))
+            q_state.cut.copy_(torch.where(here, cut.to(q_state.cut.dtype), q_state.cut))
+            log_norm = log_norm_of(z, cut).to(q_state.log_norm.dtype)
+            q_state.log_norm.copy_(torch.where(here, log_norm, q_state.log_norm))
     if status is not None:
         status |= torch.where(present, flags, 0)
     next_num_drafts = torch.where(proposed, num_k, 0)

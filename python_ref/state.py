@@ -49,8 +49,6 @@ def advance(
     stopped = running & (until_stop <= emitted)
     full = running & ~stopped & (lengths >= length_limits)
     finish.copy_(torch.where(stopped, STOPPED, torch.where(full, LENGTH, finish)))
-    goes_on = finish == RUNNING
     drafts.copy_(torch.where(running.unsqueeze(1), next_drafts, drafts))
-    num_drafts.copy_(torch.where(running, next_num_drafts, num_drafts))
-    num_drafts *= goes_on
+    num_drafts.copy_(torch.where(running, next_num_drafts * (finish == RUNNING), num_drafts))
     return emitted.to(torch.int32) if out is None else out.copy_(emitted)

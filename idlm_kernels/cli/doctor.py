@@ -39,25 +39,26 @@ def doctor() -> None:
         facts.add_row("cuda", "no device")
 
     chosen = {device_type: idlm_kernels.backends(device_type) for device_type in device_types}
-    ops = Table("op", *device_types, title="Backend of each op", title_justify="left")
+    ops = Table("op", *device_types)
     for op in chosen["cpu"]:
         ops.add_row(op, *(chosen[device_type][op] for device_type in device_types))
-
-    linears = Table("dtype", *device_types, title="Rows of a linear keep their bits", title_justify="left")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kept = (_rows_keep_their_bits(device_type, dtype) for device_type in device_types)
-        linears.add_row(str(dtype).removeprefix("torch."), *("yes" if k else "NO" for k in kept))
+        name = str(dtype).removeprefix("torch.")
+        ops.add_row(
+            f"rows of a {name} linear", *("keep their bits" if k else "depend on other rows" for k in kept)
+        )
 
     console = Console()
-    console.print(facts, ops, linears, sep="\n\n")
+    console.print(facts)
+    console.print("Backend of each op:")
+    console.print(ops)
     if "cuda" in device_types:
-        console.print(
-            "The torch backend makes no promise of equal bits on CUDA: --check may find differences there."
-        )
+        console.print("The torch backend promises no equal bits on CUDA: --check may find differences there.")
 
 
 def _rows_keep_their_bits(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether 1 to 64 rows through the backend in use give each row the same bits: exact decoding rests on it."""
+    """Whether a row gets the same bits among 1 to 64 rows from the backend in use; exactness rests on it."""
     import torch
 
     import idlm_kernels

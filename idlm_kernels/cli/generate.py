@@ -7,8 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,32 +15,10 @@ from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import GenerationResult, Generator, SamplingParams
+    from idlm_kernels.model import Tokenizer
 
 
-class Plan(str, Enum):
-    ar = "ar"
-    chain = "chain"
-    branched = "branched"
-
-
-class Verify(str, Enum):
-    match = "match"
-    rejection = "rejection"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
+PlanName = Literal["ar", "chain", "branched"]
 Unsupported = Annotated[str | None, typer.Option(hidden=True)]
 
 
@@ -66,10 +43,11 @@ def generate(
     ] = "default",
     adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter for the MASK rows.")] = None,
     stride: Annotated[int, typer.Option("--stride", "-n", help="Tokens that one forward may commit.")] = 4,
-    plan: Annotated[Plan, typer.Option(help="Which rows a forward has.")] = Plan.branched,
+    plan: Annotated[PlanName, typer.Option(help="Which rows a forward has.")] = "branched",
     verify: Annotated[
-        Verify, typer.Option(help="match: the tokens of AR sampling; rejection: their distribution.")
-    ] = Verify.match,
+        Literal["match", "rejection"],
+        typer.Option(help="match: the tokens of AR sampling; rejection: their distribution."),
+    ] = "match",
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -80,9 +58,13 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.")
     ] = None,
     max_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens per page of the KV cache.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights and activations.")] = Dtype.auto,
-    device: Annotated[Device, typer.Option(help="auto: CUDA where there is a device.")] = Device.auto,
+    page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64,
+    dtype: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a device.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
     as_json: Annotated[
@@ -105,7 +87,7 @@ def generate(
     }.items():
         if value is not None:
             raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
-    if check and verify is Verify.rejection:
+    if check and verify == "rejection":
         raise ValueError("--check compares tokens, but --verify rejection is exact in distribution only")
     if system is not None and chat is False:
         raise ValueError("--system needs a chat template: leave out --raw")
@@ -117,12 +99,12 @@ def generate(
 
     import torch
 
-    from idlm_kernels.generate import Generator, SamplingParams
+    from idlm_kernels.generate import Generator, SamplingParams, StepPlan
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if device is Device.auto:
-        device = Device.cuda if torch.cuda.is_available() else Device.cpu
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -132,26 +114,30 @@ def generate(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    sizes = {"max_len": max_len, "page_size": page_size}
+    StepPlan(plan, stride)  # a wrong stride is said before a model is fetched or read
     generator = Generator.from_pretrained(
         model,
         adapter=adapter,
-        device=device.value,
-        dtype=dtype.value,
+        device=device,
+        dtype=dtype,
         backend=backend,
-        **{name: size for name, size in sizes.items() if size is not None},
+        max_len=max_len,
+        page_size=page_size,
     )
-    prompt_ids = _prompt_ids(generator, text, chat=chat, system=system)
+    assert generator.tokenizer is not None  # from_pretrained brings one
+    prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
 
     show = _ignore if as_json else _show
-    result, interrupted = _decode(generator, prompt_ids, params, plan.value, stride, verify.value, show)
+    result, interrupted = _decode(generator, prompt_ids, params, plan, stride, verify, show)
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
         print(_figures(result, seed_drawn=seed is None and temperature > 0), file=sys.stderr)
+    if result.status:
+        print(f"idlm: warning: some logits were not finite (status {result.status})", file=sys.stderr)
     if check and not interrupted:
         same_seed = dataclasses.replace(params, seed=result.seed)
-        ar, interrupted = _decode(generator, prompt_ids, same_seed, "ar", stride, verify.value, _ignore)
+        ar, interrupted = _decode(generator, prompt_ids, same_seed, "ar", stride, verify, _ignore)
         if interrupted:
             ar = None
     if as_json:
@@ -180,8 +166,7 @@ def _prompt_text(prompt: str | None) -> str:
     return prompt
 
 
-def _prompt_ids(generator: Generator, text: str, *, chat: bool | None, system: str | None) -> list[int]:
-    tokenizer = generator.tokenizer
+def _prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool | None, system: str | None) -> list[int]:
     if chat is None:
         chat = tokenizer.has_chat_template or system is not None
     if not chat:
@@ -206,20 +191,23 @@ def _decode(
     generator: Generator,
     prompt_ids: list[int],
     params: SamplingParams,
-    plan: str,
+    plan: PlanName,
     stride: int,
     verify: str,
     show: Callable[[str], None],
 ) -> tuple[GenerationResult, bool]:
     """Decode to the end or to Ctrl-C; returns the result so far and whether it was interrupted."""
     stream = generator.stream(prompt_ids, params, plan=plan, stride=stride, verify=verify)
-    interrupted = False
+    shown, interrupted = 0, False
     try:
         for event in stream:
             show(event.text)
+            shown += len(event.text)
     except KeyboardInterrupt:
         interrupted = True
-    return stream.result, interrupted
+    result = stream.result
+    show(result.text[shown:])  # what was held back as the possible start of a stop string
+    return result, interrupted
 
 
 def _figures(result: GenerationResult, *, seed_drawn: bool) -> str:

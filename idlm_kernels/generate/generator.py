@@ -182,9 +182,11 @@ class Batch:
 
     def events(self) -> Iterator[tuple[int, StreamEvent]]:
         """Run to the end, yielding (request index, what one step of it gave)."""
-        for b, prompt in enumerate(self._prompts):
-            outcome = prefill(self._decoder, self._state, b, len(prompt), PREFILL_CHUNK_TOKENS)
-            yield from self._take(outcome, [b])
+        first = 0
+        for lengths in _prefill_groups([len(prompt) for prompt in self._prompts]):
+            outcome = prefill(self._decoder, self._state, first, lengths, PREFILL_CHUNK_TOKENS)
+            yield from self._take(outcome, range(first, first + len(lengths)))
+            first += len(lengths)
         while any(output.finish_reason is None for output in self._outputs):
             outcome = decode_step(self._decoder, self._state)
             yield from self._take(outcome, range(len(self._outputs)))
@@ -207,6 +209,18 @@ class Batch:
         return [
             o.result(self.plan.kind, self.plan.stride, bits) for o, bits in zip(self._outputs, status, strict=True)
         ]
+
+
+def _prefill_groups(lengths: list[int]) -> Iterator[list[int]]:
+    """Split consecutive prompts into groups that one forward can prefill; a long prompt is a group of its own."""
+    group: list[int] = []
+    for length in lengths:
+        if group and sum(group) + length > PREFILL_CHUNK_TOKENS:
+            yield group
+            group = []
+        group.append(length)
+    if group:
+        yield group
 
 
 def _checked_prompt(generator: Generator, index: int, prompt: Sequence[int]) -> list[int]:

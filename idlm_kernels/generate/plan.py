@@ -103,24 +103,27 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     )
 
 
-def prefill_rows(state: DecodeState, b: int, start: int, stop: int, num_masks: int, page_size: int) -> Rows:
-    """Tokens start..stop-1 of request b, then num_masks MASK rows: one prefill chunk of a request.
+def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_masks: int, page_size: int) -> Rows:
+    """Tokens starts[b] .. stops[b] - 1 of every request b, each followed by num_masks MASK rows: a prefill chunk.
 
-    With num_masks > 0 (or stop = L) the chunk ends in the rows of the first step, which so costs no forward of its
-    own: pending, and the MASK rows after it, are plain causal rows behind the prompt.
+    Where a chunk reaches the end of its prompt (stops[b] = L) it holds the rows of the first step as well, which so
+    costs no forward of its own: pending, and the MASK rows after it, are plain causal rows behind the prompt.
     """
-    device, table = state.text.device, state.page_table[b : b + 1]
-    count = stop - start + num_masks
-    index = torch.arange(start, stop + num_masks, device=device)
-    is_mask = index >= stop
+    device = state.text.device
+    counts = [stop - start + num_masks for start, stop in zip(starts, stops, strict=True)]
+    request = torch.tensor([b for b, count in enumerate(counts) for _ in range(count)], device=device)
+    index = torch.tensor([start + i for start, count in zip(starts, counts, strict=True) for i in range(count)])
+    index, stop = index.to(device), torch.tensor(stops, device=device)
+    is_mask = index >= stop[request]
+    token = state.text[request, torch.minimum(index, stop[request] - 1)]
     return Rows(
-        ids=torch.where(is_mask, state.mask_id, state.text[b, index.clamp(max=stop - 1)]),
+        ids=torch.where(is_mask, state.mask_id, token),
         is_mask=is_mask,
         positions=index,
-        slot_mapping=slot_of(table, torch.zeros_like(index), index, page_size),
-        page_table=table,
-        seq_lens=torch.full((1,), stop + num_masks, dtype=torch.int32, device=device),
-        query_start_loc=torch.tensor([0, count], dtype=torch.int32, device=device),
+        slot_mapping=slot_of(state.page_table, request, index, page_size),
+        page_table=state.page_table,
+        seq_lens=(stop + num_masks).to(torch.int32),
+        query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
         tail_mask=None,
-        max_query_len=count,
+        max_query_len=max(counts),
     )

@@ -46,10 +46,10 @@ class DecodeState:
     def batch(self) -> int:
         return self.lengths.shape[0]
 
-    def request(self, b: int) -> DecodeState:
-        """A view of request b alone: what is written to it is written here."""
+    def requests(self, first: int, last: int) -> DecodeState:
+        """A view of requests first .. last - 1: what is written to it is written here."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return DecodeState(**{k: v[b : b + 1] if isinstance(v, Tensor) else v for k, v in values.items()})
+        return DecodeState(**{k: v[first:last] if isinstance(v, Tensor) else v for k, v in values.items()})
 
     @classmethod
     def create(

@@ -52,23 +52,24 @@ def decode_step(decoder: Decoder, state: DecodeState) -> StepOutcome:
     return _commit(decoder, state, logits, rows.query_start_loc, decoder.q_state)
 
 
-def prefill(decoder: Decoder, state: DecodeState, b: int, length: int, chunk_tokens: int) -> StepOutcome:
-    """Prefill request b, whose prompt has `length` tokens, in chunks; its first step rides on the last chunk."""
-    num_k, page_size = decoder.plan.num_drafts, decoder.cache.page_size
-    start = 0
-    while length - start > chunk_tokens:
-        rows = prefill_rows(state, b, start, start + chunk_tokens, 0, page_size)
+def prefill(decoder: Decoder, state: DecodeState, first: int, lengths: list[int], chunk_tokens: int) -> StepOutcome:
+    """Prefill the requests from `first` on, whose prompts have these lengths, and run their first step.
+
+    A single long prompt runs in chunks. The first step rides on the last chunk. Returns the outcome of these requests.
+    """
+    last, num_k, page_size = first + len(lengths), decoder.plan.num_drafts, decoder.cache.page_size
+    part, start = state.requests(first, last), 0
+    while len(lengths) == 1 and lengths[0] - start > chunk_tokens:
+        rows = prefill_rows(part, [start], [start + chunk_tokens], 0, page_size)
         decoder.model.forward(rows, decoder.cache, logits_rows=rows.ids[:0])
         start += chunk_tokens
-    rows = prefill_rows(state, b, start, length, num_k, page_size)
-    first = length - 1 - start  # the row of pending
-    step = torch.arange(first, first + 1 + num_k, device=rows.ids.device)
+    rows = prefill_rows(part, [start] * len(lengths), lengths, num_k, page_size)
+    ends = rows.query_start_loc[1:].long()  # the step of a request is its last N rows: pending and the MASK rows
+    step = (ends.unsqueeze(1) + torch.arange(-1 - num_k, 0, device=ends.device)).flatten()
     logits = decoder.model.forward(rows, decoder.cache, logits_rows=step)
-    query_start_loc = torch.tensor([0, 1 + num_k], dtype=torch.int32, device=step.device)
-    q_state = decoder.q_state
-    if q_state is not None:
-        q_state = QState(q_state.logits[b : b + 1], q_state.cut[b : b + 1], q_state.log_norm[b : b + 1])
-    return _commit(decoder, state.request(b), logits, query_start_loc, q_state)
+    query_start_loc = torch.arange(len(lengths) + 1, dtype=torch.int32, device=ends.device) * (num_k + 1)
+    q_state = None if decoder.q_state is None else decoder.q_state.requests(first, last)
+    return _commit(decoder, part, logits, query_start_loc, q_state)
 
 
 def _commit(

@@ -4,6 +4,7 @@ file."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,13 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
     else."""
     try:
         with path.open("rb") as file:
-            raw = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, max_bytes))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(raw) > max_bytes:
+    if size > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes >> 20} MiB, which no real file of its kind is")
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)

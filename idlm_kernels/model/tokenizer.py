@@ -82,14 +82,15 @@ class Tokenizer:
 
         A byte that the vocabulary lacks is left out, as in the `tokenizers` library.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text is a {type(text).__name__}, wanted a str")
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:
-            raise TypeError(f"text is a {type(text).__name__}, wanted a str") from error
+            text.encode("utf-8")  # the library's own complaint is that it wants a str
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"text holds half of a surrogate pair at index {error.start}; wanted valid Unicode"
             ) from None
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids outside of the vocabulary add nothing; bytes that are no UTF-8 become

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT32 = (torch.int32,)
@@ -48,6 +49,8 @@ def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
     for size, stride in zip(x.shape, x.stride(), strict=True):
         if size > 1 and stride == 0:
             raise ValueError(f"{op}: {name} is an expanded tensor (stride 0), it cannot be written")
+    if torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
+        return  # such tensors have no memory that could be shared
     for other in inputs:
         if other is not None and x.numel() and other.numel() and x.data_ptr() == other.data_ptr():
             raise ValueError(f"{op}: {name} shares its memory with an input, wanted separate memory")
@@ -58,6 +61,11 @@ def positive(op: str, name: str, value: int, minimum: int = 1) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{op}: {name} is {value}, wanted at least {minimum}")
+
+
+def number(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def broadcastable_scale(op: str, name: str, x: Tensor | None, device: torch.device) -> None:

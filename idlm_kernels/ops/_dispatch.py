@@ -63,12 +63,14 @@ def set_backend(name: str) -> None:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """`set_backend` for the length of a with block."""
+    global _forced
     previous = _forced
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(previous or _environment())
+        _forced = previous
+        _chosen.clear()
 
 
 def _environment() -> str:

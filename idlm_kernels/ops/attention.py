@@ -79,13 +79,15 @@ def strided_attention(
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
     check.tensor(op, "page_table", page_table, (batch, None), check.INT32, device)
     check.positive(op, "max_query_len", max_query_len)
+    check.positive(op, "window", window, -1)
+    if sm_scale is not None:
+        check.number(op, "sm_scale", sm_scale)
     if tail_mask is not None:
         check.tensor(op, "tail_mask", tail_mask, (num_rows,), check.INT64, device)
         if window >= 0:
             raise ValueError(f"{op}: window = {window} with a tail_mask, wanted one of the two")
         if max_query_len > MAX_TAIL_ROWS:
             raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TAIL_ROWS} with a tail_mask")
-    check.positive(op, "window", window, -1)
     check.broadcastable_scale(op, "k_scale", k_scale, device)
     check.broadcastable_scale(op, "v_scale", v_scale, device)
     if out is not None:

@@ -91,6 +91,7 @@ def gated_lora_linear(
     """
     op, device = "gated_lora_linear", x.device
     _check_base(op, x, weight, bias, out)
+    check.number(op, "scale", scale)
     widths = [weight.shape[0]] if slices is None else list(slices)
     if any(w <= 0 for w in widths) or sum(widths) != weight.shape[0]:
         raise ValueError(f"{op}: slices are {widths}, wanted positive widths that add up to N = {weight.shape[0]}")

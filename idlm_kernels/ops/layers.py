@@ -38,6 +38,7 @@ def rms_norm(
     op, like, device = "rms_norm", (x.dtype,), x.device
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
     check.tensor(op, "weight", weight, (x.shape[1],), check.FLOATS, device)
+    check.number(op, "eps", eps)
     if residual is not None:
         check.tensor(op, "residual", residual, tuple(x.shape), like, device)
         check.writable(op, "residual", residual, x, out)
@@ -191,6 +192,7 @@ def qk_norm_rope_append(
     if q_weight is not None and k_weight is not None:
         check.tensor(op, "q_weight", q_weight, (head_dim,), check.FLOATS, device)
         check.tensor(op, "k_weight", k_weight, (head_dim,), check.FLOATS, device)
+    check.number(op, "eps", eps)
     check.writable(op, "k_cache", k_cache, qkv, v_cache)
     check.writable(op, "v_cache", v_cache, qkv)
     if out is not None:

@@ -26,7 +26,8 @@ def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bi
     check.positive(op, "id_limit", id_limit)
     if id_limit > vocab_size:
         raise ValueError(f"{op}: id_limit is {id_limit}, wanted at most the {vocab_size} columns of logits")
-    if not -1 <= mask_id < vocab_size:
+    check.positive(op, "mask_id", mask_id, -1)
+    if mask_id >= vocab_size:
         raise ValueError(f"{op}: mask_id is {mask_id}, wanted -1 (none) or an id below {vocab_size}")
     if mask_id == 0 and id_limit == 1:
         raise ValueError(f"{op}: id_limit = 1 and mask_id = 0 leave no id to sample")
@@ -170,8 +171,8 @@ def verify_accept(
         branched: whether the plan has a branch after every draft.
         mode: "match" or "rejection".
         q_state: the laws of the current drafts, needed by `rejection`; overwritten with those of the next drafts.
-            Its logits have the dtype of `logits`, or fp32.
-        logit_bias: [T, V], added to the logits first. With `rejection` q_state.logits must then be fp32.
+            Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
+        logit_bias: [T, V], added to the logits first, in fp32. With `rejection` q_state.logits must then be fp32.
         status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
             count out of range (the draft is refused, the token is of p).
         out: the four results, to write into; allocated when None.
@@ -196,6 +197,8 @@ def verify_accept(
     _check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
     if logits.shape[0] == 0 and batch:
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
+    if not isinstance(branched, bool):
+        raise TypeError(f"{op}: branched must be a bool, got {type(branched).__name__}")
     if mode not in MODES:
         raise ValueError(f"{op}: mode is {mode!r}, wanted one of {', '.join(MODES)}")
     if status is not None:
@@ -204,10 +207,11 @@ def verify_accept(
     if mode == "rejection":
         if q_state is None:
             raise ValueError(f"{op}: mode 'rejection' needs a q_state (QState.empty)")
-        dtypes = (torch.float32, torch.float64) if logit_bias is not None else (logits.dtype, torch.float32)
+        acc = torch.promote_types(logits.dtype, torch.float32)
+        dtypes = (acc,) if logit_bias is not None else (logits.dtype, acc)
         check.tensor(op, "q_state.logits", q_state.logits, (batch, num_k, logits.shape[1]), dtypes, device)
-        check.tensor(op, "q_state.cut", q_state.cut, (batch, num_k), (torch.float32,), device)
-        check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (torch.float32,), device)
+        check.tensor(op, "q_state.cut", q_state.cut, (batch, num_k), (acc,), device)
+        check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (acc,), device)
         state = (q_state.logits, q_state.cut, q_state.log_norm)
     elif q_state is not None:
         raise ValueError(f"{op}: q_state is for mode 'rejection', wanted None with {mode!r}")

@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
+from idlm_kernels.generate import StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Generator:
 
     tokens: Sequence[int] = (72, 105, 33)
     ar_tokens: Sequence[int] = (72, 105, 33)
+    status = 0
     interrupt_at: Mapping[str, int] = types.MappingProxyType({})
     calls: list[tuple[Any, ...]]
     tokenizer: Tokenizer
@@ -87,8 +89,9 @@ class Stream:
             if self.generator.interrupt_at.get(self.plan) == index:
                 raise KeyboardInterrupt
             self.done.append(token)
-            yield types.SimpleNamespace(text=chr(token), token_ids=[token])
-        self.finish_reason = "eos"
+            # An open bracket stands for text that may be the start of a stop string: it is held back.
+            yield types.SimpleNamespace(text="" if token == ord("(") else chr(token), token_ids=[token])
+        self.finish_reason = "stop"
 
     @property
     def result(self) -> Any:
@@ -106,6 +109,7 @@ class Stream:
             seed=4321 if self.params.seed is None else self.params.seed,
             plan=self.plan,
             stride=self.stride,
+            status=self.generator.status,
         )
 
 
@@ -116,7 +120,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Generator]:
 
     Fresh.calls, Fresh.tokenizer = [], Tokenizer()
     module: Any = types.ModuleType("idlm_kernels.generate")
-    module.Generator, module.SamplingParams = Fresh, Params
+    module.Generator, module.SamplingParams, module.StepPlan = Fresh, Params, StepPlan
     monkeypatch.setitem(sys.modules, "idlm_kernels.generate", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return Fresh
@@ -142,17 +146,14 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
     assert done.exit_code == 0
     assert done.stdout == "Hi!\n"
     assert done.stderr == (
-        "3 tokens in 1 forwards, TPF 3.00, acceptance 1.00 0.50 -, 150.0 tokens/s, ended by eos\n"
+        "3 tokens in 1 forwards, TPF 3.00, acceptance 1.00 0.50 -, 150.0 tokens/s, ended by stop\n"
     )
 
 
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
     idlm("-p", "x")
-    assert fake.calls[0] == (
-        "load",
-        "default",
-        {"adapter": None, "device": "cpu", "dtype": "auto", "backend": None},
-    )
+    options = {"adapter": None, "device": "cpu", "dtype": "auto", "backend": None}
+    assert fake.calls[0] == ("load", "default", {**options, "max_len": None, "page_size": 64})
     _, params, options = streamed(fake)
     assert params == Params() and options == {"plan": "branched", "stride": 4, "verify": "match"}
 
@@ -217,7 +218,7 @@ def test_json_is_one_object_and_nothing_else(idlm: Idlm) -> None:
         "tpf": 3.0,
         "acceptance": [1.0, 0.5, None],
         "tokens_per_second": 150.0,
-        "finish_reason": "eos",
+        "finish_reason": "stop",
         "seed": 5,
         "plan": "branched",
         "stride": 4,
@@ -271,6 +272,17 @@ def test_ctrl_c_keeps_the_text_so_far_and_its_figures(idlm: Idlm, fake: type[Gen
     assert len([call for call in fake.calls if call[0] == "stream"]) == 1
 
 
+def test_ctrl_c_shows_what_was_held_back_for_a_stop_string(idlm: Idlm, fake: type[Generator]) -> None:
+    fake.tokens, fake.interrupt_at = (72, ord("("), 33), {"branched": 2}
+    assert idlm("-p", "x").stdout == "H(\n"
+
+
+def test_logits_that_are_not_finite_are_reported(idlm: Idlm, fake: type[Generator]) -> None:
+    fake.status = 1
+    done = idlm("-p", "x", "--json")
+    assert "not finite" in done.stderr and json.loads(done.stdout)["text"] == "Hi!"
+
+
 def test_ctrl_c_in_json(idlm: Idlm, fake: type[Generator]) -> None:
     fake.interrupt_at = {"ar": 1}
     done = idlm("-p", "x", "--json", "--check")
@@ -297,6 +309,7 @@ def test_penalties_and_grammars_are_refused_by_name(idlm: Idlm, fake: type[Gener
         (["-p", "x", "--check", "--verify", "rejection"], None, "--check"),
         (["-p", "x", "--raw", "--system", "s"], None, "--system"),
         (["-p", "x", "--temperature", "-1"], None, "temperature is -1"),
+        (["-p", "x", "--stride", "1"], None, "stride is 1"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(

@@ -1,0 +1,76 @@
+"""What the compiled Triton kernels cost, without a GPU: registers and spills from ptxas, counts from softgpu."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch under softgpu: the kernel's name, its PTX, dynamic shared memory in bytes, and softgpu's counters."""
+
+    name: str
+    ptx: str
+    shared_bytes: int
+    counters: dict[str, Any]
+
+
+@contextmanager
+def recorded_launches(softgpu: ModuleType) -> Iterator[list[Launch]]:
+    """Every Triton launch inside the with block, in order."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def recorded(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **kwargs)
+        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        ptx = kernel.asm["ptx"]
+        text = ptx if isinstance(ptx, str) else ptx.decode()
+        launches.append(Launch(name, text, kernel.metadata.shared, softgpu.counters()))
+        return kernel
+
+    JITFunction.run = recorded
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one thread: registers, bytes of spill stores and loads, bytes of stack."""
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def resources(ptx: str) -> Resources:
+    """What ptxas says of a kernel compiled as Triton compiles it for sm_90a."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--fmad=false", "--gpu-name=sm_90a", str(source), "-o", f"{source}.cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    def number(pattern: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, report))
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Resources(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack frame"))
+
+
+def opcodes(ptx: str, prefix: str) -> set[str]:
+    """The distinct opcodes of a kernel that begin with `prefix`."""
+    return {found for found in re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)", ptx, re.M) if found.startswith(prefix)}

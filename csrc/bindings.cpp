@@ -1,0 +1,144 @@
+// The Python module: addresses as integers, so that one build serves every torch version. The GIL is released around
+// launches; a status that is not ok becomes an exception here and nowhere else.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "idlm/sampling.h"
+#include "sampling/heuristics.h"
+
+namespace py = pybind11;
+using namespace idlm;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+void raise_unless_ok(const Status& s) {
+  switch (s.code) {
+    case Code::kOk: return;
+    case Code::kCuda: throw std::runtime_error(s.message);
+    default: throw py::value_error(s.message);
+  }
+}
+
+// (data, row stride, dtype, rows, vocab, id_limit, mask_id, bias or 0, its stride, its dtype)
+using LogitsTuple = std::tuple<Address, int64_t, int, int, int, int, int, Address, int64_t, int>;
+// (temperature, top_k, top_p, min_p, seed)
+using SamplingTuple = std::tuple<Address, Address, Address, Address, Address>;
+// (stream, dependent launch, cluster size)
+using OptionsTuple = std::tuple<Address, bool, int>;
+// (logits, stride of requests, stride of drafts, dtype, cut, its stride, log_norm, its stride)
+using LawsTuple = std::tuple<Address, int64_t, int64_t, int, Address, int64_t, Address, int64_t>;
+// (number accepted, tokens, their stride, next drafts, their stride, their number)
+using OutTuple = std::tuple<Address, Address, int64_t, Address, int64_t, Address>;
+
+Logits make(const LogitsTuple& t) {
+  Logits l;
+  int dtype, bias_dtype;
+  Address data, bias;
+  std::tie(data, l.row_stride, dtype, l.num_rows, l.vocab_size, l.id_limit, l.mask_id, bias, l.bias_row_stride, bias_dtype) = t;
+  l.data = pointer<const void>(data);
+  l.bias = pointer<const void>(bias);
+  l.dtype = static_cast<DType>(dtype);
+  l.bias_dtype = static_cast<DType>(bias_dtype);
+  return l;
+}
+
+SamplingParams make(const SamplingTuple& t) {
+  return {pointer<const float>(std::get<0>(t)), pointer<const int32_t>(std::get<1>(t)), pointer<const float>(std::get<2>(t)),
+          pointer<const float>(std::get<3>(t)), pointer<const int64_t>(std::get<4>(t))};
+}
+
+LaunchOptions make(const OptionsTuple& t) {
+  return {pointer<CUstream_st>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+void py_sample_rows(const LogitsTuple& logits, const SamplingTuple& sampling, Address positions, bool positions_are_int64,
+                    int noise_stream, Address ids, Address status, const OptionsTuple& options) {
+  SampleRowsParams p;
+  p.logits = make(logits);
+  p.sampling = make(sampling);
+  p.positions = pointer<const void>(positions);
+  p.positions_are_int64 = positions_are_int64;
+  p.noise_stream = noise_stream;
+  p.ids = pointer<int64_t>(ids);
+  p.status = pointer<int32_t>(status);
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = sample_rows(p, make(options));
+  }
+  raise_unless_ok(s);
+}
+
+void py_verify_accept(const LogitsTuple& logits, const SamplingTuple& sampling, int batch, int num_k, Address query_start_loc,
+                      Address num_drafts, Address drafts, int64_t drafts_stride, Address positions, bool branched,
+                      bool rejection, const LawsTuple& laws, Address status, const OutTuple& out, Address workspace,
+                      const OptionsTuple& options) {
+  VerifyAcceptParams p;
+  p.logits = make(logits);
+  p.sampling = make(sampling);
+  p.batch = batch;
+  p.num_k = num_k;
+  p.query_start_loc = pointer<const int32_t>(query_start_loc);
+  p.num_drafts = pointer<const int32_t>(num_drafts);
+  p.drafts = pointer<const int64_t>(drafts);
+  p.drafts_stride = drafts_stride;
+  p.positions = pointer<const int32_t>(positions);
+  p.branched = branched;
+  p.rejection = rejection;
+  p.draft_laws.logits = pointer<void>(std::get<0>(laws));
+  p.draft_laws.stride_request = std::get<1>(laws);
+  p.draft_laws.stride_draft = std::get<2>(laws);
+  p.draft_laws.dtype = static_cast<DType>(std::get<3>(laws));
+  p.draft_laws.cut = pointer<float>(std::get<4>(laws));
+  p.draft_laws.cut_stride = std::get<5>(laws);
+  p.draft_laws.log_norm = pointer<float>(std::get<6>(laws));
+  p.draft_laws.log_norm_stride = std::get<7>(laws);
+  p.status = pointer<int32_t>(status);
+  p.num_accepted = pointer<int32_t>(std::get<0>(out));
+  p.tokens = pointer<int64_t>(std::get<1>(out));
+  p.tokens_stride = std::get<2>(out);
+  p.next_drafts = pointer<int64_t>(std::get<3>(out));
+  p.next_drafts_stride = std::get<4>(out);
+  p.next_num_drafts = pointer<int32_t>(std::get<5>(out));
+  p.workspace = pointer<void>(workspace);
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = verify_accept(p, make(options));
+  }
+  raise_unless_ok(s);
+}
+
+// "NAME, compute capability X.Y", or the reason why there is no device.
+std::string device() {
+  int id = 0;
+  cudaDeviceProp properties;
+  cudaError_t error = cudaGetDevice(&id);
+  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, id);
+  if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
+  return std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
+         std::to_string(properties.minor);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CUDA kernels of idlm_kernels; use them through idlm_kernels.ops.";
+  m.attr("SOURCE_HASH") = IDLM_SOURCE_HASH;
+  m.attr("VERSION") = IDLM_VERSION;
+  m.attr("CUDART_VERSION") = CUDART_VERSION;
+  m.def("device", &device);
+  m.def("choose_cluster_size", &choose_cluster_size, py::arg("num_rows"), py::arg("row_bytes"));
+  m.def("verify_accept_workspace_bytes", &verify_accept_workspace_bytes);
+  m.def("sample_rows", &py_sample_rows);
+  m.def("verify_accept", &py_verify_accept);
+}

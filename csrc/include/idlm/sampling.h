@@ -1,0 +1,104 @@
+// Sampling of rows, and verify-and-accept. The contract is that of the Python ops of the same names: the transform of a
+// row (forbidden ids, NaN, Inf, temperature, top-k, top-p, min-p), counter-based Gumbel noise, and the two exact rules.
+// All pointers are device pointers; all strides count elements; arrays without a stride are dense.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "idlm/status.h"
+
+namespace idlm {
+
+enum class DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+enum StatusBit : int32_t { kStatusNan = 1, kStatusInf = 2, kStatusEmptyRow = 4, kStatusBadDraft = 8 };
+
+enum Stream : int32_t { kStreamTarget = 0, kStreamDraft = 1, kStreamAccept = 2 };
+
+struct Logits {
+  const void* data = nullptr;  // [num_rows, vocab_size]
+  int64_t row_stride = 0;
+  DType dtype = DType::kBFloat16;
+  int32_t num_rows = 0;
+  int32_t vocab_size = 0;           // at most 262,144
+  int32_t id_limit = 0;             // ids from here on are never sampled
+  int32_t mask_id = -1;             // nor is this one; -1: none
+  const void* bias = nullptr;       // [num_rows, vocab_size], added to the logits; nullptr: none
+  int64_t bias_row_stride = 0;
+  DType bias_dtype = DType::kFloat32;  // of the logits, or fp32
+};
+
+// One entry per row in sample_rows, per request in verify_accept.
+struct SamplingParams {
+  const float* temperature = nullptr;  // below 1e-4: argmax
+  const int32_t* top_k = nullptr;      // 0: off
+  const float* top_p = nullptr;        // 1: off
+  const float* min_p = nullptr;        // 0: off
+  const int64_t* seed = nullptr;
+};
+
+struct LaunchOptions {
+  cudaStream_t stream = nullptr;
+  // Lets the kernel start while the previous kernel of the stream drains (programmatic dependent launch); it waits for
+  // that kernel's end before it touches memory.
+  bool dependent_launch = true;
+  int32_t cluster_size = 0;  // 1, 2, 4 or 8 CTAs per row; 0: chosen by size. Results do not depend on it.
+};
+
+struct SampleRowsParams {
+  Logits logits;
+  SamplingParams sampling;
+  const void* positions = nullptr;  // [num_rows], of the predicted tokens
+  bool positions_are_int64 = false;
+  int32_t noise_stream = kStreamTarget;
+  int64_t* ids = nullptr;     // [num_rows], out
+  int32_t* status = nullptr;  // [num_rows], StatusBits are or-ed in; nullptr: dropped
+};
+
+// The laws that the drafts were drawn from; read, then overwritten with those of the next drafts.
+struct DraftLaws {
+  void* logits = nullptr;  // [batch, num_k, vocab_size]; forbidden ids and NaN are stored as -inf
+  int64_t stride_request = 0;
+  int64_t stride_draft = 0;
+  DType dtype = DType::kBFloat16;  // of the logits, or fp32
+  float* cut = nullptr;            // [batch, num_k]: an id is kept iff logit / T >= cut
+  int64_t cut_stride = 0;
+  float* log_norm = nullptr;  // [batch, num_k]
+  int64_t log_norm_stride = 0;
+};
+
+struct VerifyAcceptParams {
+  Logits logits;
+  SamplingParams sampling;
+  int32_t batch = 0;
+  int32_t num_k = 0;                           // drafts per request, K; at most 31
+  const int32_t* query_start_loc = nullptr;    // [batch + 1]
+  const int32_t* num_drafts = nullptr;         // [batch]
+  const int64_t* drafts = nullptr;             // [batch, num_k]
+  int64_t drafts_stride = 0;
+  const int32_t* positions = nullptr;          // [batch], of pending
+  bool branched = false;
+  bool rejection = false;                      // false: `match`
+  DraftLaws draft_laws;                        // for `rejection`
+  int32_t* status = nullptr;                   // [batch], or-ed; nullptr: dropped
+  int32_t* num_accepted = nullptr;             // [batch], out
+  int64_t* tokens = nullptr;                   // [batch, num_k + 1], out
+  int64_t tokens_stride = 0;
+  int64_t* next_drafts = nullptr;              // [batch, num_k], out
+  int64_t next_drafts_stride = 0;
+  int32_t* next_num_drafts = nullptr;          // [batch], out
+  void* workspace = nullptr;                   // verify_accept_workspace_bytes(batch, num_k) bytes, any content
+};
+
+size_t verify_accept_workspace_bytes(int32_t batch, int32_t num_k);
+
+// One token per row. One launch.
+Status sample_rows(const SampleRowsParams& params, const LaunchOptions& options);
+
+// Decides a step. Two launches: the clean rows, then the MASK rows of the branch that was taken (one launch if num_k is 0).
+Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& options);
+
+}  // namespace idlm

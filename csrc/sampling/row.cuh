@@ -1,0 +1,210 @@
+// One logits row, held in the shared memory of a cluster: read once from device memory, then as often as needed from here.
+// CTA r owns an aligned range of 16-byte vectors. NaN and forbidden ids are stored as -inf; +inf stays (z() makes it
+// finite). All of this is exact, so the split over CTAs and threads never shows in a result.
+#pragma once
+
+#include <cfloat>
+
+#include "common/device.cuh"
+
+namespace idlm {
+
+// How a storage type is read: kShift is the number of low bits of its fp32 image that are always 0.
+template <class T>
+struct Scalar;
+template <>
+struct Scalar<__nv_bfloat16> {
+  static constexpr int kShift = 16;
+  static __device__ __forceinline__ float up(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 down(float x) { return __float2bfloat16_rn(x); }
+};
+template <>
+struct Scalar<__half> {
+  static constexpr int kShift = 13;
+  static __device__ __forceinline__ float up(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half down(float x) { return __float2half_rn(x); }
+};
+template <>
+struct Scalar<float> {
+  static constexpr int kShift = 0;
+  static __device__ __forceinline__ float up(float x) { return x; }
+  static __device__ __forceinline__ float down(float x) { return x; }
+};
+
+// kCount values of T side by side, as registers.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T v[kCount];
+};
+
+// Loads kCount consecutive values, in one instruction where `aligned` says that the address allows it.
+template <int kCount, class T>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* g, bool aligned, int valid) {
+  Pack<T, kCount> p;
+  constexpr int kBytes = sizeof(T) * kCount;
+  static_assert(kBytes == 8 || kBytes == 16 || kBytes == 32);
+  if (aligned && valid >= kCount) {
+    if constexpr (kBytes == 8) {
+      *reinterpret_cast<uint2*>(&p) = load_8_bytes(g);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBytes / 16; ++i) reinterpret_cast<uint4*>(&p)[i] = load_16_bytes(g + i * (kCount / (kBytes / 16)));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) p.v[i] = i < valid ? g[i] : Scalar<T>::down(-INFINITY);
+  }
+  return p;
+}
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// The largest value of a vector, NaN if there is one. Two lanes at a time for the 16-bit types.
+__device__ __forceinline__ float max_of(const Pack<float, 4>& p) {
+  return max_or_nan(max_or_nan(p.v[0], p.v[1]), max_or_nan(p.v[2], p.v[3]));
+}
+__device__ __forceinline__ float max_of(const Pack<__nv_bfloat16, 8>& p) {
+  const auto* w = reinterpret_cast<const __nv_bfloat162*>(&p);
+  const __nv_bfloat162 m = __hmax2_nan(__hmax2_nan(w[0], w[1]), __hmax2_nan(w[2], w[3]));
+  return max_or_nan(__low2float(m), __high2float(m));
+}
+__device__ __forceinline__ float max_of(const Pack<__half, 8>& p) {
+  const auto* w = reinterpret_cast<const __half2*>(&p);
+  const __half2 m = __hmax2_nan(__hmax2_nan(w[0], w[1]), __hmax2_nan(w[2], w[3]));
+  return max_or_nan(__low2float(m), __high2float(m));
+}
+
+// Source of a row: logits of type L, a bias of type S or none. S is L, or fp32 where the sum is.
+template <class L, class S>
+struct RowSource {
+  const L* logits;
+  const S* bias;
+  bool aligned;  // both start at 16-byte addresses
+  int32_t num_ids;
+  int32_t mask_id;
+};
+
+template <class L, class S, int kThreads>
+struct ClusterRow {
+  static constexpr int kVector = 16 / sizeof(S);
+  using Vector = Pack<S, kVector>;
+  using Quad = Pack<S, 4>;
+
+  Vector* sVectors;      // this CTA's part
+  int32_t num_vectors;   // of this part
+  int32_t first_id;      // id of its first value
+  float thread_max;      // over the vectors of this thread; -inf if there are none
+  bool thread_has_nan;
+
+  __device__ ClusterRow(void* shared, int32_t num_ids, uint32_t rank, uint32_t size) {
+    sVectors = static_cast<Vector*>(shared);
+    const int32_t all = (num_ids + kVector - 1) / kVector;
+    const int32_t part = (all + size - 1) / size;
+    const int32_t first = min(static_cast<int32_t>(rank) * part, all);
+    num_vectors = min(part, all - first);
+    first_id = first * kVector;
+  }
+
+  // Ends without a barrier: a thread may read its own vectors at once, those of others after one.
+  __device__ void load(const RowSource<L, S>& row) {
+    thread_max = -INFINITY;
+    thread_has_nan = false;
+    constexpr int kInFlight = 4;  // 16-byte loads per thread before the first use
+    for (int32_t base = threadIdx.x; base < num_vectors; base += kInFlight * kThreads) {
+      Pack<L, kVector> raw[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int32_t v = base + i * kThreads;
+        const int32_t id = first_id + v * kVector;
+        if (v < num_vectors) raw[i] = load_pack<kVector>(row.logits + id, row.aligned, row.num_ids - id);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int32_t v = base + i * kThreads;
+        if (v < num_vectors) store(v, add_bias(raw[i], row, first_id + v * kVector), row);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void values(const Vector& p, float (&x)[kVector]) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) x[e] = Scalar<S>::up(p.v[e]);
+  }
+  __device__ __forceinline__ int32_t num_quads() const { return num_vectors * (kVector / 4); }
+  __device__ __forceinline__ void quad(int32_t q, float (&x)[4]) const {
+    const Quad p = reinterpret_cast<const Quad*>(sVectors)[q];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = Scalar<S>::up(p.v[e]);
+  }
+
+ private:
+  __device__ __forceinline__ static Vector add_bias(const Pack<L, kVector>& raw, const RowSource<L, S>& row, int32_t id) {
+    if constexpr (sizeof(L) == sizeof(S)) {
+      if (row.bias == nullptr) return raw;
+    }
+    const Vector bias = load_pack<kVector>(row.bias + id, row.aligned, row.num_ids - id);
+    Vector sum;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const float x = Scalar<L>::up(raw.v[e]);
+      // Beyond the last id both are -inf.
+      sum.v[e] = Scalar<S>::down(x + Scalar<S>::up(bias.v[e]));
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void store(int32_t v, Vector p, const RowSource<L, S>& row) {
+    const int32_t id = first_id + v * kVector;
+    if (static_cast<uint32_t>(row.mask_id - id) < kVector) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        if (id + e == row.mask_id) p.v[e] = Scalar<S>::down(-INFINITY);
+    }
+    float largest = max_of(p);
+    if (largest != largest) {
+      thread_has_nan = true;
+      largest = -INFINITY;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        float x = Scalar<S>::up(p.v[e]);
+        if (x != x) {
+          x = -INFINITY;
+          p.v[e] = Scalar<S>::down(x);
+        }
+        largest = fmaxf(largest, x);
+      }
+    }
+    thread_max = fmaxf(thread_max, largest);
+    sVectors[v] = p;
+  }
+};
+
+// Division by the temperature, rounded as fp32 division rounds; finite for finite x and +inf.
+struct Temperature {
+  float t, reciprocal;
+  bool moderate;  // the short way is exact
+
+  __device__ explicit Temperature(float temperature) {
+    t = temperature;
+    reciprocal = __frcp_rn(temperature);
+    moderate = temperature < 0x1p60f;
+  }
+
+  // x is not NaN and not -inf.
+  __device__ __forceinline__ float z(float x) const {
+    x = fminf(x, FLT_MAX);
+    float q = x * reciprocal;
+    if (moderate && fabsf(q) < 0x1p100f && (fabsf(q) > 0x1p-100f || x == 0.0f)) {
+      // Markstein: with a correctly rounded reciprocal, one exact remainder gives the correctly rounded quotient.
+      q = fmaf(fmaf(-q, t, x), reciprocal, q);
+      return fmaf(fmaf(-q, t, x), reciprocal, q);
+    }
+    return fmaxf(fminf(__fdiv_rn(x, t), FLT_MAX), -FLT_MAX);
+  }
+};
+
+}  // namespace idlm

@@ -1,0 +1,20 @@
+// The instances of the kernel, one translation unit per logits type.
+#pragma once
+
+#include "sampling/kernel.cuh"
+
+namespace idlm {
+
+using RowsKernel = void (*)(KernelParams);
+
+// storage: type of a row in shared memory, the logits' own or fp32 (with an fp32 bias).
+RowsKernel rows_kernel_bf16(DType storage, bool rejection);
+RowsKernel rows_kernel_fp16(DType storage, bool rejection);
+RowsKernel rows_kernel_fp32(bool rejection);
+
+template <class L, class S>
+RowsKernel rows_kernel_of(bool rejection) {
+  return rejection ? rows_kernel<L, S, true> : rows_kernel<L, S, false>;
+}
+
+}  // namespace idlm

@@ -1,0 +1,169 @@
+// The smallest logit that top-k, top-p and min-p keep, without sorting.
+//
+// Count and mass of the values >= t fall as t rises, so each cut is the largest t whose measure reaches a target. A pass
+// over the row in shared memory measures seven pivots at once; the first pivots lie near the maximum, where cuts are, the
+// later ones divide what is left of the key range by eight: at most 1 + ceil(bits / 3) passes, 6 or 7 for 16-bit logits.
+// Vectors below the lowest pivot are skipped after one comparison, so all passes but the first are nearly free.
+//
+// Masses are integers in units of 2^-40 of the largest weight: exact sums, the same for every order and split. Pivots are
+// compared with logits, not quotients; lowest_equal() then adds the logits that division by T makes equal to the cut.
+#pragma once
+
+#include "sampling/cluster_reduce.cuh"
+#include "sampling/row.cuh"
+
+namespace idlm {
+
+constexpr float kMassUnit = 0x1p40f;
+
+template <class S, class Row, class Reduce>
+struct Threshold {
+  static constexpr int kPivots = 7;
+
+  const Row& row;
+  Reduce& reduce;
+  const Temperature& temperature;
+  float row_max;  // the largest logit, > -inf
+  float z_max;
+
+  // Keys count the values of S in order; consecutive keys are consecutive values.
+  static __device__ __forceinline__ uint32_t key_of(float x) { return ordered(x) >> Scalar<S>::kShift; }
+  static __device__ __forceinline__ float value_of(uint32_t key) {
+    uint32_t full = key << Scalar<S>::kShift;
+    if (!(full & 0x80000000u)) full |= (1u << Scalar<S>::kShift) - 1;
+    return from_ordered(full);
+  }
+  static __device__ __forceinline__ float lowest() { return value_of(key_of(-FLT_MAX)); }
+
+  __device__ __forceinline__ uint64_t mass(float x) const {
+    return __float2ull_rn(expf(temperature.z(x) - z_max) * kMassUnit);
+  }
+
+  // The smallest logit that is kept.
+  __device__ float cut(int32_t top_k, float top_p, float min_p) {
+    float t = lowest();
+    if (top_k > 0) t = lowest_equal(search<false>(t, static_cast<uint64_t>(top_k), 0.0f));
+    if (top_p < 1.0f) t = lowest_equal(search<true>(t, 0, top_p));
+    if (min_p > 0.0f) {
+      // The maximum is kept even if min_p exceeds 1.
+      const float bound = first_from(key_of(row_max), [&](float x) { return expf(temperature.z(x) - z_max) >= min_p; });
+      t = fmaxf(t, bound);
+    }
+    return t;
+  }
+
+  // Sum of the masses of the values >= t.
+  __device__ uint64_t mass_from(float t) {
+    uint64_t own = 0;
+    for_each_from(t, [&](float x) { own += mass(x); });
+    uint64_t sums[Reduce::kWidth] = {warp_sum(own)};
+    return __shfl_sync(~0u, reduce.template all<Sum>(sums), 0);
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void for_each_from(float t, F&& f) {
+    for (int32_t v = threadIdx.x; v < row.num_vectors; v += blockDim.x) {
+      const typename Row::Vector p = row.sVectors[v];
+      if (max_of(p) >= t) {
+        float x[Row::kVector];
+        Row::values(p, x);
+#pragma unroll
+        for (int e = 0; e < Row::kVector; ++e)
+          if (x[e] >= t) f(x[e]);
+      }
+    }
+  }
+
+  // The largest t in [floor, row_max] such that the measure of {x >= t} reaches the target: a count, or, by mass, the
+  // share top_p of the mass of {x >= floor}. The floor itself is taken to reach it.
+  template <bool kMass>
+  __device__ float search(float floor, uint64_t target, float top_p) {
+    // Distances of the first pivots from the maximum, in units of T (nats).
+    constexpr float kNear[kPivots - 1] = {1, 2, 4, 6, 9, 14};
+    uint32_t low = key_of(floor), high = key_of(row_max) + 1;
+    uint64_t above = 0;  // measure of {x >= high}
+    uint32_t keys[kPivots];
+#pragma unroll
+    for (int j = 0; j < kPivots - 1; ++j) {
+      const float pivot = fmaxf(fminf(row_max, FLT_MAX) - kNear[j] * temperature.t, floor);
+      keys[j] = min(key_of(pivot), high - 1);
+    }
+    // By mass, the first pass also measures all that is above the floor, which the target is a share of.
+    keys[kPivots - 1] = kMass ? low : keys[kPivots - 2];
+    for (bool first = true; first || high - low > 1; first = false) {
+      if (!first) {
+#pragma unroll
+        for (int j = 0; j < kPivots; ++j)
+          keys[j] = low + static_cast<uint32_t>((static_cast<uint64_t>(high - low) * (kPivots - j)) >> 3);
+      }
+      const uint64_t measure = above + measure_pivots<kMass>(keys, high);  // of pivot lane_id() % 8
+      if (kMass && first) {
+        const double whole = static_cast<double>(__shfl_sync(~0u, measure, kPivots - 1));
+        target = max(static_cast<uint64_t>(ceil(static_cast<double>(top_p) * whole)), static_cast<uint64_t>(1));
+      }
+      const uint32_t missed = __ballot_sync(~0u, lane_id() < kPivots && measure < target);
+      const int num_missed = __popc(missed);  // pivots fall, measures rise: the first ones
+      if (num_missed > 0) above = __shfl_sync(~0u, measure, num_missed - 1);
+#pragma unroll
+      for (int j = 0; j < kPivots; ++j) {
+        if (j + 1 == num_missed) high = keys[j];
+        if (j == num_missed) low = keys[j];
+      }
+    }
+    return value_of(low);
+  }
+
+  // In lane i: the measure of {keys[i] <= x < high}. Keys do not rise.
+  template <bool kMass>
+  __device__ uint64_t measure_pivots(const uint32_t (&keys)[kPivots], uint32_t high) {
+    float pivots[kPivots];
+#pragma unroll
+    for (int j = 0; j < kPivots; ++j) pivots[j] = value_of(keys[j]);
+    const float end = value_of(high);  // NaN right above +inf, which no value reaches
+    uint64_t sums[Reduce::kWidth] = {};
+    for_each_from(pivots[kPivots - 1], [&](float x) {
+      if (x >= end) return;
+      const uint64_t weight = kMass ? mass(x) : 1;
+      sums[kPivots - 1] += weight;
+      if (x >= pivots[kPivots - 2]) {
+#pragma unroll
+        for (int j = 0; j < kPivots - 1; ++j) sums[j] += x >= pivots[j] ? weight : 0;
+      }
+    });
+#pragma unroll
+    for (int j = 0; j < kPivots; ++j)
+      sums[j] = kMass ? warp_sum(sums[j]) : __reduce_add_sync(~0u, static_cast<uint32_t>(sums[j]));
+    return reduce.template all<Sum>(sums);
+  }
+
+  // The smallest value whose quotient by T is that of x.
+  __device__ float lowest_equal(float x) const {
+    const float z = temperature.z(x);
+    return first_from(key_of(x), [&](float y) { return temperature.z(y) >= z; });
+  }
+
+  // The smallest value for which `holds`, which does not fall as its argument rises; holds(value_of(key)) is granted.
+  template <class Holds>
+  static __device__ float first_from(uint32_t key, Holds&& holds) {
+    const uint32_t bottom = key_of(-FLT_MAX);
+    uint32_t low = key, step = 1;  // holds at low
+    while (low > bottom && holds(value_of(low - min(step, low - bottom)))) {
+      low -= min(step, low - bottom);
+      step *= 2;
+    }
+    // Either low is the bottom, or it does not hold at low - step.
+    uint32_t fails = low > bottom ? low - min(step, low - bottom) : low - 1;
+    while (low - fails > 1) {
+      const uint32_t middle = fails + (low - fails) / 2;
+      if (holds(value_of(middle))) {
+        low = middle;
+      } else {
+        fails = middle;
+      }
+    }
+    return value_of(low);
+  }
+};
+
+}  // namespace idlm

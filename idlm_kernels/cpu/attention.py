@@ -1,0 +1,381 @@
+"""Row-invariant strided attention on a CPU: batched matrix products over KV leaves of a fixed length.
+
+A request's pages are gathered into leaves of LEAF slots, [Hkv, leaves, LEAF, D]. The rows that share a KV head are the
+rows of one matrix, and each leaf is one element of a batched product: scores = q K^T, then p = exp(scores - row max),
+then p V, whose leaf results and sums are added in leaf order. The row maximum is taken over all leaves, so nothing is
+rescaled. Why the bits of a row depend only on what it sees:
+
+- every product is over D or LEAF, whatever the sequence length; that its result does not depend on the number of rows
+  and leaves computed with it is checked per shape on random numbers (`_product`), with slower ways if it does not hold;
+- a hidden slot has p = 0 exactly, and adding the zeros of a leaf in which all slots are hidden changes nothing;
+- maximum, exp and subtraction work element by element (torch's exp gives a number the same bits at any position), and
+  the sum over leaves has a fixed order (`_sum_leaves`).
+
+Costs at 512 slots, 9 heads over 3 KV heads, D = 64: gathering K and V 2 x 6 us, the two products 2 x 11 us for one row
+and 2 x 60 us for 16, the rest some 35 us of small torch calls (two cores of an AMD EPYC, Zen 5; `python -m
+bench.cpu_ops`). Everything that the layers of a forward share (pages, masks, the split into items) is kept in `_plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import python_ref
+from python_ref.attention import visible_slots
+
+LEAF = 128  # slots; the order of summation depends on it. 64 costs more calls at length, 256 pads short contexts
+MIN_ROWS = 4  # rows of a product: below, MKL computes a row in another way (measured for D = 64, 128, 256)
+MAX_ROWS = 64  # rows of a request in one item
+SCORES_PER_ITEM = 1 << 20  # elements: 4 MiB of scores stay in the second-level caches
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbouring rows of one request that are computed together; they sit on slots end - rows .. end - 1."""
+
+    request: int
+    first_row: int
+    rows: int
+    end: int
+    leaves: int  # that hold the slots before `end`
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Work that is done in one go: neighbouring pieces of equal shape."""
+
+    first_row: int
+    count: int  # G, pieces
+    rows: int  # m, of each piece
+    leaves: int  # L, of each piece
+    pages: Tensor  # int64 [G * pages of a piece]
+    lengths: tuple[int, ...]  # of each piece: V is zeroed from here on
+    masked_leaf: int  # leaves before this one are seen whole by every row
+    hidden: Tensor | None  # bool [G, L - masked_leaf, m, 1, LEAF]; None if all is seen
+
+
+@dataclass(frozen=True)
+class _Plan:
+    items: tuple[_Item, ...]
+    idle_rows: tuple[slice, ...]  # rows of no request
+
+
+def strided_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    tail_mask: Tensor | None = None,
+    max_query_len: int,
+    sm_scale: float | None = None,
+    window: int = -1,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """softmax(q K^T * sm_scale) V over the slots that each row may see, in fp32; see `python_ref.strided_attention`."""
+    if q.dtype == torch.float64:  # for judging the other dtypes
+        return python_ref.strided_attention(
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            seq_lens,
+            query_start_loc,
+            tail_mask=tail_mask,
+            max_query_len=max_query_len,
+            sm_scale=sm_scale,
+            window=window,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+            lse=lse,
+        )
+    num_rows, num_heads, head_dim = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_cache.shape
+    plan = _plan(
+        seq_lens.numpy().tobytes(),
+        query_start_loc.numpy().tobytes(),
+        page_table.numpy().tobytes(),
+        None if tail_mask is None else tail_mask.numpy().tobytes(),
+        num_rows,
+        num_heads,
+        num_pages,
+        page_size,
+        window,
+    )
+    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    if k_scale is not None:
+        scale *= float(k_scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    for rows in plan.idle_rows:
+        out[rows] = 0
+        if lse is not None:
+            lse[rows] = -math.inf
+    k_pages, v_pages = k_cache.permute(2, 0, 1, 3), v_cache.permute(2, 0, 1, 3)  # [Hkv, pages, page_size, D]
+    for item in plan.items:
+        o, row_max, total = _attend(q, k_pages, v_pages, item, scale)
+        if v_scale is not None:
+            o.mul_(v_scale)
+        rows = slice(item.first_row, item.first_row + item.count * item.rows)
+        grouped = (item.count, item.rows, num_kv_heads, num_heads // num_kv_heads)
+        out[rows].view(*grouped, head_dim).permute(2, 0, 1, 3, 4).copy_(o)
+        if lse is not None:
+            lse[rows].view(grouped).permute(2, 0, 1, 3).copy_((row_max + total.log()).view(o.shape[:-1]))
+    return out
+
+
+def _attend(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, item: _Item, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [Hkv, G, m, group, D], row maxima and sums of exp(score - row maximum) [Hkv, G, m * group] of an item."""
+    count, rows, leaves = item.count, item.rows, item.leaves
+    num_kv_heads, head_dim = k_pages.shape[0], k_pages.shape[3]
+    group = q.shape[1] // num_kv_heads
+    stacked = rows * group  # rows of a matrix
+    padded = max(stacked, MIN_ROWS)
+
+    k = _gather(k_pages, item)  # [Hkv, G, L * LEAF, D]
+    v = _gather(v_pages, item)
+    for g, length in enumerate(item.lengths):
+        if length < v.shape[2]:
+            v[:, g, length:] = 0  # whatever lies there: 0 * NaN
+
+    # The same rows for every leaf: [Hkv, G, L, rows, D].
+    allocate = torch.empty if padded == stacked else torch.zeros
+    q_leaves = allocate(num_kv_heads, count, leaves, padded, head_dim)
+    source = q[item.first_row : item.first_row + count * rows].view(count, rows, num_kv_heads, group, head_dim)
+    target = q_leaves[:, :, :, :stacked].unflatten(3, (rows, group))
+    torch.mul(source.permute(2, 0, 1, 3, 4).unsqueeze(2).expand_as(target), scale, out=target)
+
+    batch = num_kv_heads * count * leaves
+    scores = _product(q_leaves.view(batch, padded, head_dim), k.view(batch, LEAF, head_dim).transpose(1, 2))
+    p = scores.view(num_kv_heads, count, leaves, padded, LEAF)
+    if item.hidden is not None:
+        masked = p[:, :, item.masked_leaf :, :stacked].unflatten(3, (rows, group))
+        masked.masked_fill_(item.hidden, -math.inf)
+    row_max = p.amax((2, 4), keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # finite if nothing is seen
+    p.sub_(row_max).exp_()
+    total = _sum_leaves(p.sum(4))
+    o = _sum_leaves(_product(scores, v.view(batch, LEAF, head_dim)).view(*p.shape[:4], head_dim))
+    o.div_(total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(3))
+    o = o[:, :, :stacked].unflatten(2, (rows, group))
+    return o, row_max[:, :, 0, :stacked, 0], total[:, :, :stacked]
+
+
+def _gather(pages: Tensor, item: _Item) -> Tensor:
+    """The slots of an item in order, [Hkv, G, L * LEAF, D] in fp32, contiguous, memory of its own."""
+    num_kv_heads, _, _, head_dim = pages.shape
+    slots = pages.index_select(1, item.pages).view(num_kv_heads, item.count, -1, head_dim)
+    return slots[:, :, : item.leaves * LEAF].to(torch.float32).contiguous()
+
+
+# The plan: what depends on lengths, pages and masks alone.
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(
+    seq_lens: bytes,
+    query_start_loc: bytes,
+    page_table: bytes,
+    tail_mask: bytes | None,
+    num_rows: int,
+    num_heads: int,
+    num_pages: int,
+    page_size: int,
+    window: int,
+) -> _Plan:
+    """Split the rows into items. Keyed by value: the layers of a forward share it, and nothing can go stale."""
+    lengths = np.frombuffer(seq_lens, np.int32).tolist()
+    # Rows out of range would be a fault of the data, which must not raise.
+    starts = np.maximum.accumulate(np.frombuffer(query_start_loc, np.int32)).clip(0, num_rows).tolist()
+    table = np.frombuffer(page_table, np.int32).reshape(len(lengths), -1).clip(0, num_pages - 1)
+    capacity = table.shape[1] * page_size
+    tails = None if tail_mask is None else torch.frombuffer(bytearray(tail_mask), dtype=torch.int64)
+
+    def leaves_of(slots: int) -> int:
+        return max(-(-min(slots, capacity) // LEAF), 1)
+
+    pieces: list[_Piece] = []
+    for b, length in enumerate(lengths):
+        start, stop = starts[b], starts[b + 1]
+        if length <= 0:
+            continue
+        step = MAX_ROWS  # the rows of a tail mask refer to each other and stay together
+        if tails is None:
+            step = min(step, max(SCORES_PER_ITEM // (num_heads * leaves_of(length) * LEAF), 1))
+        for row in range(start, stop, step):
+            rows = min(step, stop - row)
+            end = length - (stop - row) + rows
+            pieces.append(_Piece(b, row, rows, end, leaves_of(end)))
+
+    items, idle, done = [], [], 0
+    while pieces:
+        head = pieces[0]
+        limit = SCORES_PER_ITEM // (num_heads * head.rows * head.leaves * LEAF)
+        count = 1
+        while count < min(limit, len(pieces)) and _follows(pieces[count], pieces[count - 1]):
+            count += 1
+        items.append(_item(pieces[:count], table, capacity, page_size, tails, window))
+        del pieces[:count]
+        idle.append(slice(done, head.first_row))
+        done = head.first_row + count * head.rows
+    idle.append(slice(done, num_rows))
+    return _Plan(tuple(items), tuple(rows for rows in idle if rows.start < rows.stop))
+
+
+def _follows(piece: _Piece, previous: _Piece) -> bool:
+    return piece.first_row == previous.first_row + previous.rows and (piece.rows, piece.leaves) == (
+        previous.rows,
+        previous.leaves,
+    )
+
+
+def _item(
+    pieces: list[_Piece], table: np.ndarray, capacity: int, page_size: int, tails: Tensor | None, window: int
+) -> _Item:
+    rows, leaves, first_row = pieces[0].rows, pieces[0].leaves, pieces[0].first_row
+    # A last leaf may reach beyond the table: any page will do there, its slots are hidden.
+    pages = np.zeros((len(pieces), -(-leaves * LEAF // page_size)), np.int64)
+    known = min(pages.shape[1], table.shape[1])
+    pages[:, :known] = table[[piece.request for piece in pieces], :known]
+
+    first_hidden = min(piece.end - rows + (1 if tails is None else 0) for piece in pieces)
+    masked_leaf = 0 if window >= 0 else min(max(first_hidden, 0) // LEAF, leaves)
+    origin, num_slots = masked_leaf * LEAF, (leaves - masked_leaf) * LEAF
+    hidden = None
+    if num_slots:
+        ends = torch.tensor([piece.end for piece in pieces])
+        m = torch.full_like(ends, rows)
+        tail = None if tails is None else tails[first_row : first_row + len(pieces) * rows].view(-1, rows)
+        visible = visible_slots(m, ends - origin, rows, num_slots, tail, window)
+        visible &= torch.arange(origin, origin + num_slots) < capacity
+        hidden = ~visible.unflatten(2, (-1, LEAF)).transpose(1, 2).unsqueeze(3)
+        hidden = hidden.contiguous() if bool(hidden.any()) else None
+    return _Item(
+        first_row=first_row,
+        count=len(pieces),
+        rows=rows,
+        leaves=leaves,
+        pages=torch.from_numpy(pages).flatten(),
+        lengths=tuple(max(min(piece.end, capacity), 0) for piece in pieces),
+        masked_leaf=masked_leaf,
+        hidden=hidden,
+    )
+
+
+# Products and sums whose bits do not depend on the shape around them.
+
+_verdicts: dict[tuple[object, ...], bool] = {}
+
+
+def _verified(key: tuple[object, ...], check: Callable[[], bool]) -> bool:
+    """The outcome of a check that is made once per key and thread count."""
+    key = (*key, torch.get_num_threads())
+    verdict = _verdicts.get(key)
+    if verdict is None:
+        verdict = _verdicts[key] = check()
+    return verdict
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [batch, rows, K] @ b [batch, K, N], every row with the same bits as in any other batch of any other height.
+
+    torch.bmm where it agrees with `_product_in_slabs` on random matrices of this shape; that one, if it does not
+    depend on the place of a row; else `_product_by_tree`. Batches above 8 are taken to behave as 8 do.
+    """
+    batch, rows, inner = a.shape
+    turned = b.stride(2) != 1
+
+    def like_b(batch: int) -> Tensor:
+        return _random(batch, b.shape[2], inner).transpose(1, 2) if turned else _random(batch, inner, b.shape[2])
+
+    def slabs_are_invariant() -> bool:
+        x, y = _random(4, 2 * SLAB, inner), like_b(4)
+        want = _product_in_slabs(x, y)
+        backwards = _product_in_slabs(x.flip(0, 1), y.flip(0)).flip(0, 1)
+        some = torch.cat([_product_in_slabs(x[1:4, 3:4], y[1:4]), _product_in_slabs(x[1:4, 5:24], y[1:4])], 1)
+        return torch.equal(want, backwards) and torch.equal(some, torch.cat([want[1:4, 3:4], want[1:4, 5:24]], 1))
+
+    def bmm_agrees() -> bool:
+        x, y = _random(min(batch, 8), rows, inner), like_b(min(batch, 8))
+        return torch.equal(torch.bmm(x, y), _product_in_slabs(x, y))
+
+    shape = (inner, b.shape[2], turned)
+    if not _verified(("slabs", *shape), slabs_are_invariant):
+        return _product_by_tree(a, b)
+    if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees):
+        return torch.bmm(a, b)
+    return _product_in_slabs(a, b)
+
+
+SLAB = 16  # rows
+
+
+def _product_in_slabs(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by calls of exactly [2, SLAB, K] @ [2, K, N]: no shape around a row ever changes."""
+    out = a.new_empty(*a.shape[:2], b.shape[2])
+    for i in range(0, a.shape[0], 2):
+        pair = torch.arange(i, i + 2).clamp(max=a.shape[0] - 1)
+        b_pair = b.transpose(1, 2)[pair].transpose(1, 2) if b.stride(2) != 1 else b[pair]
+        for j in range(0, a.shape[1], SLAB):
+            block = a[i : i + 2, j : j + SLAB]
+            slab = a.new_zeros(2, SLAB, a.shape[2])
+            slab[: block.shape[0], : block.shape[1]] = block
+            out[i : i + 2, j : j + SLAB] = torch.bmm(slab, b_pair)[: block.shape[0], : block.shape[1]]
+    return out
+
+
+def _product_by_tree(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by single multiplications and additions in a fixed tree: invariant on any machine, and slow."""
+    out = a.new_empty(*a.shape[:2], b.shape[2])
+    for row in range(a.shape[1]):
+        terms = a[:, row, :, None] * b  # [batch, K, N]
+        while terms.shape[1] > 1:
+            half = (terms.shape[1] + 1) // 2
+            rest = terms[:, half:]
+            terms = terms[:, :half].clone()
+            terms[:, : rest.shape[1]] += rest
+        out[:, row] = terms[:, 0]
+    return out
+
+
+def _sum_leaves(x: Tensor) -> Tensor:
+    """Sum of x [Hkv, G, L, ...] over its leaves, in their order: zeros at the end change nothing."""
+    total: Tensor | None = None
+    for block in x.split(16, dim=2):  # torch sums up to 16 terms one after the other, longer rows in blocks
+        length, inner = block.shape[2], math.prod(block.shape[3:])
+        if length == 1:
+            part = block.select(2, 0)
+        elif _verified(("sum", length, inner), functools.partial(_sum_is_in_order, length, inner)):
+            part = block.sum(2)
+        else:
+            part = _add_in_order(block, 2)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _add_in_order(x: Tensor, dim: int) -> Tensor:
+    return functools.reduce(torch.add, x.unbind(dim))
+
+
+def _sum_is_in_order(length: int, inner: int) -> bool:
+    x = _random(4, length, inner)
+    return torch.equal(x.sum(1), _add_in_order(x, 1))

@@ -1,0 +1,8 @@
+"""Backend `triton`: one kernel family per file; the functions have the names and signatures of `python_ref`.
+
+What is not here the references compute. Not yet run on hardware.
+"""
+
+from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+
+__all__ = ["embed", "qk_norm_rope_append", "rms_norm", "silu_and_mul"]

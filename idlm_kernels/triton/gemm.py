@@ -1,0 +1,493 @@
+"""linear and gated_lora_linear.
+
+    y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale * sum_r h[t, r] B[n, r] where gate[t], h = x A^T)
+
+Swapped operands: weight rows fill the 64-row side of the matrix instruction, tokens its other side, so that a step of
+7 or 16 rows reads each weight once. Every row count uses the same instruction, 64 x 64 x 16: beyond 64 rows a CTA runs
+it twice per weight tile, beyond 128 further CTAs follow. K is cut at places that depend on (N, K) alone, each part is
+summed on its own and the parts are added in order: by the last CTA to arrive, or, where rows alone fill the machine,
+by one CTA that computes the parts one after the other. Either way a row has the same bits.
+
+Bytes: the weight once per 128 rows; x once per weight tile and the parts (fp32, written and read once) out of L2.
+A decode step is bound by the weight: 33.6 MB, 10.0 us for the o projection of Qwen3-8B at 3.35 TB/s; 64 padded rows
+need 214 TFLOP/s at that rate, which the tensor cores have to spare.
+
+The adapter is two launches: `h` (the same kernel with A for a weight, which skips all rows and tiles without a gate),
+then the layer, whose epilogue adds h B^T into accumulators of its own and selects per row. Its factors are taken in
+x's dtype. fp32 runs on FMA and is there for tests; fp64 is left to the references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import python_ref
+from idlm_kernels.triton.common import launch, next_power_of_2
+
+kResidentCtas = 396  # 3 on each of the 132 SMs of an H100: what 4 stages of 16 KB leave room for
+kMinBlocksPerSplit = 4
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a GEMM: block_n weight rows x block_t tokens, block_k deep, K cut into `splits` parts."""
+
+    block_n: int
+    block_t: int
+    block_k: int
+    splits: int
+    blocks_per_split: int
+    num_stages: int
+    num_warps: int
+
+
+def gemm_config(n: int, k: int, dtype: torch.dtype) -> GemmConfig:
+    """The tiles for a weight [n, k]. They decide the bits of a row, so nothing else may enter here.
+
+    Weights of 16384 rows and more have enough 128-row tiles to fill the machine and then read x half as often;
+    narrower ones take 64-row tiles and cut K until about `kResidentCtas` CTAs run. Counted, not measured.
+    """
+    if dtype == torch.float32:
+        block_n, block_t, block_k, stages = 32, 16, 32, 2
+    else:
+        block_n, block_t, block_k, stages = (128 if n >= 16384 else 64), 64, 64, 4
+    blocks = triton.cdiv(k, block_k)
+    tiles = triton.cdiv(n, block_n)
+    splits = 1
+    if block_n == 64:
+        splits = min(kResidentCtas // tiles, blocks // kMinBlocksPerSplit, 16)
+    elif dtype == torch.float32:
+        splits = blocks // kMinBlocksPerSplit  # for precision: one chain of FMA over all of K errs more than PyTorch
+    blocks_per_split = triton.cdiv(blocks, max(splits, 1))
+    return GemmConfig(block_n, block_t, block_k, triton.cdiv(blocks, blocks_per_split), blocks_per_split, stages, 4)
+
+
+@triton.jit
+def _dot(w, x, accumulator):
+    """accumulator + w x^T."""
+    return tl.dot(w.to(x.dtype), tl.trans(x), accumulator, input_precision="ieee")
+
+
+@triton.jit
+def _multiply(
+    accumulator,  # [BLOCK_N, BLOCK_T]
+    second,  # the same for the next BLOCK_T rows, with ROW_TILES == 2
+    pW,  # [BLOCK_N, 1]
+    pX,  # [BLOCK_T, 1]
+    pX2,
+    has_n,  # [BLOCK_N, 1]
+    has_t,  # [BLOCK_T, 1]
+    has_t2,
+    first_block,
+    last_block,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """accumulator += W x^T over the K blocks first_block .. last_block - 1, in this order."""
+    for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        has_k = k < K
+        w = tl.load(pW + k, mask=has_n & has_k, other=0.0)
+        x = tl.load(pX + k, mask=has_t & has_k, other=0.0)
+        accumulator = _dot(w, x, accumulator)
+        if ROW_TILES == 2:
+            x2 = tl.load(pX2 + k, mask=has_t2 & has_k, other=0.0)
+            second = _dot(w, x2, second)
+    return accumulator, second
+
+
+@triton.jit
+def _reduce_parts(gParts, n, t, num_rows, stride_part, N: tl.constexpr, SPLITS: tl.constexpr):
+    """The sum of the parts of one tile, in their order."""
+    inside = (n < N)[:, None] & (t < num_rows)[None, :]
+    pPart = gParts + t[None, :].to(tl.int64) * N + n[:, None]
+    total = tl.load(pPart, mask=inside, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(pPart + split * stride_part, mask=inside, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _store_part(gParts, part, n, t, num_rows, N: tl.constexpr):
+    pPart = gParts + t[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(pPart, tl.trans(part), mask=(t < num_rows)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _adapter_update(
+    gB,  # [N, RANK]
+    gH,  # [T, slices * RANK]
+    n,  # [BLOCK_N]
+    t,  # [BLOCK_T]
+    gated,  # [BLOCK_T]
+    n_first,
+    stride_b,
+    stride_h,
+    SLICE_ENDS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """h B^T of one tile, [BLOCK_N, BLOCK_T]. A tile may touch several slices: each takes its own columns of h."""
+    update = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for s in tl.static_range(len(SLICE_ENDS)):
+        begin = 0 if s == 0 else SLICE_ENDS[s - 1]
+        end = SLICE_ENDS[s]
+        if (n_first < end) & (n_first + BLOCK_N > begin):
+            in_slice = (n >= begin) & (n < end)
+            of_slice = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            for first in tl.static_range(0, RANK, BLOCK_RANK):
+                r = first + tl.arange(0, BLOCK_RANK)[None, :]
+                pB = gB + n[:, None].to(tl.int64) * stride_b + r
+                b = tl.load(pB, mask=in_slice[:, None] & (r < RANK), other=0.0)
+                pH = gH + t[:, None].to(tl.int64) * stride_h + s * RANK + r
+                h = tl.load(pH, mask=gated[:, None] & (r < RANK), other=0.0)
+                of_slice = _dot(b, h, of_slice)
+            update = tl.where(in_slice[:, None], of_slice, update)
+    return update
+
+
+@triton.jit
+def _finish(
+    sums,  # [BLOCK_N, BLOCK_T]
+    gBias,
+    gOut,
+    gGate,
+    gB,
+    gH,
+    n,
+    t,
+    n_first,
+    num_rows,
+    scale,
+    stride_out,
+    stride_b,
+    stride_h,
+    N: tl.constexpr,
+    SLICE_ENDS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    GATED_ONLY: tl.constexpr,
+):
+    """Bias, adapter, the one rounding, and the store of a finished tile."""
+    has_t = t < num_rows
+    if HAS_BIAS:
+        sums += tl.load(gBias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    y = sums.to(gOut.dtype.element_ty)
+    if HAS_LORA or GATED_ONLY:
+        gated = tl.load(gGate + t, mask=has_t, other=0) != 0
+        if HAS_LORA:
+            if tl.max(gated.to(tl.int32), axis=0) != 0:
+                update = _adapter_update(
+                    gB, gH, n, t, gated, n_first, stride_b, stride_h, SLICE_ENDS, RANK, BLOCK_RANK, BLOCK_N, BLOCK_T
+                )
+                # Rows without the adapter keep what they had: selected, never added to.
+                y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)
+        else:
+            has_t = has_t & gated
+    pOut = gOut + t[:, None].to(tl.int64) * stride_out + n[None, :]
+    tl.store(pOut, tl.trans(y), mask=has_t[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "scale", "stride_out", "stride_b", "stride_h"])
+def _linear_kernel(
+    gX,  # [T, K]
+    gW,  # [N, K]
+    gBias,  # [N]
+    gOut,  # [T, N]
+    gParts,  # fp32 [SPLITS, T, N]
+    gArrivals,  # int32, one per tile, zero between launches
+    gGate,  # [T]
+    gB,  # [N, RANK]
+    gH,  # [T, slices * RANK]
+    num_rows,
+    scale,
+    stride_x,
+    stride_w,
+    stride_out,
+    stride_b,
+    stride_h,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCKS_PER_SPLIT: tl.constexpr,
+    IN_ONE_CTA: tl.constexpr,
+    SLICE_ENDS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    GATED_ONLY: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    NUM_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    # Row tiles of one weight tile follow each other, so that they find it in L2.
+    row_groups = tl.cdiv(num_rows, BLOCK_T * ROW_TILES)
+    tile = tl.program_id(0)
+    n_first = (tile // row_groups) * BLOCK_N
+    n = n_first + tl.arange(0, BLOCK_N)
+    t = (tile % row_groups) * (BLOCK_T * ROW_TILES) + tl.arange(0, BLOCK_T)
+    t2 = t + BLOCK_T
+    has_n = (n < N)[:, None]
+    has_t, has_t2 = (t < num_rows)[:, None], (t2 < num_rows)[:, None]
+    if GATED_ONLY:
+        gated = tl.load(gGate + t, mask=t < num_rows, other=0) != 0
+        any_gated = tl.max(gated.to(tl.int32), axis=0)
+        has_t = has_t & gated[:, None]
+        if ROW_TILES == 2:
+            gated2 = tl.load(gGate + t2, mask=t2 < num_rows, other=0) != 0
+            any_gated = any_gated | tl.max(gated2.to(tl.int32), axis=0)
+            has_t2 = has_t2 & gated2[:, None]
+        if any_gated == 0:
+            return
+    pW = gW + n[:, None].to(tl.int64) * stride_w
+    pX = gX + t[:, None].to(tl.int64) * stride_x
+    pX2 = gX + t2[:, None].to(tl.int64) * stride_x
+
+    zeros = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    split = tl.program_id(1)
+    sums, sums2 = _multiply(
+        zeros,
+        zeros,
+        pW,
+        pX,
+        pX2,
+        has_n,
+        has_t,
+        has_t2,
+        split * BLOCKS_PER_SPLIT,
+        tl.minimum((split + 1) * BLOCKS_PER_SPLIT, NUM_BLOCKS),
+        K,
+        BLOCK_K,
+        ROW_TILES,
+        NUM_STAGES,
+    )
+    if SPLITS > 1:
+        if IN_ONE_CTA:
+            for later in range(1, SPLITS):
+                part, part2 = _multiply(
+                    zeros,
+                    zeros,
+                    pW,
+                    pX,
+                    pX2,
+                    has_n,
+                    has_t,
+                    has_t2,
+                    later * BLOCKS_PER_SPLIT,
+                    tl.minimum((later + 1) * BLOCKS_PER_SPLIT, NUM_BLOCKS),
+                    K,
+                    BLOCK_K,
+                    ROW_TILES,
+                    NUM_STAGES,
+                )
+                sums += part
+                sums2 += part2
+        else:
+            stride_part = num_rows.to(tl.int64) * N
+            gMine = gParts + split * stride_part
+            _store_part(gMine, sums, n, t, num_rows, N)
+            if ROW_TILES == 2:
+                _store_part(gMine, sums2, n, t2, num_rows, N)
+            # Releases the part that this CTA stored (the barrier: by all its threads) and, in the CTA that arrives
+            # last, acquires the parts of the others.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(gArrivals + tile, 1, sem="acq_rel", scope="gpu")
+            if arrived < SPLITS - 1:
+                return
+            tl.store(gArrivals + tile, 0)
+            sums = _reduce_parts(gParts, n, t, num_rows, stride_part, N, SPLITS)
+            if ROW_TILES == 2:
+                sums2 = _reduce_parts(gParts, n, t2, num_rows, stride_part, N, SPLITS)
+
+    _finish(
+        sums,
+        gBias,
+        gOut,
+        gGate,
+        gB,
+        gH,
+        n,
+        t,
+        n_first,
+        num_rows,
+        scale,
+        stride_out,
+        stride_b,
+        stride_h,
+        N,
+        SLICE_ENDS,
+        RANK,
+        BLOCK_RANK,
+        BLOCK_N,
+        BLOCK_T,
+        HAS_BIAS,
+        HAS_LORA,
+        GATED_ONLY,
+    )
+    if ROW_TILES == 2:
+        _finish(
+            sums2,
+            gBias,
+            gOut,
+            gGate,
+            gB,
+            gH,
+            n,
+            t2,
+            n_first,
+            num_rows,
+            scale,
+            stride_out,
+            stride_b,
+            stride_h,
+            N,
+            SLICE_ENDS,
+            RANK,
+            BLOCK_RANK,
+            BLOCK_N,
+            BLOCK_T,
+            HAS_BIAS,
+            HAS_LORA,
+            GATED_ONLY,
+        )
+
+
+_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrival_counters(device: torch.device) -> Tensor:
+    """Zeros, one per tile of a launch; every launch leaves them as it finds them.
+
+    One set per stream: launches of one stream follow each other. A captured graph keeps the set of the stream that it
+    was captured on, so two graphs captured on one stream must not be replayed side by side.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream)
+    if key not in _arrivals:
+        _arrivals[key] = torch.zeros(kResidentCtas, dtype=torch.int32, device=device)
+    return _arrivals[key]
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    h: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    slices: Sequence[int] = (),
+    scale: float = 0.0,
+) -> None:
+    """One launch. `gate` without `lora_b`: only the gated rows are computed, the others of `out` stay as they are."""
+    (num_rows, k), n = x.shape, weight.shape[0]
+    config = gemm_config(n, k, x.dtype)
+    row_tiles = 1 if num_rows <= config.block_t else 2
+    tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_rows, config.block_t * row_tiles)
+    in_one_cta = config.splits > 1 and tiles * config.splits > kResidentCtas
+    splits_apart = config.splits > 1 and not in_one_cta
+    parts = x.new_empty(config.splits, num_rows, n, dtype=torch.float32) if splits_apart else None
+    rank = 1 if lora_b is None else lora_b.shape[1]
+    ends = tuple(sum(slices[: i + 1]) for i in range(len(slices)))
+    launch(
+        _linear_kernel,
+        (tiles, config.splits if splits_apart else 1),
+        x,
+        x,
+        weight,
+        bias,
+        out,
+        parts,
+        _arrival_counters(x.device) if splits_apart else None,
+        gate,
+        lora_b,
+        h,
+        num_rows,
+        scale,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        0 if lora_b is None else lora_b.stride(0),
+        0 if h is None else h.stride(0),
+        N=n,
+        K=k,
+        BLOCK_N=config.block_n,
+        BLOCK_T=config.block_t,
+        BLOCK_K=config.block_k,
+        ROW_TILES=row_tiles,
+        SPLITS=config.splits,
+        BLOCKS_PER_SPLIT=config.blocks_per_split,
+        IN_ONE_CTA=in_one_cta,
+        SLICE_ENDS=ends,
+        RANK=rank,
+        BLOCK_RANK=min(max(next_power_of_2(rank), 16), 64),
+        HAS_BIAS=bias is not None,
+        HAS_LORA=lora_b is not None,
+        GATED_ONLY=gate is not None and lora_b is None,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+
+
+def prepare_weight(weight: Tensor) -> Tensor:
+    """The weight with contiguous rows, as `linear` reads it."""
+    return weight.contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """See `idlm_kernels.linear`."""
+    if torch.float64 in (x.dtype, None if bias is None else bias.dtype) or x.shape[1] == 0:
+        return python_ref.linear(x, weight, bias=bias, out=out)
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    if y.numel():
+        _run(x, prepare_weight(weight), y, bias=bias)
+    return y
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    slices: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """See `idlm_kernels.gated_lora_linear`."""
+    if torch.float64 in (x.dtype, lora_b.dtype, None if bias is None else bias.dtype) or x.shape[1] == 0:
+        return python_ref.gated_lora_linear(
+            x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out
+        )
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    if y.numel() == 0:
+        return y
+    h = x.new_empty(x.shape[0], lora_a.shape[0])
+    _run(x, lora_a, h, gate=gate)
+    widths = [weight.shape[0]] if slices is None else slices
+    _run(
+        x, prepare_weight(weight), y, bias=bias, gate=gate, h=h, lora_b=lora_b, slices=widths, scale=scale
+    )
+    return y

@@ -1,0 +1,402 @@
+"""The per-row ops of a transformer step: rms_norm (+ residual add), silu_and_mul, embed, qk_norm_rope_append.
+
+Each is one launch that reads its input once and writes its result once, in fp32 with one rounding at the end:
+
+    rms_norm              h = x (or residual += x); out = h / sqrt(mean(h^2) + eps) * weight    one CTA per row
+    silu_and_mul          out = x1 / (1 + exp(-x1)) * x2                                        1024 columns per CTA
+    embed                 out = weight[id], or the MASK embedding                               1024 columns per CTA
+    qk_norm_rope_append   q, k: norm per head, rotation; k, v to their cache slot               8 heads per CTA
+
+A decode step has few rows (7 x 8 KB for one request of Qwen3-8B): all four are bound by launch latency, not by
+bytes. The shape of each reduction is a function of width and dtype, so a row's bits depend on that row alone.
+fp64, the dtype of reference results, is left to the references.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import python_ref
+from idlm_kernels.triton.common import VECTOR_BYTES, aligned, is_aligned, launch, next_power_of_2
+
+kBlockColumns = 1024  # of the elementwise kernels: 16 bytes per thread and access at 4 warps
+kBlockHeads = 8
+
+
+@triton.jit(do_not_specialize=["stride_x", "stride_residual", "stride_out"])
+def _rms_norm_kernel(
+    gX,  # [T, H]
+    gResidual,  # [T, H]
+    gWeight,  # [H]
+    gOut,  # [T, H]
+    stride_x,
+    stride_residual,
+    stride_out,
+    eps,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_H)
+    inside = column < H
+    x = tl.load(aligned(gX + row * stride_x + column, ALIGNED), mask=inside, other=0.0)
+    weight = tl.load(aligned(gWeight + column, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        pResidual = aligned(gResidual + row * stride_residual + column, ALIGNED)
+        residual = tl.load(pResidual, mask=inside, other=0.0)
+        # The norm sees the sum as it was stored, rounded.
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        tl.store(pResidual, x, mask=inside)
+    h = x.to(tl.float32)
+    mean_square = tl.div_rn(tl.sum(h * h, axis=0), H * 1.0)
+    inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+    y = h * inverse_rms * weight
+    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y.to(gOut.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["stride_x", "stride_out"])
+def _silu_and_mul_kernel(
+    gX,  # [T, 2F]
+    gOut,  # [T, F]
+    stride_x,
+    stride_out,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = column < F
+    pGate = gX + row * stride_x + column
+    gate = tl.load(aligned(pGate, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(aligned(pGate + F, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    y = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y.to(gOut.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_ids", "stride_weight", "stride_out"])
+def _embed_kernel(
+    gIds,  # [T]
+    gWeight,  # [V, H]
+    gIsMask,  # [T]
+    gMaskEmbedding,  # [H]
+    gOut,  # [T, H]
+    num_ids,
+    stride_weight,
+    stride_out,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_MASK_EMBEDDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = column < H
+    token = tl.load(gIds + row)
+    is_valid = (token >= 0) & (token < num_ids)
+    y = tl.zeros([BLOCK_H], gOut.dtype.element_ty)
+    is_mask = False
+    if HAS_MASK_EMBEDDING:
+        is_mask = tl.load(gIsMask + row) != 0
+    if is_mask:
+        if HAS_MASK_EMBEDDING:
+            y = tl.load(aligned(gMaskEmbedding + column, ALIGNED), mask=inside, other=0.0).to(gOut.dtype.element_ty)
+    elif is_valid:
+        pWeight = aligned(gWeight + token * stride_weight + column, ALIGNED)
+        y = tl.load(pWeight, mask=inside, other=0.0).to(gOut.dtype.element_ty)
+    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y, mask=inside)
+
+
+@triton.jit
+def _rms_scale(x1, x2, eps, D: tl.constexpr):
+    """1 / rms of each head, [heads, 1]; x1, x2 are its halves."""
+    mean_square = tl.div_rn(tl.sum(x1 * x1 + x2 * x2, axis=1), D * 1.0)
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_positions",
+        "num_slots",
+        "page_size",
+        "stride_qkv",
+        "stride_rotary",
+        "stride_out_row",
+        "stride_out_head",
+        "stride_k_page",
+        "stride_k_slot",
+        "stride_k_head",
+        "stride_v_page",
+        "stride_v_slot",
+        "stride_v_head",
+    ]
+)
+def _qk_norm_rope_append_kernel(
+    gQkv,  # [T, (Hq + 2 Hkv) * D]
+    gPositions,  # [T]
+    gRotary,  # [P, D]
+    gSlots,  # [T]
+    gK,  # [num_pages, page_size, Hkv, D]
+    gV,
+    gQWeight,  # [D]
+    gKWeight,
+    gOut,  # [T, Hq, D]
+    eps,
+    num_positions,
+    num_slots,
+    page_size,
+    stride_qkv,
+    stride_rotary,
+    stride_out_row,
+    stride_out_head,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STORE_ALIGNED: tl.constexpr,
+):
+    HALF: tl.constexpr = D // 2
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    i = tl.arange(0, BLOCK_HALF)
+    inside = (head < HQ + 2 * HKV) & (i < HALF)[None, :]
+    is_q = head < HQ
+    is_v = head >= HQ + HKV
+
+    # Half-split pairs: x1 [heads, HALF] with x2 [heads, HALF].
+    pX = gQkv + row * stride_qkv + head * D + i[None, :]
+    x1 = tl.load(aligned(pX, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(aligned(pX + HALF, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    y1, y2 = x1, x2
+    if HAS_NORM:
+        q1 = tl.load(gQWeight + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+        q2 = tl.load(gQWeight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+        k1 = tl.load(gKWeight + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+        k2 = tl.load(gKWeight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+        inverse_rms = _rms_scale(x1, x2, eps, D)
+        y1 = x1 * inverse_rms * tl.where(is_q, q1, k1)
+        y2 = x2 * inverse_rms * tl.where(is_q, q2, k2)
+
+    # A position beyond the table would read foreign memory: it takes the nearest row of the table.
+    position = tl.minimum(tl.maximum(tl.load(gPositions + row).to(tl.int64), 0), num_positions - 1)
+    pRotary = gRotary + position * stride_rotary + i
+    cos = tl.load(pRotary, mask=i < HALF, other=0.0)[None, :]
+    sin = tl.load(pRotary + HALF, mask=i < HALF, other=0.0)[None, :]
+    r1 = y1 * cos - y2 * sin
+    r2 = y2 * cos + y1 * sin
+
+    pOut = gOut + row * stride_out_row + head * stride_out_head + i[None, :]
+    tl.store(aligned(pOut, STORE_ALIGNED), r1.to(gOut.dtype.element_ty), mask=inside & is_q)
+    tl.store(aligned(pOut + HALF, STORE_ALIGNED), r2.to(gOut.dtype.element_ty), mask=inside & is_q)
+
+    slot = tl.load(gSlots + row)
+    written_half = tl.where((slot >= 0) & (slot < num_slots), HALF, 0)
+    written = inside & (i < written_half)[None, :]
+    page, offset = slot // page_size, slot % page_size
+    pK = gK + page * stride_k_page + offset * stride_k_slot + (head - HQ) * stride_k_head + i[None, :]
+    is_k = written & (head >= HQ) & (head < HQ + HKV)
+    tl.store(aligned(pK, STORE_ALIGNED), r1.to(gK.dtype.element_ty), mask=is_k)
+    tl.store(aligned(pK + HALF, STORE_ALIGNED), r2.to(gK.dtype.element_ty), mask=is_k)
+    pV = gV + page * stride_v_page + offset * stride_v_slot + (head - HQ - HKV) * stride_v_head + i[None, :]
+    tl.store(aligned(pV, STORE_ALIGNED), x1.to(gV.dtype.element_ty), mask=written & is_v)
+    tl.store(aligned(pV + HALF, STORE_ALIGNED), x2.to(gV.dtype.element_ty), mask=written & is_v)
+
+
+def _aligned_copy(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows start at multiples of 16 bytes as far as its width allows."""
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _fills_vectors(width: int, dtype: torch.dtype) -> bool:
+    return width * dtype.itemsize % VECTOR_BYTES == 0
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """See `idlm_kernels.rms_norm`."""
+    if torch.float64 in (x.dtype, weight.dtype):
+        return python_ref.rms_norm(x, weight, eps, residual=residual, out=out)
+    num_rows, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if num_rows == 0 or width == 0:
+        return y
+    vectors = _fills_vectors(width, x.dtype) and _fills_vectors(width, weight.dtype)
+    if vectors and not is_aligned(x, weight, residual, y):
+        # An odd view of aligned data must give the bits of an aligned one: it is copied to where its layout is usual.
+        sum_ = None if residual is None else _aligned_copy(residual)
+        y.copy_(rms_norm(_aligned_copy(x), _aligned_copy(weight), eps, residual=sum_))
+        if residual is not None and sum_ is not None:
+            residual.copy_(sum_)
+        return y
+    block = next_power_of_2(width)
+    launch(
+        _rms_norm_kernel,
+        (num_rows,),
+        x,
+        x,
+        residual,
+        weight,
+        y,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        y.stride(0),
+        eps,
+        H=width,
+        BLOCK_H=block,
+        HAS_RESIDUAL=residual is not None,
+        ALIGNED=vectors,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return y
+
+
+def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See `idlm_kernels.silu_and_mul`."""
+    if x.dtype == torch.float64:
+        return python_ref.silu_and_mul(x, out=out)
+    num_rows, width = x.shape[0], x.shape[1] // 2
+    y = x.new_empty(num_rows, width) if out is None else out
+    if num_rows == 0 or width == 0:
+        return y
+    launch(
+        _silu_and_mul_kernel,
+        (num_rows, triton.cdiv(width, kBlockColumns)),
+        x,
+        x,
+        y,
+        x.stride(0),
+        y.stride(0),
+        F=width,
+        BLOCK_F=kBlockColumns,
+        ALIGNED=_fills_vectors(width, x.dtype) and is_aligned(x, y),
+        num_warps=4,
+    )
+    return y
+
+
+def embed(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    is_mask: Tensor,
+    mask_embedding: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `idlm_kernels.embed`."""
+    dtype = weight.dtype if dtype is None else dtype
+    if torch.float64 in (dtype, weight.dtype, None if mask_embedding is None else mask_embedding.dtype):
+        return python_ref.embed(
+            ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out
+        )
+    num_rows, width = ids.shape[0], weight.shape[1]
+    y = weight.new_empty(num_rows, width, dtype=dtype) if out is None else out
+    if num_rows == 0 or width == 0:
+        return y
+    launch(
+        _embed_kernel,
+        (num_rows, triton.cdiv(width, kBlockColumns)),
+        weight,
+        ids,
+        weight,
+        is_mask,
+        mask_embedding,
+        y,
+        weight.shape[0],
+        weight.stride(0),
+        y.stride(0),
+        H=width,
+        BLOCK_H=kBlockColumns,
+        HAS_MASK_EMBEDDING=mask_embedding is not None,
+        ALIGNED=is_aligned(weight, mask_embedding, y),
+        num_warps=4,
+    )
+    return y
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    rotary: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `idlm_kernels.qk_norm_rope_append`."""
+    if torch.float64 in (qkv.dtype, q_weight is not None and q_weight.dtype, k_weight is not None and k_weight.dtype):
+        return python_ref.qk_norm_rope_append(
+            qkv,
+            positions,
+            rotary,
+            slot_mapping,
+            k_cache,
+            v_cache,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            out=out,
+        )
+    num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    num_rows = qkv.shape[0]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    y = qkv.new_empty(num_rows, num_heads, head_dim) if out is None else out
+    if num_rows == 0:
+        return y
+    vectors = _fills_vectors(head_dim // 2, qkv.dtype)
+    if vectors:
+        qkv = _aligned_copy(qkv)
+    block_half = next_power_of_2(head_dim // 2)
+    launch(
+        _qk_norm_rope_append_kernel,
+        (num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, kBlockHeads)),
+        qkv,
+        qkv,
+        positions,
+        rotary,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        q_weight,
+        k_weight,
+        y,
+        eps,
+        rotary.shape[0],
+        num_pages * page_size,
+        page_size,
+        qkv.stride(0),
+        rotary.stride(0),
+        y.stride(0),
+        y.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        HQ=num_heads,
+        HKV=num_kv_heads,
+        D=head_dim,
+        BLOCK_HEADS=kBlockHeads,
+        BLOCK_HALF=block_half,
+        HAS_NORM=q_weight is not None,
+        ALIGNED=vectors,
+        STORE_ALIGNED=vectors and is_aligned(y, k_cache, v_cache),
+        num_warps=max(kBlockHeads * block_half * qkv.element_size() // (32 * VECTOR_BYTES), 1),
+    )
+    return y

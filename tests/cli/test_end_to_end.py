@@ -1,0 +1,106 @@
+"""The command on a tiny checkpoint: the real loader, tokenizer and generator behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from typer.testing import CliRunner, Result
+
+from idlm_kernels.cli import app
+from idlm_kernels.model import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama over bytes, with no end token and room for long texts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 100_000,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(5)
+    shapes = ModelConfig.from_hf(config).tensor_shapes()
+    weights = {name: torch.randn(shape, generator=random) / 4 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def idlm(model: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["generate", "--model", str(model), "--prompt", "Once upon", *arguments])
+
+
+@pytest.mark.parametrize("plan", ["chain", "branched"])
+def test_check_passes_on_a_sampled_text(model: Path, plan: str) -> None:
+    flags = f"--plan {plan} --stride 3 --temperature 0.9 --seed 7 --max-tokens 40 --check --json --dtype fp32"
+    done = idlm(model, *flags.split())
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["identical_to_ar"] is True and record["ar_token_ids"] == record["token_ids"]
+    assert record["tokens"] == len(record["token_ids"]) == 40 and record["finish_reason"] == "length"
+    assert record["forwards"] <= 40 and len(record["acceptance"]) == 2
+    assert record["prompt_tokens"] == len("Once upon")
+
+
+def test_streamed_text_is_the_text_of_json(model: Path) -> None:
+    flags = ["--max-tokens", "30", "--temperature", "1", "--seed", "3", "--stop", "e"]
+    streamed, recorded = idlm(model, *flags), idlm(model, *flags, "--json")
+    assert streamed.exit_code == 0, streamed.stderr
+    assert streamed.stdout_bytes.decode() == json.loads(recorded.stdout)["text"] + "\n"
+    assert f"{json.loads(recorded.stdout)['tokens']} tokens in " in streamed.stderr
+
+
+def test_bad_input_is_one_line(model: Path) -> None:
+    for flags, named in (
+        (["--chat"], "chat template"),
+        (["--max-len", "9"], "context"),
+        (["--seed", str(1 << 64)], "seed"),
+        (["--adapter", str(model / "none")], "none"),
+        (["--model", str(model / "none")], "none"),
+    ):
+        done = idlm(model, *flags)
+        assert done.exit_code == 2 and done.stdout == "", done.stderr
+        assert (
+            done.stderr.startswith("idlm: error: ") and done.stderr.count("\n") == 1 and named in done.stderr
+        )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_with_the_text_so_far(model: Path) -> None:
+    program = [sys.executable, "-c", "from idlm_kernels.cli import main; main()"]
+    flags = ["generate", "--model", str(model), "--prompt", "Once upon", "--max-tokens", "90000"]
+    with subprocess.Popen([*program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        begun = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert begun and rest.endswith(b"\n")
+    assert b"ended by cancelled" in errors and errors.count(b"\n") == 1

@@ -1,0 +1,93 @@
+"""`rejection` end to end: the law of what a model emits is the law of AR sampling."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate.plan import prefill_rows
+from idlm_kernels.generate.state import DecodeState
+from python_ref.sampling import law, log_norm_of, truncation_cut
+from tests.tiny import MemoryCheckpoint, tiny_config
+
+MakeGenerator = Callable[..., Generator]
+VOCAB, TOKENS, REQUESTS = 5, 4, 6000
+PROMPT = [1, 3, 2]
+
+
+def exact_law(generator: Generator, params: SamplingParams) -> torch.Tensor:
+    """Probability of every sequence of TOKENS tokens after PROMPT under AR sampling, fp64 [VOCAB ** TOKENS]."""
+    tails = list(itertools.product(range(VOCAB), repeat=TOKENS))
+    p = torch.ones(len(tails), dtype=torch.float64)
+    memo: dict[tuple[int, ...], torch.Tensor] = {}
+    for index, tail in enumerate(tails):
+        for i in range(TOKENS):
+            prefix = (*PROMPT, *tail[:i])
+            if prefix not in memo:
+                state = DecodeState.create(
+                    [prefix],
+                    [params],
+                    [0],
+                    [[]],
+                    torch.arange(4, dtype=torch.int32).view(1, 4),
+                    max_len=len(prefix),
+                    num_drafts=0,
+                    mask_token_id=None,
+                    id_limit=VOCAB,
+                    device=torch.device("cpu"),
+                )
+                rows = prefill_rows(state, [0], [len(prefix)], 0, 16)
+                z = generator.model.forward(rows, generator.model.new_cache(4, 16))[-1:] / params.temperature
+                cut = truncation_cut(
+                    z, torch.tensor([params.top_k]), torch.tensor([params.top_p]), torch.tensor([params.min_p])
+                )
+                memo[prefix] = law(z, cut, log_norm_of(z, cut), torch.tensor([False]))[0].double()
+            p[index] *= memo[prefix][tail[i]]
+    return p / p.sum()
+
+
+def p_value(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """Chi-square test; cells of fewer than 5 expected counts are merged into one."""
+    expected = p * counts.sum()
+    big = expected >= 5
+    found = torch.cat([counts[big], counts[~big].sum().view(1)])
+    wanted = torch.cat([expected[big], expected[~big].sum().view(1)])
+    if wanted[-1] < 1e-9:
+        assert found[-1] == 0, "a sequence of probability zero was emitted"
+        found, wanted = found[:-1], wanted[:-1]
+    statistic = ((found - wanted).square() / wanted).sum()
+    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+@pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("branched", 3), ("branched", 4), ("ar", 1)])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}], ids=["plain", "truncated"]
+)
+def test_law_of_four_tokens(plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator) -> None:
+    generator = make_generator(MemoryCheckpoint(tiny_config(vocab_size=VOCAB), seed=4, scale=0.3))
+    each = [SamplingParams(seed=1000 + s, max_tokens=TOKENS, **sampling) for s in range(REQUESTS)]  # type: ignore[arg-type]
+    found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, verify="rejection")  # type: ignore[arg-type]
+    tokens = torch.tensor([r.token_ids for r in found])
+    cells = (tokens * VOCAB ** torch.arange(TOKENS - 1, -1, -1)).sum(1)
+    counts = torch.bincount(cells, minlength=VOCAB**TOKENS).double()
+    want = exact_law(generator, each[0])
+    assert p_value(counts, want) > 1e-3
+    assert (counts / REQUESTS - want).abs().sum() / 2 < 0.1
+    if plan != "ar":
+        assert sum(r.tpf for r in found) / REQUESTS > 1.05, "drafts were accepted, so the rule was at work"
+        accepted = [r.acceptance[0] for r in found if r.acceptance[0] is not None]
+        assert 0.05 < sum(accepted) / len(accepted) < 0.98
+
+
+def test_rejection_is_greedy_at_temperature_zero(make_generator: MakeGenerator) -> None:
+    generator = make_generator()
+    prompts = [[5, 6, 7], [8]]
+    want = [r.token_ids for r in generator.generate(prompts, SamplingParams(max_tokens=20), plan="ar")]
+    for plan in ("chain", "branched"):
+        found = generator.generate(prompts, SamplingParams(max_tokens=20), plan=plan, verify="rejection")  # type: ignore[arg-type]
+        assert [r.token_ids for r in found] == want

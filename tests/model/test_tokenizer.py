@@ -1,0 +1,452 @@
+"""Ids, text and chat templates against transformers, and against a byte-pair encoder written out in
+Python."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import regex
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from idlm_kernels.model.checkpoint import load_checkpoint
+from idlm_kernels.model.errors import CheckpointError
+from idlm_kernels.model.gguf import GgufFile
+from idlm_kernels.model.tokenizer import Tokenizer
+
+from .conftest import MERGES, SPECIAL, byte_vocabulary
+
+CORPUS = [
+    "",
+    " ",
+    "Hello, world!",
+    "I'm sure they're 12345 or 3.14159; it's 50%, we'LL see. DON'T",
+    "  two  spaces   three\t\ttabs \n\n\n newlines\r\n end  ",
+    " " * 200 + "x" + "\n" * 50,
+    "你好，世界！これは日本語です。 한국어 텍스트 ﷽ 𠮷野家",
+    "مرحبا بالعالم ١٢٣ שלום עולם \u202bRTL\u202c",
+    "👩‍👩‍👧‍👦 👨🏽‍🚀 🏳️‍🌈 🇩🇪 ☺️ 😀😃",
+    "def f(x: int) -> str:\n    return f'{x!r:>{width}}'  # comment\n\n\tif (a&&b||c) { x[i++] += 0xFF; }",
+    "\x00\x01\x02\x03\x05\x07\x08\x0b\x0c\x1b[31m\x7f\x80\u0085\u00a0\u2028\u200b\ufeff\ufffd",
+    "\x04\x06\x13 bytes that the vocabulary lacks \U000c0000",
+    "e\u0301 vs é, ﬁ ligature, Å vs A\u030a, ½ ² Ⅷ ൧൨",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
+    "<|im_start|ish <|im_end |> <|im_start|><|im_start|>",
+    "https://example.org/a?b=c&d=%20e#f __init__ CamelCaseWord snake_case_word",
+    "a" * 1000,
+    "naïve façade — “quotes” … ‘single’ № ™ ©",
+    "1 22 333 4444 55555  6\n7",
+]
+
+
+@pytest.fixture(scope="module")
+def ours(default_gguf) -> Tokenizer:
+    return load_checkpoint(default_gguf).tokenizer
+
+
+@pytest.fixture(scope="module")
+def theirs(default_gguf) -> PreTrainedTokenizerFast:
+    """transformers' reading of the same file. It knows no 'smollm' pre-tokenizer and takes GPT-2's, so the
+    one that the model's own tokenizer.json names (single digits, then GPT-2's) is put in."""
+    tokenizer = AutoTokenizer.from_pretrained(default_gguf.parent, gguf_file=default_gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    theirs.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def read_twice(folder) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    return Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
+def test_gguf_equals_transformers(ours, theirs, text):
+    ids = theirs(text).input_ids
+    assert ours.encode(text) == ids
+    for skip in (True, False):
+        wanted = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids, skip_special_tokens=skip) == wanted
+
+
+@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
+def test_folder_equals_transformers(read_twice, text):
+    tokenizer, reference = read_twice
+    ids = reference(text).input_ids
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_attributes(ours, theirs, folder):
+    for tokenizer in (ours, Tokenizer.from_folder(folder)):
+        assert tokenizer.vocab_size == len(theirs) == 49152
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+        assert tokenizer.special_ids == {
+            i for i, token in theirs.added_tokens_decoder.items() if token.special
+        }
+        assert tokenizer.is_byte_level and tokenizer.has_chat_template
+
+
+# --- each pre-tokenizer against llama.cpp's rule, in plain Python -----------------------------------------
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_CPP = {
+    "smollm": [r"\p{N}", GPT2],
+    "gpt-2": [GPT2],
+    "qwen2": [CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST],
+    "llama-bpe": [CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
+}
+
+
+def split(text: str, patterns: list[str]) -> list[str]:
+    """Each pattern cuts the pieces that the one before left, into its matches and what lies between them."""
+    pieces = [text]
+    for pattern in patterns:
+        cut = []
+        for piece in pieces:
+            end = 0
+            for match in regex.finditer(pattern, piece):
+                cut += [piece[end : match.start()], match[0]]
+                end = match.end()
+            cut.append(piece[end:])
+        pieces = [piece for piece in cut if piece]
+    return pieces
+
+
+class ReferenceEncoder:
+    """Special tokens first, then the split, then merges by rank. Slow and obvious."""
+
+    def __init__(self, fields: dict) -> None:
+        tokens = fields["tokenizer.ggml.tokens"]
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(fields["tokenizer.ggml.merges"])}
+        self.special = [tokens[i] for i in np.flatnonzero(fields["tokenizer.ggml.token_type"] == 3)]
+        self.spelled = bytes_to_unicode()
+
+    def encode(self, text: str, pre: str) -> list[int]:
+        ids, ranks, special, spelled = self.ids, self.ranks, self.special, self.spelled
+        if pre == "qwen2":  # in Qwen's tokenizer.json, not in llama.cpp
+            text = unicodedata.normalize("NFC", text)
+        out = []
+        for part in regex.split(
+            "(" + "|".join(map(regex.escape, sorted(special, key=len, reverse=True))) + ")", text
+        ):
+            if part in special:
+                out.append(ids[part])
+                continue
+            for word in split(part, LLAMA_CPP[pre]):
+                symbols = [spelled[byte] for byte in word.encode()]
+                if pre == "llama-bpe" and "".join(symbols) in ids:
+                    symbols = ["".join(symbols)]
+                symbols = [symbol for symbol in symbols if symbol in ids or len(symbol) > 1]
+                while True:
+                    pairs = [(ranks.get(pair, 1 << 30), i) for i, pair in enumerate(pairwise(symbols))]
+                    rank, i = min(pairs, default=(1 << 30, 0))
+                    if rank == 1 << 30:
+                        break
+                    symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+                out += [ids[symbol] for symbol in symbols]
+        return out
+
+
+@pytest.fixture(scope="module")
+def both_encoders(default_gguf):
+    """pre -> (ours, the reference), of the default model's vocabulary."""
+    fields = GgufFile(default_gguf).fields
+    reference = ReferenceEncoder(fields)
+    ours = {pre: Tokenizer.from_gguf({**fields, "tokenizer.ggml.pre": pre}) for pre in LLAMA_CPP}
+    return lambda pre: (ours[pre], reference)
+
+
+@pytest.mark.parametrize("pre", LLAMA_CPP)
+@pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
+def test_pre_tokenizers_against_llama_cpp(both_encoders, pre, text):
+    tokenizer, reference = both_encoders(pre)
+    assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text, pre)
+
+
+def tiny_fields(**changes) -> dict:
+    tokens = byte_vocabulary()
+    fields = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
+        "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)), np.int32), **changes,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+
+
+def test_qwen2_composes_characters_as_its_own_tokenizer_does():
+    decomposed, composed = "e\u0301", "é"
+    qwen = Tokenizer.from_gguf(tiny_fields(pre="qwen2"))
+    assert qwen.encode(decomposed) == qwen.encode(composed)
+    gpt2 = Tokenizer.from_gguf(tiny_fields())
+    assert gpt2.encode(decomposed) != gpt2.encode(composed)
+
+
+def test_llama3_takes_whole_words_before_merges():
+    tokens = [*byte_vocabulary(), "word"]  # no merge leads there
+    kinds = np.array([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)), np.int32)
+    fields = {"tokens": tokens, "token_type": kinds, "add_bos_token": False}
+    assert Tokenizer.from_gguf(tiny_fields(pre="llama-bpe", **fields)).encode("word") == [len(tokens) - 1]
+    assert len(Tokenizer.from_gguf(tiny_fields(pre="qwen2", **fields)).encode("word")) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, before, after",
+    [
+        ({}, [], []),
+        ({"add_bos_token": True}, [1], []),
+        ({"add_eos_token": True}, [], [2]),
+        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+        ({"pre": "llama-bpe"}, [1], []),
+        ({"pre": "llama-bpe", "add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "bos_token_id": None}, [], []),
+    ],
+)
+def test_tokens_around_a_text(changes, before, after):
+    tokenizer = Tokenizer.from_gguf(tiny_fields(**changes))
+    plain = tokenizer.encode("in the", add_special_tokens=False)
+    assert tokenizer.encode("in the") == before + plain + after
+    assert plain and not {1, 2} & set(plain)
+
+
+def test_unused_and_user_defined_tokens():
+    tokens = [*byte_vocabulary(), "<think>", "[PAD0]", "[PAD1]"]
+    kinds = np.array([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - 3) + [4, 5, 5], np.int32)
+    tokenizer = Tokenizer.from_gguf(tiny_fields(tokens=tokens, token_type=kinds))
+    assert tokenizer.vocab_size == len(tokens) - 2
+    assert tokenizer.encode("<think>") == [len(tokens) - 3]
+    assert tokenizer.decode([len(tokens) - 3]) == "<think>" and len(tokens) - 3 not in tokenizer.special_ids
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "llama"}, "'llama' is not supported"),
+        ({"model": None}, "None is not supported"),
+        ({"pre": "tekken"}, "'tekken' is not supported; supported: default, gpt-2, llama-bpe"),
+        ({"tokens": None}, "tokens is missing"),
+        ({"tokens": [*byte_vocabulary()[:-1], SPECIAL[0]]}, "1 tokens twice"),
+        ({"merges": ["a b c"]}, "'a b c', wanted two tokens"),
+        ({"merges": ["ab"]}, "'ab', wanted two tokens"),
+        ({"merges": ["q z"]}, "does not fit the tokens"),
+        ({"merges": np.ones(3)}, "merges is missing or not a list"),
+        ({"token_type": np.ones(4, np.int32)}, "one type to each"),
+        ({"bos_token_id": 10**6}, "bos_token_id is 1000000, outside"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, outside"),
+    ],
+    ids=str,
+)
+def test_refused_vocabularies(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.from_gguf(tiny_fields(**changes))
+
+
+def test_a_gguf_that_cannot_be_tokenised_still_gives_its_weights(write_gguf):
+    path, _ = write_gguf(metadata={"tokenizer.ggml.pre": "tekken"})
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.tensor("model.norm.weight").shape == (32,)
+    with pytest.raises(CheckpointError, match=f"{path.name}: .*'tekken'"):
+        _ = checkpoint.tokenizer
+
+
+def test_bad_arguments(ours):
+    with pytest.raises(TypeError, match="text is a list"):
+        ours.encode(["a"])
+    with pytest.raises(ValueError, match="surrogate pair at index 1"):
+        ours.encode("a\ud800")
+    assert ours.decode([-1, 10**12, 49152, *ours.encode("ok")]) == "ok"
+
+
+# --- folders ----------------------------------------------------------------------------------------------
+
+
+def save_tiny(folder: Path, **settings) -> Path:
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "<s>": 2, "</s>": 3, "[UNK]": 4}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_named_tokens_are_special_however_they_are_written(tmp_path):
+    save_tiny(tmp_path, bos_token="<s>", eos_token={"content": "</s>", "lstrip": False}, pad_token=None)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"unk_token": "[UNK]", "bos_token": "b"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.special_ids) == (2, (3, 1), {2, 3, 4})
+    assert tokenizer.decode([2, 0, 3]) == "a" and tokenizer.vocab_size == 5
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
+    save_tiny(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8, pad_id=4, pad_token="[UNK]")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a b a b") == [0, 1, 0, 1]
+    assert tokenizer.encode("a") == [0]
+
+
+def test_vocab_size_counts_up_to_the_last_id(tmp_path):
+    Backend(models.WordLevel({"a": 0, "b": 17}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).vocab_size == 18
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+    for text in ("", "{}", '{"model": {"type": "Unigram"}}', "[" * 1000):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"tokenizer.json: not a tokenizer"):
+            Tokenizer.from_folder(tmp_path)
+    save_tiny(tmp_path, chat_template=7)
+    with pytest.raises(CheckpointError, match="chat_template is not a string"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: found a JSON list"):
+        Tokenizer.from_folder(tmp_path)
+    save_tiny(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja: not UTF-8"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# --- chat templates ---------------------------------------------------------------------------------------
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief.  "},
+    {"role": "user", "content": '你好 👩‍👩‍👧‍👦 <b>&amp;</b> "quoted" {{ not a template }}\n\n'},
+    {
+        "role": "assistant",
+        "content": "\tHi!",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"x": [1, None]}}}],
+    },
+    {"role": "user", "content": ""},
+]
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "blocks": "  {% for m in messages %}\n    {% if loop.first %}\n{{ bos_token }}\n    {% endif %}\n"
+    "{{ m.role | upper }}: {{ m.content | trim }}{{ eos_token }}\n  {% endfor %}\n",
+    "controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages[2] | tojson(indent=2) }}"
+    "{{ [1, 'é'] | tojson(ensure_ascii=True) }}",
+    "names": "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|"
+    "{{ tools is none }}|{{ documents is none }}|{{ extra }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}"
+    "{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }}",
+    "missing": "{% if thinking is defined %}yes{% else %}no{% endif %}"
+    "{{ messages[0].missing }}{{ messages[0]['missing'] }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_templates_equal_transformers(theirs, ours, name, add_generation_prompt):
+    wanted = theirs.apply_chat_template(
+        MESSAGES,
+        chat_template=TEMPLATES[name],
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        extra="more",
+    )
+    tokenizer = Tokenizer(ours._backend, special_tokens=ours._special_tokens, chat_template=TEMPLATES[name])
+    found = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=add_generation_prompt, extra="more")
+    assert found == wanted
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:], MESSAGES[3:]], ids=["system", "user", "empty"])
+def test_the_models_own_template_equals_transformers(theirs, ours, folder, messages):
+    for tokenizer in (ours, Tokenizer.from_folder(folder)):
+        text = tokenizer.apply_chat_template(messages)
+        assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+
+
+def test_where_a_folder_keeps_its_template(tmp_path):
+    def rendered() -> str:
+        return Tokenizer.from_folder(tmp_path).apply_chat_template([{"role": "user", "content": "x"}])
+
+    save_tiny(tmp_path)
+    assert not Tokenizer.from_folder(tmp_path).has_chat_template
+    with pytest.raises(ValueError, match="has no chat template"):
+        rendered()
+    save_tiny(tmp_path, chat_template="string")
+    assert rendered() == "string"
+    save_tiny(
+        tmp_path, chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    )
+    assert rendered() == "d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert rendered() == "file"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id') }}", "unsafe|undefined"),
+        ("{% for i in range(10000000) %}{% endfor %}", "Range too big"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ undefined_name.attribute }}", "undefined"),
+        ("{% for %}", "the chat template failed"),
+        ("{% include '/etc/passwd' %}", "the chat template failed"),
+        ("{{ messages[0]['role'] + 1 }}", "the chat template failed"),
+    ],
+)
+def test_templates_that_fail_or_break_out(ours, template, message):
+    tokenizer = Tokenizer(ours._backend, special_tokens={}, chat_template=template)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_messages_are_checked(ours):
+    for wrong in ("Hi", [["user", "Hi"]], {"role": "user"}):
+        with pytest.raises(TypeError, match="messages must be a list of dicts"):
+            ours.apply_chat_template(wrong)
+
+
+def test_strftime_now(ours):
+    tokenizer = Tokenizer(ours._backend, special_tokens={}, chat_template="{{ strftime_now('%Y') }}")
+    years = {str(datetime.now().year)}
+    text = tokenizer.apply_chat_template([])
+    assert text in years | {str(datetime.now().year)}
+
+
+def test_byte_spelling_is_gpt2s(ours):
+    """`token_bytes` of every id, against the decoder of the tokenizers library."""
+    decoder = decoders.ByteLevel()
+    for token in range(0, ours.vocab_size, 7):
+        raw = ours.token_bytes(token, skip_special_tokens=False)
+        assert raw.decode("utf-8", errors="replace") == decoder.decode([ours.token_text(token)])
+    assert ours.token_bytes(1, skip_special_tokens=True) == b""
+
+
+def test_token_types_are_those_of_the_gguf_package():
+    assert (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED) == (3, 4, 5)

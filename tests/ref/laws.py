@@ -1,0 +1,76 @@
+"""Statistics for sampling tests: how well do observed counts agree with an exact law? Deterministic, no SciPy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REJECT_BELOW = 1e-4  # with fixed seeds a test either passes for ever or fails for ever; true laws stay far above
+DETECT_BELOW = 1e-8  # a planted bias has to fall below this
+
+
+def chi_square_p(counts: Tensor, law: Tensor, min_expected: float = 5.0) -> float:
+    """p-value of Pearson's chi-square test of integer counts against probabilities of the same shape.
+
+    Cells are merged, the rarest first, until each expects `min_expected` counts. A count in a cell of probability 0
+    gives 0 at once.
+    """
+    counts, law = counts.flatten().double(), law.flatten().double()
+    assert abs(float(law.sum()) - 1) < 1e-9, "the law does not add up to 1"
+    if bool((counts[law == 0] > 0).any()):
+        return 0.0
+    expected = law * counts.sum()
+    order = expected.argsort()
+    bins: list[tuple[float, float]] = []
+    seen = wanted = 0.0
+    for o, e in zip(counts[order].tolist(), expected[order].tolist(), strict=True):
+        seen, wanted = seen + o, wanted + e
+        if wanted >= min_expected:
+            bins.append((seen, wanted))
+            seen = wanted = 0.0
+    if bins and wanted > 0:
+        last = bins.pop()
+        bins.append((last[0] + seen, last[1] + wanted))
+    if len(bins) < 2:
+        return 1.0
+    statistic = sum((o - e) ** 2 / e for o, e in bins)
+    half_freedom = torch.tensor((len(bins) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def excess_p(count: int, expected: float) -> float:
+    """P(Poisson(expected) >= count): for events too rare for a chi-square cell."""
+    if count == 0:
+        return 1.0
+    return float(
+        torch.special.gammainc(
+            torch.tensor(float(count), dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        )
+    )
+
+
+def total_variation(counts: Tensor, law: Tensor) -> float:
+    """Half the L1 distance between the observed frequencies and the law."""
+    return float((counts.double() / counts.sum() - law.double()).abs().sum() / 2)
+
+
+def counts_of(ids: Tensor, num_ids: int) -> Tensor:
+    """How often each id 0..num_ids-1 occurs."""
+    return torch.bincount(ids.flatten(), minlength=num_ids)
+
+
+def cells(*columns: Tensor, num_ids: int) -> Tensor:
+    """One cell number per row for tuples of ids: the columns as digits in base num_ids."""
+    cell = torch.zeros_like(columns[0])
+    for column in columns:
+        cell = cell * num_ids + column
+    return cell
+
+
+def assert_follows(counts: Tensor, law: Tensor, what: str = "") -> None:
+    """Fail unless the counts agree with the law, by chi-square and by total variation."""
+    p = chi_square_p(counts, law)
+    assert p > REJECT_BELOW, f"{what}: chi-square p = {p:.2e}\ncounts {counts.tolist()}\nlaw {law.tolist()}"
+    # E[TV] <= sum sqrt(p (1 - p) / (2 pi n)) <= 0.4 sqrt(cells / n)
+    bound = (law.numel() / int(counts.sum())) ** 0.5
+    assert total_variation(counts, law) < bound, f"{what}: total variation {total_variation(counts, law):.4f}"

@@ -1,0 +1,44 @@
+"""The Triton kernels on CPU tensors: compiled for sm_90 and run on softgpu, or, where TRITON_INTERPRET=1 was set before
+Python started, in Triton's interpreter (test_interpreter.py starts that run)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from idlm_kernels.ops import _dispatch
+from tests.softgpu_support import activate_triton
+from tests.triton.support import INTERPRETED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: needs the compiled kernel, the interpreter will not do")
+    config.addinivalue_line("markers", "slow: an extra that may take a minute")
+
+
+@pytest.fixture(autouse=True)
+def run_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from the same seed, with strict bounds, and with backend `triton` open to CPU tensors."""
+    torch.manual_seed(0)
+    backend = dataclasses.replace(_dispatch._backends["triton"], device_types=("cuda", "cpu"))
+    monkeypatch.setitem(_dispatch._backends, "triton", backend)
+    monkeypatch.setattr(_dispatch, "_chosen", {})
+    if INTERPRETED:
+        if request.node.get_closest_marker("compiled"):
+            pytest.skip("says something about compiled kernels only")
+        yield
+    else:
+        softgpu = activate_triton()
+        with softgpu.configured(strict=1):
+            yield
+
+
+@pytest.fixture
+def softgpu(run_on_cpu: None) -> ModuleType:
+    return activate_triton()
