@@ -35,9 +35,9 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """Opens a checkpoint; reads headers only.
 
     Args:
-        source: a folder in Hugging Face layout (config.json and safetensors), one GGUF file, "default" for the
-            default model (fetched into the cache at first use), or, as a string that is no local path, a hub id
-            "org/name". The network is touched for the last two alone.
+        source: a folder in Hugging Face layout (config.json and safetensors), one GGUF file, "default" for
+            the default model (fetched into the cache at first use), or, as a string that is no local path, a
+            hub id "org/name". The network is touched for the last two alone.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -188,13 +188,12 @@ class _GgufCheckpoint(Checkpoint):
 def _fetch(hub_id: str, revision: str | None) -> Path:
     # Imported here: it costs 0.2 s, and only a hub id needs it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the errors of its HTTP library have no base in common
         where = f"{hub_id}@{revision}" if revision else hub_id
         raise FileNotFoundError(
             f"{where}: no such local folder, and the Hugging Face hub did not give it: {error}"

@@ -32,6 +32,7 @@ from idlm_kernels.triton.common import launch, next_power_of_2
 
 kResidentCtas = 396  # 3 on each of the 132 SMs of an H100: what 4 stages of 16 KB leave room for
 kMinBlocksPerSplit = 4
+kMaxCtasApart = kResidentCtas  # launches with more CTAs compute the parts of a tile in one CTA
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _finish(
     tl.store(pOut, tl.trans(y), mask=has_t[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "scale", "stride_out", "stride_b", "stride_h"])
+@triton.jit(do_not_specialize=["num_rows", "scale"])
 def _linear_kernel(
     gX,  # [T, K]
     gW,  # [N, K]
@@ -403,7 +404,7 @@ def _run(
     config = gemm_config(n, k, x.dtype)
     row_tiles = 1 if num_rows <= config.block_t else 2
     tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_rows, config.block_t * row_tiles)
-    in_one_cta = config.splits > 1 and tiles * config.splits > kResidentCtas
+    in_one_cta = config.splits > 1 and tiles * config.splits > kMaxCtasApart
     splits_apart = config.splits > 1 and not in_one_cta
     parts = x.new_empty(config.splits, num_rows, n, dtype=torch.float32) if splits_apart else None
     rank = 1 if lora_b is None else lora_b.shape[1]

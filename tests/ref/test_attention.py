@@ -61,7 +61,8 @@ def problem(
     pages_of = [-(-seq_len // page_size) for seq_len, _ in requests]
     max_pages = max([*pages_of, 1]) + 1
     num_pages = sum(pages_of) + 3
-    garbage = torch.tensor(GARBAGE)[torch.randint(0, 4, (num_pages, page_size, num_kv_heads, head_dim))]
+    cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
+    garbage = torch.tensor(GARBAGE)[torch.randint(0, 4, cache_shape, generator=generator)]
     k_cache, v_cache = garbage.to(dtype), garbage.flip(0).to(dtype)
     order = torch.randperm(num_pages, generator=generator).tolist()
     page_table = torch.full((len(requests), max_pages), -1, dtype=torch.int32)

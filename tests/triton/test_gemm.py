@@ -1,0 +1,307 @@
+"""linear and gated_lora_linear on backend `triton`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import python_ref
+from bench.ptx import opcodes, recorded_launches
+from idlm_kernels.triton import gemm
+from tests.softgpu_support import SCHEDULES
+from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
+
+DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+BASE = DTYPES[0]
+
+
+def operands(rows: int, n: int, k: int, dtype: torch.dtype = BASE) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(rows, k).to(dtype)
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    return x, weight, torch.randn(n).to(dtype)
+
+
+# linear
+
+
+def check_linear(module: ModuleType, rows: int = 7, n: int = 100, k: int = 584, dtype: torch.dtype = BASE) -> None:
+    x, weight, bias = operands(rows, n, k, dtype)
+    out = torch.full((rows, n + 3), torch.nan, dtype=dtype)[:, :n]
+    for repetition in range(2):  # what one launch leaves behind must suit the next
+        got = module.linear(x, weight, bias=bias, out=out)
+        exact = python_ref.linear(x.double(), weight.double(), bias=bias.double())
+        judge(got, exact, python_ref.linear(x, weight, bias=bias), f"launch {repetition}")
+    judge(module.linear(x, weight), exact - bias.double(), python_ref.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows, n, k", [(1, 1, 1), (7, 100, 77), (16, 64, 584), (64, 200, 1024), (65, 130, 576), (130, 65, 64)]
+)
+def test_linear(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check_linear(gemm, rows, n, k, dtype)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("rows, n, k", [(7, 4096, 4096), (16, 16384, 256), (5, 960, 576)])
+def test_linear_at_model_shapes(rows: int, n: int, k: int) -> None:
+    check_linear(gemm, rows, n, k)
+
+
+def test_linear_takes_any_layout() -> None:
+    x, weight, _ = operands(5, 70, 96)
+    wanted = gemm.linear(x, weight)
+    odd = torch.zeros(5, 97, dtype=BASE)[:, 1:]
+    odd.copy_(x)
+    assert same_bits(gemm.linear(odd, weight), wanted)
+    assert same_bits(gemm.linear(x, weight.T.contiguous().T), wanted)
+    assert same_bits(gemm.linear(x, torch.cat([weight, weight], 1)[:, :96]), wanted)
+
+
+def test_linear_of_nothing() -> None:
+    x, weight, bias = operands(3, 8, 16)
+    assert gemm.linear(x[:0], weight).shape == (0, 8)
+    assert torch.equal(gemm.linear(x[:, :0], weight[:, :0], bias=bias), bias.expand(3, 8))
+
+
+def test_linear_reads_narrower_weights() -> None:
+    x, weight, _ = operands(5, 70, 96, torch.float32)
+    half = weight.half()
+    judge(gemm.linear(x, half), python_ref.linear(x.double(), half.double()), python_ref.linear(x, half))
+
+
+def test_config_depends_on_the_weight_alone_and_cuts_k_without_rest() -> None:
+    for n in (1, 64, 576, 1024, 4096, 6144, 24576, 151936):
+        for k in (1, 64, 576, 4096, 12288):
+            for dtype in DTYPES:
+                config = gemm.gemm_config(n, k, dtype)
+                blocks = -(-k // config.block_k)
+                assert (config.splits - 1) * config.blocks_per_split < blocks <= config.splits * config.blocks_per_split
+
+
+# Row invariance
+
+
+def check_row_bits(module: ModuleType, n: int = 128, k: int = 1024) -> None:
+    x, weight, bias = operands(130, n, k)
+    whole = module.linear(x, weight, bias=bias)
+    for rows in (slice(0, 1), slice(5, 12), slice(64, 80), slice(129, 130), slice(1, 65), slice(60, 128)):
+        assert same_bits(module.linear(x[rows], weight, bias=bias), whole[rows])
+
+
+def test_row_bits_depend_on_the_row_alone() -> None:
+    check_row_bits(gemm)
+    check_row_bits(gemm, 70, 77)
+
+
+@pytest.mark.compiled
+def test_row_bits_depend_on_the_row_alone_with_wide_tiles() -> None:
+    check_row_bits(gemm, 16384, 64)
+
+
+def test_parts_in_one_cta_give_the_bits_of_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = operands(70, 192, 1024)
+    assert gemm.gemm_config(192, 1024, BASE).splits > 1
+    apart = gemm.linear(x, weight)
+    monkeypatch.setattr(gemm, "kMaxCtasApart", 0)
+    assert same_bits(gemm.linear(x, weight), apart)
+    assert same_bits(gemm.linear(x[3:10], weight), apart[3:10])
+
+
+# gated_lora_linear
+
+
+class Adapter:
+    """Arguments of gated_lora_linear."""
+
+    def __init__(
+        self,
+        rows: int = 9,
+        k: int = 320,
+        slices: Sequence[int] = (70, 40, 90),
+        rank: int = 40,
+        dtype: torch.dtype = BASE,
+        gate_dtype: torch.dtype = torch.bool,
+    ):
+        self.slices, self.scale = list(slices), 0.7
+        n, num = sum(slices), len(slices)
+        self.x, self.weight, self.bias = operands(rows, n, k, dtype)
+        self.a = (torch.randn(num * rank, k) / k**0.5).to(dtype)
+        self.b = (torch.randn(n, rank) / rank**0.5).to(dtype)
+        self.gate = (torch.arange(rows) % 3 == 1).to(gate_dtype)
+
+    def run(self, module: ModuleType, rows: slice = slice(None)) -> Tensor:
+        inputs = (self.x[rows], self.weight, self.a, self.b, self.gate[rows], self.scale)
+        return module.gated_lora_linear(*inputs, bias=self.bias, slices=self.slices)
+
+    def exact(self) -> Tensor:
+        inputs = (t.double() for t in (self.x, self.weight, self.a, self.b))
+        return python_ref.gated_lora_linear(
+            *inputs, self.gate, self.scale, bias=self.bias.double(), slices=self.slices
+        )
+
+    def peer(self) -> Tensor:
+        """What PyTorch computes in this dtype, each product rounded."""
+        rank = self.b.shape[1]
+        shrunk = (self.x @ self.a.T).split(rank, dim=1)
+        update = torch.cat([s @ b.T for s, b in zip(shrunk, self.b.split(self.slices), strict=True)], 1)
+        base = torch.nn.functional.linear(self.x, self.weight, self.bias)
+        return torch.where((self.gate != 0).unsqueeze(1), base + self.scale * update, base)
+
+
+def check_adapter(module: ModuleType, problem: Adapter | None = None) -> None:
+    problem = Adapter() if problem is None else problem
+    got = problem.run(module)
+    judge(got, problem.exact(), problem.peer())
+    plain = module.linear(problem.x, problem.weight, bias=problem.bias)
+    assert same_bits(got[problem.gate == 0], plain[problem.gate == 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, k, slices, rank", [
+    (9, 320, (70, 40, 90), 40), (1, 64, (64,), 1), (7, 96, (64, 64), 128), (70, 1024, (1, 130), 16), (3, 77, (5,), 5)
+])
+def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
+    check_adapter(gemm, Adapter(rows, k, slices, rank, dtype))
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.uint8, torch.int32])
+def test_gate_is_whatever_is_not_zero(gate_dtype: torch.dtype) -> None:
+    problem = Adapter(gate_dtype=gate_dtype)
+    wanted = problem.run(gemm)
+    problem.gate *= 200 if gate_dtype == torch.uint8 else 1 << 20
+    assert same_bits(problem.run(gemm), wanted)
+
+
+def check_ungated_rows_are_untouched(module: ModuleType) -> None:
+    problem = Adapter()
+    problem.bias[0], problem.weight[0] = -0.0, 0.0
+    problem.x[problem.gate != 0] = torch.nan
+    problem.a[3], problem.b[::2] = torch.inf, torch.nan
+    plain = module.linear(problem.x, problem.weight, bias=problem.bias)
+    ungated = problem.gate == 0
+    assert plain[ungated].isfinite().all() and (plain[ungated, 0] == 0).all()
+    assert same_bits(problem.run(module)[ungated], plain[ungated])
+
+
+def test_ungated_rows_are_untouched() -> None:
+    check_ungated_rows_are_untouched(gemm)
+
+
+def test_slices_do_not_touch_each_other() -> None:
+    """A NaN in one slice's adapter stays in that slice, also inside a tile that two slices share."""
+    problem = Adapter()
+    wanted = problem.run(gemm)
+    problem.a[: problem.b.shape[1]] = torch.nan
+    got = problem.run(gemm)
+    first = problem.slices[0]
+    assert got[problem.gate != 0][:, :first].isnan().all()
+    assert same_bits(got[:, first:], wanted[:, first:])
+
+
+def test_adapter_row_bits_depend_on_the_row_alone() -> None:
+    problem = Adapter(rows=130, k=1024)
+    whole = problem.run(gemm)
+    for rows in (slice(1, 2), slice(4, 11), slice(60, 76), slice(2, 66)):
+        assert same_bits(problem.run(gemm, rows), whole[rows])
+
+
+# What the compiler made of it
+
+
+@pytest.mark.compiled
+def test_every_row_count_runs_the_same_matrix_instruction(softgpu: ModuleType) -> None:
+    problem = Adapter(130, 1024, (64, 128), 128)
+    with recorded_launches(softgpu) as launches:
+        for rows in (1, 7, 16, 64, 65, 130):
+            gemm.linear(problem.x[:rows], problem.weight)
+            problem.run(gemm, slice(0, rows))
+    for launch in launches:
+        assert opcodes(launch.ptx, "wgmma.mma") == {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"}
+        assert not opcodes(launch.ptx, "mma.sync")
+        assert "cp.async.cg.shared.global" in opcodes(launch.ptx, "cp.async")  # 16 bytes each
+
+
+@pytest.mark.compiled
+def test_no_adapter_work_without_a_gated_row(softgpu: ModuleType) -> None:
+    problem = Adapter(70, 1024, (64, 128), 128)
+    problem.gate[:] = False
+    with recorded_launches(softgpu) as launches:
+        problem.run(gemm)
+        gemm.linear(problem.x, problem.weight, bias=problem.bias)
+    shrink, layer, plain = (launch.counters for launch in launches)
+    assert shrink["wgmma_flops"] == 0
+    assert layer["wgmma_flops"] == plain["wgmma_flops"]
+
+
+def check_order_of_arrival(module: ModuleType) -> None:
+    """CTAs announce their part with release and take the others with acquire, at the scope of the GPU. softgpu does not
+    model weak memory: that the order suffices is read off the code, that it is there is held here."""
+    from tests.softgpu_support import activate_triton
+
+    with recorded_launches(activate_triton()) as launches:
+        check_linear(module, 7, 64, 1024)
+    assert opcodes(launches[0].ptx, "atom.") == {"atom.global.gpu.acq_rel.add.u32"}
+
+
+@pytest.mark.compiled
+def test_order_of_arrival() -> None:
+    check_order_of_arrival(gemm)
+
+
+def check_schedule_bits(module: ModuleType) -> None:
+    from tests.softgpu_support import activate_triton
+
+    x, weight, _ = operands(7, 64, 1024)
+    wanted = module.linear(x, weight)
+    for seed in range(4):
+        with activate_triton().configured(sched="random", seed=seed, quantum=64):
+            assert same_bits(module.linear(x, weight), wanted)
+
+
+@pytest.mark.compiled
+def test_bits_do_not_depend_on_the_order_of_ctas() -> None:
+    check_schedule_bits(gemm)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str, softgpu: ModuleType) -> None:
+    with softgpu.configured(**SCHEDULES[schedule]):
+        check_linear(gemm, 7, 100, 584)
+        check_linear(gemm, 66, 64, 512)
+        check_adapter(gemm)
+
+
+LINEAR_ENDS = "if arrived < SPLITS - 1:\n                return\n"
+MUTANTS = {
+    "adapter added to every row": (check_adapter, "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)", "y = (sums + scale * update).to(y.dtype)"),
+    "adapter multiplied by the gate": (check_ungated_rows_are_untouched, "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)", "y = (sums + tl.where(gated, scale, 0.0)[None, :] * update).to(y.dtype)"),
+    "scale forgotten": (check_adapter, "sums + scale * update", "sums + update"),
+    "every slice takes the first h": (check_adapter, "s * RANK + r", "r"),
+    "slice edge off by one": (check_adapter, "(n < end)\n            of_slice", "(n <= end)\n            of_slice"),
+    "rank tail not masked": (check_adapter, "mask=in_slice[:, None] & (r < RANK)", "mask=in_slice[:, None]"),
+    "last part dropped": (check_linear, "tl.static_range(1, SPLITS)", "tl.static_range(1, SPLITS - 1)"),
+    "parts added in order of arrival": (check_schedule_bits, "split = tl.program_id(1)\n", "split = (tl.program_id(1) + tl.atomic_add(gArrivals + 300, 1)) % SPLITS\n"),
+    "arrivals not counted anew": (check_linear, "            tl.store(gArrivals + tile, 0)\n", ""),
+    "first to arrive finishes": (check_linear, "if arrived < SPLITS - 1:", "if arrived > 0:"),
+    "arrival without order": (check_order_of_arrival, 'sem="acq_rel"', 'sem="relaxed"'),
+    "cut of K by row count": (check_row_bits, "config = gemm_config(n, k, x.dtype)", "config = gemm_config(n * (1 + num_rows // 65), k, x.dtype)"),
+    "K tail not masked": (check_linear, "mask=has_n & has_k", "mask=has_n"),
+    "row edge off by one": (check_linear, "    has_t = t < num_rows\n", "    has_t = t <= num_rows\n"),
+    "bias forgotten": (check_linear, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
+    check, old, new = MUTANTS[name]
+    check(gemm)
+    torch.manual_seed(0)
+    assert caught(check, mutant(gemm, old, new, tmp_path))
