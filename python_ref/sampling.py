@@ -28,7 +28,7 @@ class QState:
 
     logits [B, K, V]: the MASK rows, logit_bias added; cut fp32 [B, K]: an id is kept iff logit / T >= cut;
     log_norm fp32 [B, K]: log-sum-exp of the kept logits / T; both fp64 for fp64 logits. Read, then overwritten with
-    those of the next drafts; a request without rows in a step keeps its own.
+    those of the next drafts; a request that is proposed none keeps what is there.
     """
 
     logits: Tensor
@@ -255,12 +255,12 @@ def verify_accept(
         next_drafts = torch.where(has_row, sampled, -1)
         if mode == "rejection":
             assert q_state is not None
-            # A request without rows in this step keeps its drafts, and so their laws.
-            here = present.unsqueeze(1)
-            q_state.logits.copy_(torch.where(here.unsqueeze(2), raw.to(q_state.logits.dtype), q_state.logits))
-            q_state.cut.copy_(torch.where(here, cut.to(q_state.cut.dtype), q_state.cut))
+            # Where nothing is proposed nothing is written: a request without rows in this step keeps its drafts, and
+            # a later step will need their laws.
+            q_state.logits.copy_(torch.where(has_row.unsqueeze(2), raw.to(q_state.logits.dtype), q_state.logits))
+            q_state.cut.copy_(torch.where(has_row, cut.to(q_state.cut.dtype), q_state.cut))
             log_norm = log_norm_of(z, cut).to(q_state.log_norm.dtype)
-            q_state.log_norm.copy_(torch.where(here, log_norm, q_state.log_norm))
+            q_state.log_norm.copy_(torch.where(has_row, log_norm, q_state.log_norm))
     if status is not None:
         status |= torch.where(present, flags, 0)
     next_num_drafts = torch.where(proposed, num_k, 0)

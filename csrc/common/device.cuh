@@ -61,6 +61,14 @@ __device__ __forceinline__ uint2 load_8_bytes(const void* g) {
   return v;
 }
 
+// One value for the whole warp, asked for once. Whole warps call it.
+template <class T>
+__device__ __forceinline__ T load_uniform(const T* g) {
+  T x{};
+  if ((threadIdx.x & 31) == 0) x = *g;
+  return __shfl_sync(~0u, x, 0);
+}
+
 // ---- warps
 
 __device__ __forceinline__ uint32_t lane_id() { return threadIdx.x & 31; }

@@ -90,10 +90,10 @@ struct RowSampler {
         row(vectors, params.logits.id_limit, cluster_rank(), cluster_size()),
         reduce(shared),
         temperature(1.0f) {
-    const float value = p.sampling.temperature[t.entry];
+    const float value = load_uniform(p.sampling.temperature + t.entry);
     greedy = !(value >= kGreedyBelow);
     temperature = Temperature(greedy ? 1.0f : value);
-    const uint64_t seed = static_cast<uint64_t>(p.sampling.seed[t.entry]);
+    const uint64_t seed = static_cast<uint64_t>(load_uniform(p.sampling.seed + t.entry));
     noise = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), t.position};
   }
 
@@ -125,7 +125,7 @@ struct RowSampler {
       cut = row_max;
       return;
     }
-    cut = threshold.cut(p.sampling.top_k[task.entry], p.sampling.top_p[task.entry], p.sampling.min_p[task.entry]);
+    cut = threshold.cut(load_uniform(p.sampling.top_k + task.entry), load_uniform(p.sampling.top_p + task.entry), load_uniform(p.sampling.min_p + task.entry));
     if (with_norm) log_norm = threshold.z_max + logf(static_cast<float>(threshold.mass_from(cut)) / kMassUnit);
   }
 
@@ -275,10 +275,10 @@ struct Request {
   bool present, bad_count;
 
   __device__ Request(const KernelParams& p, int32_t b) {
-    start = p.query_start_loc[b];
-    num_rows = p.query_start_loc[b + 1] - start;
+    start = load_uniform(p.query_start_loc + b);
+    num_rows = load_uniform(p.query_start_loc + b + 1) - start;
     present = num_rows > 0;
-    const int32_t given = p.num_drafts[b];
+    const int32_t given = load_uniform(p.num_drafts + b);
     num_drafts = min(max(given, 0), min(max(num_rows - 1, 0), p.num_k));
     bad_count = present && num_drafts != given;
   }
@@ -353,18 +353,21 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
   int32_t token = -1;
   bool accepted = false;
   if constexpr (kRejection) {
-    const int64_t draft = i < r.num_drafts ? p.drafts[b * p.drafts_stride + i] : -1;
+    const int64_t draft = i < r.num_drafts ? load_uniform(p.drafts + b * p.drafts_stride + i) : -1;
     if (judge && is_id(draft, p.logits.vocab_size)) {
       const int32_t x = static_cast<int32_t>(draft);
       const DraftLaws& laws = p.laws;
       const int64_t law = b * laws.stride_request + i * laws.stride_draft;
-      const float q_cut = laws.cut[b * laws.cut_stride + i], q_norm = laws.log_norm[b * laws.log_norm_stride + i];
+      const float q_cut = load_uniform(laws.cut + b * laws.cut_stride + i);
+      const float q_norm = load_uniform(laws.log_norm + b * laws.log_norm_stride + i);
       const bool allowed = x < p.logits.id_limit && x != p.logits.mask_id;
       float p_x = 0.0f, q_x = 0.0f;
       if (allowed) {
-        float logit = Scalar<L>::up(static_cast<const L*>(p.logits.data)[sampler.task.row * p.logits.row_stride + x]);
+        float logit =
+            Scalar<L>::up(load_uniform(static_cast<const L*>(p.logits.data) + sampler.task.row * p.logits.row_stride + x));
         if (p.logits.bias != nullptr) {
-          const S bias = static_cast<const S*>(p.logits.bias)[sampler.task.row * p.logits.bias_row_stride + x];
+          const S bias =
+              load_uniform(static_cast<const S*>(p.logits.bias) + sampler.task.row * p.logits.bias_row_stride + x);
           logit = Scalar<S>::up(Scalar<S>::down(logit + Scalar<S>::up(bias)));
         }
         if (status & kStatusEmptyRow) {
@@ -372,8 +375,9 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
         } else {
           p_x = logit >= sampler.cut ? sampler.probability(logit, sampler.log_norm) : 0.0f;
         }
-        const float q_logit = laws.dtype == DType::kFloat32 ? static_cast<const float*>(laws.logits)[law + x]
-                                                            : Scalar<L>::up(static_cast<const L*>(laws.logits)[law + x]);
+        const float q_logit = laws.dtype == DType::kFloat32
+                                  ? load_uniform(static_cast<const float*>(laws.logits) + law + x)
+                                  : Scalar<L>::up(load_uniform(static_cast<const L*>(laws.logits) + law + x));
         q_x = sampler.probability_if_kept(q_logit, q_cut, q_norm);
       }
       const float u = word_to_uniform(sampler.noise.quad(0, kStreamAccept).w[0]);
@@ -459,8 +463,8 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
   const int32_t cluster = blockIdx.x / cluster_size();
   // Only leaves the kernel for whole clusters: nobody waits for a CTA that has left.
   if (p.role == Role::kSampleRow) {
-    const auto position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions_of_rows)[cluster]
-                                                : static_cast<const int32_t*>(p.positions_of_rows)[cluster];
+    const auto position = p.positions_are_int64 ? load_uniform(static_cast<const int64_t*>(p.positions_of_rows) + cluster)
+                                                : load_uniform(static_cast<const int32_t*>(p.positions_of_rows) + cluster);
     const Task task{cluster, cluster, 0, p.noise_stream, static_cast<uint32_t>(position)};
     cluster_arrive();  // partner: cluster_wait() before the first store to another CTA
     Sampler sampler(p, task, sReduce, sVectors);
@@ -473,7 +477,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       if (p.num_k == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, -1);
       return;
     }
-    const Task task{r.start + i, b, i, kStreamTarget, static_cast<uint32_t>(p.positions[b] + 1 + i)};
+    const Task task{r.start + i, b, i, kStreamTarget, static_cast<uint32_t>(load_uniform(p.positions + b) + 1 + i)};
     cluster_arrive();
     Sampler sampler(p, task, sReduce, sVectors);
     cluster_wait();
@@ -486,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     const bool proposed =
         r.present && first_mask + p.num_k <= r.num_rows && (p.branched || accepted == r.num_drafts);
     if (j == 0 && cluster_rank() == 0 && warp_id() == 0) {
-      const int32_t token = r.present ? p.row_tokens[b * (p.num_k + 1) + accepted] : -1;
+      const int32_t token = r.present ? load_uniform(p.row_tokens + b * (p.num_k + 1) + accepted) : -1;
       write_outcome(p, r, b, accepted, proposed, token);
     }
     if (!proposed) {
@@ -494,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       return;
     }
     const Task task{r.start + first_mask + j, b, j, kRejection ? kStreamDraft : kStreamTarget,
-                    static_cast<uint32_t>(p.positions[b] + 1 + accepted + 1 + j)};
+                    static_cast<uint32_t>(load_uniform(p.positions + b) + 1 + accepted + 1 + j)};
     cluster_arrive();
     Sampler sampler(p, task, sReduce, sVectors);
     cluster_wait();

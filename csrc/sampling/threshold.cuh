@@ -82,22 +82,22 @@ struct Threshold {
     // Distances of the first pivots from the maximum, in units of T (nats).
     constexpr float kNear[kPivots - 1] = {1, 2, 4, 6, 9, 14};
     uint32_t low = key_of(floor), high = key_of(row_max) + 1;
-    uint64_t above = 0;  // measure of {x >= high}
-    uint32_t keys[kPivots];
+    uint64_t above = 0;  // measure of {x >= value_of(high)}
+    float pivots[kPivots];  // falling
 #pragma unroll
     for (int j = 0; j < kPivots - 1; ++j) {
       const float pivot = fmaxf(fminf(row_max, FLT_MAX) - kNear[j] * temperature.t, floor);
-      keys[j] = min(key_of(pivot), high - 1);
+      pivots[j] = value_of(min(key_of(pivot), high - 1));
     }
     // By mass, the first pass also measures all that is above the floor, which the target is a share of.
-    keys[kPivots - 1] = kMass ? low : keys[kPivots - 2];
+    pivots[kPivots - 1] = kMass ? floor : pivots[kPivots - 2];
     for (bool first = true; first || high - low > 1; first = false) {
       if (!first) {
 #pragma unroll
         for (int j = 0; j < kPivots; ++j)
-          keys[j] = low + static_cast<uint32_t>((static_cast<uint64_t>(high - low) * (kPivots - j)) >> 3);
+          pivots[j] = value_of(low + static_cast<uint32_t>((static_cast<uint64_t>(high - low) * (kPivots - j)) >> 3));
       }
-      const uint64_t measure = above + measure_pivots<kMass>(keys, high);  // of pivot lane_id() % 8
+      const uint64_t measure = above + measure_pivots<kMass>(pivots, value_of(high));  // of pivot lane_id() % 8
       if (kMass && first) {
         const double whole = static_cast<double>(__shfl_sync(~0u, measure, kPivots - 1));
         target = max(static_cast<uint64_t>(ceil(static_cast<double>(top_p) * whole)), static_cast<uint64_t>(1));
@@ -107,20 +107,16 @@ struct Threshold {
       if (num_missed > 0) above = __shfl_sync(~0u, measure, num_missed - 1);
 #pragma unroll
       for (int j = 0; j < kPivots; ++j) {
-        if (j + 1 == num_missed) high = keys[j];
-        if (j == num_missed) low = keys[j];
+        if (j + 1 == num_missed) high = key_of(pivots[j]);
+        if (j == num_missed) low = key_of(pivots[j]);
       }
     }
     return value_of(low);
   }
 
-  // In lane i: the measure of {keys[i] <= x < high}. Keys do not rise.
+  // In lane i: the measure of {pivots[i] <= x < end}; end is NaN right above +inf, which no value reaches.
   template <bool kMass>
-  __device__ uint64_t measure_pivots(const uint32_t (&keys)[kPivots], uint32_t high) {
-    float pivots[kPivots];
-#pragma unroll
-    for (int j = 0; j < kPivots; ++j) pivots[j] = value_of(keys[j]);
-    const float end = value_of(high);  // NaN right above +inf, which no value reaches
+  __device__ uint64_t measure_pivots(const float (&pivots)[kPivots], float end) {
     uint64_t sums[Reduce::kWidth] = {};
     for_each_from(pivots[kPivots - 1], [&](float x) {
       if (x >= end) return;

@@ -55,10 +55,16 @@ class _Item:
     count: int  # G, pieces
     rows: int  # m, of each piece
     leaves: int  # L, of each piece
+    stacked: int  # m * group, the rows that share a KV head
+    padded: int  # rows of the matrices: at least MIN_ROWS
     pages: Tensor  # int64 [G * pages of a piece]
-    lengths: tuple[int, ...]  # of each piece: V is zeroed from here on
+    unwritten: tuple[tuple[int, int], ...]  # (piece, slot): V is zeroed from this slot on
     masked_leaf: int  # leaves before this one are seen whole by every row
     hidden: Tensor | None  # bool [G, L - masked_leaf, m, 1, LEAF]; None if all is seen
+    times_k: Callable[[Tensor, Tensor], Tensor]  # the products and the sum over leaves that keep a row's bits
+    times_v: Callable[[Tensor, Tensor], Tensor]
+    sum_scores: Callable[[Tensor], Tensor]
+    sum_values: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,76 +116,89 @@ def strided_attention(
         query_start_loc.numpy().tobytes(),
         page_table.numpy().tobytes(),
         None if tail_mask is None else tail_mask.numpy().tobytes(),
+        window,
         num_rows,
         num_heads,
+        num_kv_heads,
+        head_dim,
         num_pages,
         page_size,
-        window,
+        torch.get_num_threads(),
     )
-    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
     if k_scale is not None:
         scale *= float(k_scale)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     for rows in plan.idle_rows:
         out[rows] = 0
         if lse is not None:
             lse[rows] = -math.inf
-    k_pages, v_pages = k_cache.permute(2, 0, 1, 3), v_cache.permute(2, 0, 1, 3)  # [Hkv, pages, page_size, D]
     for item in plan.items:
-        o, row_max, total = _attend(q, k_pages, v_pages, item, scale)
+        o, row_max, total = _attend(q, k_cache, v_cache, item, scale)
         if v_scale is not None:
             o.mul_(v_scale)
-        rows = slice(item.first_row, item.first_row + item.count * item.rows)
-        grouped = (item.count, item.rows, num_kv_heads, num_heads // num_kv_heads)
-        out[rows].view(*grouped, head_dim).permute(2, 0, 1, 3, 4).copy_(o)
+        _by_head(out, item, num_kv_heads).copy_(o.view(*o.shape[:2], item.rows, -1, head_dim))
         if lse is not None:
-            lse[rows].view(grouped).permute(2, 0, 1, 3).copy_((row_max + total.log()).view(o.shape[:-1]))
+            item_lse = (row_max + total.log()).view(*o.shape[:2], item.rows, -1, 1)
+            _by_head(lse.unsqueeze(2), item, num_kv_heads).copy_(item_lse)
     return out
 
 
-def _attend(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, item: _Item, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o [Hkv, G, m, group, D], row maxima and sums of exp(score - row maximum) [Hkv, G, m * group] of an item."""
-    count, rows, leaves = item.count, item.rows, item.leaves
-    num_kv_heads, head_dim = k_pages.shape[0], k_pages.shape[3]
-    group = q.shape[1] // num_kv_heads
-    stacked = rows * group  # rows of a matrix
-    padded = max(stacked, MIN_ROWS)
-
-    k = _gather(k_pages, item)  # [Hkv, G, L * LEAF, D]
-    v = _gather(v_pages, item)
-    for g, length in enumerate(item.lengths):
-        if length < v.shape[2]:
-            v[:, g, length:] = 0  # whatever lies there: 0 * NaN
-
-    # The same rows for every leaf: [Hkv, G, L, rows, D].
-    allocate = torch.empty if padded == stacked else torch.zeros
-    q_leaves = allocate(num_kv_heads, count, leaves, padded, head_dim)
-    source = q[item.first_row : item.first_row + count * rows].view(count, rows, num_kv_heads, group, head_dim)
-    target = q_leaves[:, :, :, :stacked].unflatten(3, (rows, group))
-    torch.mul(source.permute(2, 0, 1, 3, 4).unsqueeze(2).expand_as(target), scale, out=target)
-
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, item: _Item, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """o [Hkv, G, m * group, D]; row maxima and sums of exp(score - row maximum), [Hkv, G, m * group, 1]."""
+    count, leaves, stacked, padded = item.count, item.leaves, item.stacked, item.padded
+    num_kv_heads, head_dim = k_cache.shape[2:]
     batch = num_kv_heads * count * leaves
-    scores = _product(q_leaves.view(batch, padded, head_dim), k.view(batch, LEAF, head_dim).transpose(1, 2))
+
+    k = _gather(k_cache, item)  # [Hkv, G, L * LEAF, D]
+    v = _gather(v_cache, item)
+    for piece, slot in item.unwritten:
+        v[:, piece, slot:] = 0  # whatever lies there: 0 * NaN
+
+    # The same rows for every leaf.
+    q_leaves = torch.empty(num_kv_heads, count, leaves, padded, head_dim)
+    if padded > stacked:
+        q_leaves[..., stacked:, :] = 0
+    source = _by_head(q, item, num_kv_heads).unsqueeze(2)  # [Hkv, G, 1, m, group, D]
+    target = q_leaves if padded == stacked else q_leaves[..., :stacked, :]
+    torch.mul(
+        source.expand(-1, -1, leaves, -1, -1, -1), scale, out=target.view(*target.shape[:3], *source.shape[3:])
+    )
+
+    scores = item.times_k(q_leaves.view(batch, padded, head_dim), k.view(batch, LEAF, head_dim).transpose(1, 2))
     p = scores.view(num_kv_heads, count, leaves, padded, LEAF)
     if item.hidden is not None:
-        masked = p[:, :, item.masked_leaf :, :stacked].unflatten(3, (rows, group))
-        masked.masked_fill_(item.hidden, -math.inf)
-    row_max = p.amax((2, 4), keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # finite if nothing is seen
+        masked = p[:, :, item.masked_leaf :, :stacked]
+        masked.view(*masked.shape[:3], item.rows, -1, LEAF).masked_fill_(item.hidden, -math.inf)
+    row_max = p.amax((2, 4), keepdim=True).clamp_(min=_LOWEST)  # finite for a row that sees nothing
     p.sub_(row_max).exp_()
-    total = _sum_leaves(p.sum(4))
-    o = _sum_leaves(_product(scores, v.view(batch, LEAF, head_dim)).view(*p.shape[:4], head_dim))
-    o.div_(total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(3))
-    o = o[:, :, :stacked].unflatten(2, (rows, group))
-    return o, row_max[:, :, 0, :stacked, 0], total[:, :, :stacked]
+    total = item.sum_scores(p).sum(-1, keepdim=True)
+    o = item.sum_values(item.times_v(scores, v.view(batch, LEAF, head_dim)).view(*p.shape[:4], head_dim))
+    o.div_(total.clamp(min=_TINY))
+    return o[:, :, :stacked], row_max[:, :, 0, :stacked], total[:, :, :stacked]
 
 
-def _gather(pages: Tensor, item: _Item) -> Tensor:
+_LOWEST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+
+
+def _by_head(x: Tensor, item: _Item, num_kv_heads: int) -> Tensor:
+    """The rows of an item in x [T, Hq, D] as a view [Hkv, G, m, group, D]."""
+    group = x.shape[1] // num_kv_heads
+    row, head, inner = x.stride()
+    return x.as_strided(
+        (num_kv_heads, item.count, item.rows, group, x.shape[2]),
+        (group * head, item.rows * row, row, head, inner),
+        x.storage_offset() + item.first_row * row,
+    )
+
+
+def _gather(cache: Tensor, item: _Item) -> Tensor:
     """The slots of an item in order, [Hkv, G, L * LEAF, D] in fp32, contiguous, memory of its own."""
-    num_kv_heads, _, _, head_dim = pages.shape
-    slots = pages.index_select(1, item.pages).view(num_kv_heads, item.count, -1, head_dim)
-    return slots[:, :, : item.leaves * LEAF].to(torch.float32).contiguous()
+    _, page_size, num_kv_heads, head_dim = cache.shape
+    slots = cache.permute(2, 0, 1, 3).index_select(1, item.pages).view(num_kv_heads, item.count, -1, head_dim)
+    if slots.shape[2] != item.leaves * LEAF:
+        slots = slots[:, :, : item.leaves * LEAF].contiguous()
+    return slots if slots.dtype == torch.float32 else slots.float()
 
 
 # The plan: what depends on lengths, pages and masks alone.
@@ -191,11 +210,14 @@ def _plan(
     query_start_loc: bytes,
     page_table: bytes,
     tail_mask: bytes | None,
+    window: int,
     num_rows: int,
     num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
     num_pages: int,
     page_size: int,
-    window: int,
+    num_threads: int,  # part of the key: what was verified holds for this number
 ) -> _Plan:
     """Split the rows into items. Keyed by value: the layers of a forward share it, and nothing can go stale."""
     lengths = np.frombuffer(seq_lens, np.int32).tolist()
@@ -228,7 +250,7 @@ def _plan(
         count = 1
         while count < min(limit, len(pieces)) and _follows(pieces[count], pieces[count - 1]):
             count += 1
-        items.append(_item(pieces[:count], table, capacity, page_size, tails, window))
+        items.append(_item(pieces[:count], table, page_size, tails, window, num_heads // num_kv_heads, num_kv_heads, head_dim))
         del pieces[:count]
         idle.append(slice(done, head.first_row))
         done = head.first_row + count * head.rows
@@ -244,9 +266,17 @@ def _follows(piece: _Piece, previous: _Piece) -> bool:
 
 
 def _item(
-    pieces: list[_Piece], table: np.ndarray, capacity: int, page_size: int, tails: Tensor | None, window: int
+    pieces: list[_Piece],
+    table: np.ndarray,
+    page_size: int,
+    tails: Tensor | None,
+    window: int,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> _Item:
     rows, leaves, first_row = pieces[0].rows, pieces[0].leaves, pieces[0].first_row
+    capacity = table.shape[1] * page_size
     # A last leaf may reach beyond the table: any page will do there, its slots are hidden.
     pages = np.zeros((len(pieces), -(-leaves * LEAF // page_size)), np.int64)
     known = min(pages.shape[1], table.shape[1])
@@ -264,15 +294,25 @@ def _item(
         visible &= torch.arange(origin, origin + num_slots) < capacity
         hidden = ~visible.unflatten(2, (-1, LEAF)).transpose(1, 2).unsqueeze(3)
         hidden = hidden.contiguous() if bool(hidden.any()) else None
+    stacked = rows * group
+    padded = max(stacked, MIN_ROWS)
+    batch = num_kv_heads * len(pieces) * leaves
+    written = [max(min(piece.end, capacity), 0) for piece in pieces]
     return _Item(
         first_row=first_row,
         count=len(pieces),
         rows=rows,
         leaves=leaves,
+        stacked=stacked,
+        padded=padded,
         pages=torch.from_numpy(pages).flatten(),
-        lengths=tuple(max(min(piece.end, capacity), 0) for piece in pieces),
+        unwritten=tuple((g, slot) for g, slot in enumerate(written) if slot < leaves * LEAF),
         masked_leaf=masked_leaf,
         hidden=hidden,
+        times_k=_product(batch, padded, head_dim, LEAF, transposed=True),
+        times_v=_product(batch, padded, LEAF, head_dim, transposed=False),
+        sum_scores=_leaf_sum(leaves, padded * LEAF),
+        sum_values=_leaf_sum(leaves, padded * head_dim),
     )
 
 
@@ -294,35 +334,34 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [batch, rows, K] @ b [batch, K, N], every row with the same bits as in any other batch of any other height.
+def _product(batch: int, rows: int, inner: int, columns: int, *, transposed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function a [batch, rows, inner] @ b [batch, inner, columns] in which every row has the same bits as in the
+    functions returned for other batches and rows. `transposed`: b comes as the transpose of a contiguous tensor.
 
-    torch.bmm where it agrees with `_product_in_slabs` on random matrices of this shape; that one, if it does not
-    depend on the place of a row; else `_product_by_tree`. Batches above 8 are taken to behave as 8 do.
+    That is torch.bmm where it agrees with `_product_in_slabs` on random matrices of this shape; that one, if there a
+    row's bits do not depend on its place; else `_product_by_tree`. Batches above 8 are taken to behave as 8 do.
     """
-    batch, rows, inner = a.shape
-    turned = b.stride(2) != 1
 
-    def like_b(batch: int) -> Tensor:
-        return _random(batch, b.shape[2], inner).transpose(1, 2) if turned else _random(batch, inner, b.shape[2])
+    def random_b(batch: int) -> Tensor:
+        return _random(batch, columns, inner).transpose(1, 2) if transposed else _random(batch, inner, columns)
 
     def slabs_are_invariant() -> bool:
-        x, y = _random(4, 2 * SLAB, inner), like_b(4)
-        want = _product_in_slabs(x, y)
-        backwards = _product_in_slabs(x.flip(0, 1), y.flip(0)).flip(0, 1)
-        some = torch.cat([_product_in_slabs(x[1:4, 3:4], y[1:4]), _product_in_slabs(x[1:4, 5:24], y[1:4])], 1)
-        return torch.equal(want, backwards) and torch.equal(some, torch.cat([want[1:4, 3:4], want[1:4, 5:24]], 1))
+        a, b = _random(4, 2 * SLAB, inner), random_b(4)
+        want = _product_in_slabs(a, b)
+        turned = _product_in_slabs(a.flip(0, 1), b.flip(0)).flip(0, 1)
+        return torch.equal(want, turned) and all(
+            torch.equal(want[1:4, rows], _product_in_slabs(a[1:4, rows], b[1:4]))
+            for rows in (slice(0, 1), slice(3, 8), slice(5, 24))
+        )
 
     def bmm_agrees() -> bool:
-        x, y = _random(min(batch, 8), rows, inner), like_b(min(batch, 8))
-        return torch.equal(torch.bmm(x, y), _product_in_slabs(x, y))
+        a, b = _random(min(batch, 8), rows, inner), random_b(min(batch, 8))
+        return torch.equal(torch.bmm(a, b), _product_in_slabs(a, b))
 
-    shape = (inner, b.shape[2], turned)
+    shape = (inner, columns, transposed)
     if not _verified(("slabs", *shape), slabs_are_invariant):
-        return _product_by_tree(a, b)
-    if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees):
-        return torch.bmm(a, b)
-    return _product_in_slabs(a, b)
+        return _product_by_tree
+    return torch.bmm if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees) else _product_in_slabs
 
 
 SLAB = 16  # rows
@@ -356,26 +395,29 @@ def _product_by_tree(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _sum_leaves(x: Tensor) -> Tensor:
-    """Sum of x [Hkv, G, L, ...] over its leaves, in their order: zeros at the end change nothing."""
-    total: Tensor | None = None
-    for block in x.split(16, dim=2):  # torch sums up to 16 terms one after the other, longer rows in blocks
-        length, inner = block.shape[2], math.prod(block.shape[3:])
-        if length == 1:
-            part = block.select(2, 0)
-        elif _verified(("sum", length, inner), functools.partial(_sum_is_in_order, length, inner)):
-            part = block.sum(2)
-        else:
-            part = _add_in_order(block, 2)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+SUMMED_AT_ONCE = 16  # torch adds up to so many rows one after the other, more in blocks
+
+
+def _leaf_sum(leaves: int, inner: int) -> Callable[[Tensor], Tensor]:
+    """A function that adds the leaves of x [Hkv, G, L, ...], with `inner` numbers each, in blocks, each in order.
+
+    Zero leaves at the end then change nothing. Within a block it is torch's sum where that goes in order too.
+    """
+    if leaves == 1:
+        return lambda x: x.select(2, 0)
+
+    def goes_in_order(length: int) -> bool:
+        x = _random(2, length, inner)
+        return torch.equal(x.sum(1), _add_in_order(x, 1))
+
+    lengths = {min(leaves, SUMMED_AT_ONCE), (leaves - 1) % SUMMED_AT_ONCE + 1}
+    add: Callable[[Tensor, int], Tensor] = _add_in_order
+    if all(_verified(("sum", length, inner), functools.partial(goes_in_order, length)) for length in lengths):
+        add = torch.sum
+    if leaves <= SUMMED_AT_ONCE:
+        return lambda x: add(x, 2)
+    return lambda x: functools.reduce(torch.add, [add(block, 2) for block in x.split(SUMMED_AT_ONCE, dim=2)])
 
 
 def _add_in_order(x: Tensor, dim: int) -> Tensor:
     return functools.reduce(torch.add, x.unbind(dim))
-
-
-def _sum_is_in_order(length: int, inner: int) -> bool:
-    x = _random(4, length, inner)
-    return torch.equal(x.sum(1), _add_in_order(x, 1))

@@ -55,10 +55,14 @@ class Tokenizer:
         backend.no_truncation()  # a tokenizer.json may ask for both, and either would change the prompt
         backend.no_padding()
         # transformers makes every named token special, whether or not the file marks it so.
-        named = dict.fromkeys(text for text in special_tokens.values() if backend.token_to_id(text) is not None)
         known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        named = [text for text in dict.fromkeys(special_tokens.values()) if text not in known]
         backend.add_special_tokens(
-            [AddedToken(text, special=True, normalized=False) for text in named if text not in known]
+            [
+                AddedToken(text, special=True, normalized=False)
+                for text in named
+                if backend.token_to_id(text) is not None
+            ]
         )
         self._backend = backend
         self._special_tokens = dict(special_tokens)

@@ -48,6 +48,7 @@ def register_backend(backend: Backend) -> None:
 
 register_backend(Backend("torch", "python_ref", ("cpu", "cuda", "meta")))
 register_backend(Backend("cpu", "idlm_kernels.cpu", ("cpu",)))
+register_backend(Backend("cuda", "idlm_kernels.native.backend", ("cuda",), automatic=False))
 register_backend(Backend("triton", "idlm_kernels.triton", ("cuda",), automatic=False))
 
 

@@ -311,7 +311,7 @@ def _linear_kernel(
             # last, acquires the parts of the others.
             tl.debug_barrier()
             arrived = tl.atomic_add(gArrivals + tile, 1, sem="acq_rel", scope="gpu")
-            if arrived < SPLITS - 1:
+            if arrived != SPLITS - 1:
                 return
             tl.store(gArrivals + tile, 0)
             sums = _reduce_parts(gParts, n, t, num_rows, stride_part, N, SPLITS)

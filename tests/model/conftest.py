@@ -155,10 +155,10 @@ def write_gguf(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tens
 
         config = ModelConfig(
             architecture=architecture, vocab_size=vocab, hidden_size=hidden, intermediate_size=64,
-            num_layers=2, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5, rope_theta=1e4,
-            rope_scaling=None, rope_freq_factors=None, max_position_embeddings=128, tie_word_embeddings=tied,
-            qk_norm=architecture == "qwen3", attention_bias=False, mlp_bias=False, mask_token_id=None,
-            eos_token_ids=(2,), bos_token_id=1,
+            num_layers=2, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-5,
+            rope_theta=1e4, rope_scaling=None, rope_freq_factors=None, max_position_embeddings=128,
+            tie_word_embeddings=tied, qk_norm=architecture == "qwen3", attention_bias=False, mlp_bias=False,
+            mask_token_id=None, eos_token_ids=(2,), bos_token_id=1,
         )  # fmt: skip
         wanted = {}
         for hf_name, tensor in random_tensors(config).items():

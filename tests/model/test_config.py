@@ -33,8 +33,8 @@ def test_every_field_is_read(tiny_hf):
     )
     assert dataclasses.asdict(config) == {
         "architecture": "sdar", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
-        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "rope_scaling": None, "rope_freq_factors": None, "max_position_embeddings": 128,
+        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_scaling": None, "rope_freq_factors": None, "max_position_embeddings": 128,
         "tie_word_embeddings": False, "qk_norm": True, "attention_bias": True, "mlp_bias": False,
         "mask_token_id": 299, "eos_token_ids": (7, 8), "bos_token_id": 3,
     }  # fmt: skip
@@ -54,6 +54,24 @@ def test_reads_what_transformers_writes(config_class, tmp_path):
     assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
     assert config.tie_word_embeddings and config.head_dim == 8 and config.eos_token_ids == (5,)
     assert config.qk_norm == (config_class is Qwen3Config)
+
+
+def test_reads_a_published_sdar_config():
+    """The keys and numbers of SDAR-1.7B-Chat: Qwen3's, with the MASK id and switches of its own code beside
+    them."""
+    published = {
+        "architectures": ["SDARForCausalLM"], "model_type": "sdar", "attention_bias": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"}, "attn_implementation": "flex_attention",
+        "block_size": 4, "bos_token_id": 151643, "debug": False, "eos_token_id": 151643, "ep_size": 1,
+        "fuse_cross_entropy": True, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 6144, "mask_token_id": 151669, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+    }  # fmt: skip
+    config = ModelConfig.from_hf(published)
+    assert (config.mask_token_id, config.eos_token_ids, config.qk_norm) == (151669, (151643,), True)
+    assert (config.rope_theta, config.rope_scaling) == (1e6, None)
 
 
 def test_both_spellings_give_the_same(tiny_hf):

@@ -186,9 +186,10 @@ def test_pre_tokenizers_against_llama_cpp(both_encoders, pre, text):
 
 def tiny_fields(**changes) -> dict:
     tokens = byte_vocabulary()
+    kinds = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL))
     fields = {
         "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
-        "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)), np.int32), **changes,
+        "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array(kinds, np.int32), **changes,
     }  # fmt: skip
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
 

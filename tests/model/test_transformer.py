@@ -52,7 +52,10 @@ CASES = {
     ),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen3": ("Qwen3", {"rope_parameters": PLAIN_ROPE}),
-    "qwen3-tied-mha": ("Qwen3", {"rope_parameters": PLAIN_ROPE, "tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "qwen3-tied-mha": (
+        "Qwen3",
+        {"rope_parameters": PLAIN_ROPE, "tie_word_embeddings": True, "num_key_value_heads": 6},
+    ),
 }
 
 
@@ -96,7 +99,9 @@ def assert_fp32_equal(found: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_equal_transformers(
+    case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from idlm_kernels import use_backend
 
     family, changes = CASES[case]
@@ -161,14 +166,18 @@ def test_gguf_default_model_equals_transformers(default_gguf: Path) -> None:
     state = {name: checkpoint.tensor(name).float() for name in checkpoint.names()}
     missing, unexpected = reference.load_state_dict(state, strict=False)
     assert missing in ([], ["lm_head.weight"]) and not unexpected
-    ids = checkpoint.tokenizer.encode("The quick brown fox jumps over the lazy dog. Die Würde des Menschen ist")
+    ids = checkpoint.tokenizer.encode(
+        "The quick brown fox jumps over the lazy dog. Die Würde des Menschen ist"
+    )
     with torch.no_grad():
         want = reference(torch.tensor([ids])).logits[0]
     model = Transformer(checkpoint, dtype="fp32")
     assert_fp32_equal(logits_of(model, ids), want)
 
 
-def write_adapter(path: Path, config: Any, *, seed: int = 0, size: float = 0.3, mask_embedding: bool = True) -> Path:
+def write_adapter(
+    path: Path, config: Any, *, seed: int = 0, size: float = 0.3, mask_embedding: bool = True
+) -> Path:
     """A random adapter on all seven linears, in PEFT layout."""
     generator = torch.Generator().manual_seed(seed)
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -194,7 +203,9 @@ def write_adapter(path: Path, config: Any, *, seed: int = 0, size: float = 0.3, 
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": names, "bias": "none"}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     if mask_embedding:
-        save_file({"mask_embedding": torch.randn(h, generator=generator)}, path / "mask_embedding.safetensors")
+        save_file(
+            {"mask_embedding": torch.randn(h, generator=generator)}, path / "mask_embedding.safetensors"
+        )
     return path
 
 
@@ -222,7 +233,10 @@ def test_adapter_rows_equal_a_merged_model(tmp_path: Path) -> None:
     checkpoint = MemoryCheckpoint(tiny_config(), scale=0.2)
     adapter = load_adapter(write_adapter(tmp_path / "a", checkpoint.config), checkpoint.config)
     merged = MemoryCheckpoint(tiny_config(), scale=0.2)
-    modules = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    modules = {
+        "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "mlp": ("gate_proj", "up_proj", "down_proj"),
+    }
     for i in range(checkpoint.config.num_layers):
         for block, names in modules.items():
             for name in names:

@@ -1,0 +1,187 @@
+"""Backend `cuda`: the ops that the compiled module computes, with the names and signatures of the references.
+
+Where the CUDA runtime is an emulator the same functions take CPU tensors (call them directly, as the tests do).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.native import emulated, load
+from python_ref import STREAM_TARGET, QState
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+MAX_DRAFTS = 31  # chain plans have N <= 32
+
+# For tests and tuning: CTAs per row (1, 2, 4 or 8; 0: chosen by size). No result depends on it.
+cluster_size = int(os.environ.get("IDLM_NATIVE_CLUSTER", "0"))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _options(op: str, device: torch.device) -> tuple[int, bool, int]:
+    """(stream, programmatic dependent launch, cluster size)."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).cuda_stream, True, cluster_size
+    if device.type == "cpu" and emulated():
+        return 0, True, cluster_size
+    raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
+
+
+def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tuple(_DTYPES)) -> int:
+    if x.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(allowed))
+        given = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: backend 'cuda' takes {name} in {names}, got {given}; use backend 'torch'")
+    return _DTYPES[x.dtype]
+
+
+def _logits(op: str, logits: Tensor, id_limit: int, mask_id: int, bias: Tensor | None) -> tuple[int, ...]:
+    rows, vocab_size = logits.shape
+    dtype = _dtype(op, "logits", logits)
+    bias_dtype = 2 if bias is None else _dtype(op, "logit_bias", bias, (logits.dtype, torch.float32))
+    bias_stride = 0 if bias is None else bias.stride(0)
+    return (
+        logits.data_ptr(),
+        logits.stride(0),
+        dtype,
+        rows,
+        vocab_size,
+        id_limit,
+        mask_id,
+        _address(bias),
+        bias_stride,
+        bias_dtype,
+    )
+
+
+def sample_rows(
+    logits: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    *,
+    stream: int = STREAM_TARGET,
+    logit_bias: Tensor | None = None,
+    status: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `idlm_kernels.sample_rows`; logits bf16, fp16 or fp32, logit_bias of their dtype or fp32."""
+    op = "sample_rows"
+    options = _options(op, logits.device)
+    description = _logits(op, logits, id_limit, mask_id, logit_bias)
+    ids = _empty((logits.shape[0],), torch.int64, logits.device) if out is None else out
+    if not logits.shape[0]:
+        return ids
+    load().sample_rows(
+        description,
+        tuple(x.data_ptr() for x in (temperature, top_k, top_p, min_p, seed)),
+        positions.data_ptr(),
+        positions.dtype == torch.int64,
+        stream,
+        ids.data_ptr(),
+        _address(status),
+        options,
+    )
+    return ids
+
+
+def verify_accept(
+    logits: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    drafts: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    id_limit: int,
+    mask_id: int,
+    *,
+    branched: bool,
+    mode: str,
+    q_state: QState | None = None,
+    logit_bias: Tensor | None = None,
+    status: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `idlm_kernels.verify_accept`; logits bf16, fp16 or fp32, logit_bias of their dtype or fp32, K up to 31.
+
+    `rejection` stores the laws of the next drafts with forbidden ids and NaN at -inf, and a row without a finite logit
+    as the point mass that it was sampled from; laws of requests without next drafts are left as they are.
+    """
+    op, device = "verify_accept", logits.device
+    options = _options(op, device)
+    description = _logits(op, logits, id_limit, mask_id, logit_bias)
+    batch, num_k = drafts.shape
+    if num_k > MAX_DRAFTS:
+        raise ValueError(f"{op}: drafts have {num_k} columns, backend 'cuda' takes at most {MAX_DRAFTS}")
+    laws: tuple[int, ...] = (0, 0, 0, 2, 0, 0, 0, 0)
+    if mode == "rejection" and num_k:
+        assert q_state is not None
+        # What was sampled from must be stored without rounding: in fp32 if that is what the biased logits are.
+        widened = logit_bias is not None and logit_bias.dtype == torch.float32
+        allowed = (torch.float32,) if widened else (logits.dtype, torch.float32)
+        law_dtype = _dtype(op, "q_state.logits", q_state.logits, allowed)
+        laws = (
+            q_state.logits.data_ptr(),
+            q_state.logits.stride(0),
+            q_state.logits.stride(1),
+            law_dtype,
+            q_state.cut.data_ptr(),
+            q_state.cut.stride(0),
+            q_state.log_norm.data_ptr(),
+            q_state.log_norm.stride(0),
+        )
+    if out is None:
+        out = (
+            _empty((batch,), torch.int32, device),
+            _empty((batch, num_k + 1), torch.int64, device),
+            _empty((batch, num_k), torch.int64, device),
+            _empty((batch,), torch.int32, device),
+        )
+    if not batch:
+        return out
+    workspace = _empty((batch, num_k + 1), torch.int32, device)
+    load().verify_accept(
+        description,
+        tuple(x.data_ptr() for x in (temperature, top_k, top_p, min_p, seed)),
+        batch,
+        num_k,
+        query_start_loc.data_ptr(),
+        num_drafts.data_ptr(),
+        drafts.data_ptr(),
+        drafts.stride(0),
+        positions.data_ptr(),
+        branched,
+        mode == "rejection",
+        laws,
+        _address(status),
+        (
+            out[0].data_ptr(),
+            out[1].data_ptr(),
+            out[1].stride(0),
+            out[2].data_ptr(),
+            out[2].stride(0),
+            out[3].data_ptr(),
+        ),
+        workspace.data_ptr(),
+        options,
+    )
+    return out
