@@ -58,8 +58,9 @@ def noise_words(seed: Tensor, position: Tensor, vocab_size: int, stream: int) ->
 def word_to_uniform(word: Tensor) -> Tensor:
     """v = min(fp32(word) * 2^-32 + 2^-33, 1 - 2^-24), fp32 in (0, 1): bit-identical in every backend.
 
-    The minimum matters: without it 128 of the 2^32 words round to 1, whose Gumbel variable is infinite, and at a
-    vocabulary of 151,936 that would hand 0.45 % of all rows to a random token.
+    The minimum matters: without it 128 of the 2^32 words round to 1, whose Gumbel variable is -inf, and a row whose
+    only kept id meets one would lose it. (In the form -log(-log v) it would be +inf, and at a vocabulary of 151,936
+    hand 0.45 % of all rows to a random token.)
     """
     return (word.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
 

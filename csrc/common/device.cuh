@@ -88,6 +88,13 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
   return (static_cast<uint64_t>(top) << 32) | low;
 }
 
+// 2^x, to about 2^-22, 0 instead of a denormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // ---- floats as integers of the same order (-0 below +0; NaN at the ends)
 
 __device__ __forceinline__ uint32_t ordered(float x) {

@@ -44,7 +44,8 @@ struct ClusterReduce {
     if (warp_id() == 0) {
       uint64_t block = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; w += 4) block = Op::apply(block, s.warps[w + group][column]);
+      for (int w = 0; w < kWarps; w += 4)
+        if (w + group < kWarps) block = Op::apply(block, s.warps[w + group][column]);
       block = over_groups<Op>(block);
       for (uint32_t to = group; to < size; to += 4) store_to_cta(&s.mail[generation][rank][column], to, block);
     }
@@ -52,17 +53,11 @@ struct ClusterReduce {
     cluster_wait();  // after this s.warps may be written again, and all mail of this generation is here
     uint64_t total = 0;
     for (uint32_t from = group; from < size; from += 4) total = Op::apply(total, s.mail[generation][from][column]);
-    block_ = s.mail[generation][rank][column];
     generation ^= 1;
     return over_groups<Op>(total);
   }
 
-  // The reduction over this CTA alone, of the last call of all(), in the same lanes.
-  __device__ __forceinline__ uint64_t of_this_cta() const { return block_; }
-
  private:
-  uint64_t block_ = 0;
-
   template <class Op>
   static __device__ __forceinline__ uint64_t over_groups(uint64_t x) {
     x = Op::apply(x, __shfl_xor_sync(~0u, x, 8));

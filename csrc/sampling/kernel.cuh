@@ -15,7 +15,7 @@
 
 namespace idlm {
 
-constexpr int kThreads = 384;  // two CTAs per SM at up to 80 registers
+constexpr int kThreads = 320;  // two CTAs per SM at up to 96 registers
 constexpr float kGreedyBelow = 1e-4f;
 constexpr int32_t kAccepted = -1;  // in the workspace: the draft stands, there is no token of row i
 
@@ -64,6 +64,7 @@ struct Task {
 __device__ __forceinline__ uint64_t ranked(float score, int32_t id) {
   return (static_cast<uint64_t>(ordered(score + 0.0f)) << 32) | static_cast<uint32_t>(~id);  // -0 + 0 = +0
 }
+__device__ __forceinline__ int32_t id_of(uint64_t best) { return static_cast<int32_t>(~static_cast<uint32_t>(best)); }
 __device__ __forceinline__ float score_of(uint64_t best) { return best ? from_ordered(best >> 32) : -INFINITY; }
 
 template <class L, class S, bool kRejection>
@@ -80,7 +81,7 @@ struct RowSampler {
   NoiseSource noise;
   bool greedy;
   float row_max = -INFINITY;  // of the logits
-  float cta_max = -INFINITY;
+  int32_t row_argmax = -1;    // the lowest id of it
   float cut = 0;              // the smallest logit that is kept
   float log_norm = 0;
 
@@ -99,7 +100,7 @@ struct RowSampler {
 
   __device__ int32_t lowest_allowed() const { return p.logits.mask_id == 0 ? 1 : 0; }
 
-  // Reads the row; returns its status bits. Afterwards row_max is known in all threads.
+  // Reads the row; returns its status bits. Afterwards row_max and row_argmax are known in all threads.
   __device__ int32_t load() {
     RowSource<L, S> source;
     source.logits = static_cast<const L*>(p.logits.data) + task.row * p.logits.row_stride;
@@ -109,53 +110,59 @@ struct RowSampler {
     source.num_ids = p.logits.id_limit;
     source.mask_id = p.logits.mask_id;
     row.load(source);
-    uint64_t found[Reduce::kWidth] = {__reduce_max_sync(~0u, ordered(row.thread_max)),
-                                      __any_sync(~0u, row.thread_has_nan) ? 1u : 0u};
+    const uint64_t best = row.thread_max > -INFINITY ? ranked(row.thread_max, row.id_of_max()) : 0;
+    const uint32_t bits = (row.has_nan ? kStatusNan : 0) | (row.has_inf ? kStatusInf : 0);
+    uint64_t found[Reduce::kWidth] = {warp_max(best), __reduce_or_sync(~0u, bits) & kStatusNan,
+                                      __reduce_or_sync(~0u, bits) & kStatusInf};
     const uint64_t all = reduce.template all<Max>(found);  // its barriers also publish the row within the CTA
-    row_max = from_ordered(static_cast<uint32_t>(__shfl_sync(~0u, all, 0)));
-    cta_max = from_ordered(static_cast<uint32_t>(__shfl_sync(~0u, reduce.of_this_cta(), 0)));
-    return (__shfl_sync(~0u, all, 1) ? kStatusNan : 0) | (row_max == INFINITY ? kStatusInf : 0) |
-           (row_max == -INFINITY ? kStatusEmptyRow : 0);
+    const uint64_t largest = __shfl_sync(~0u, all, 0);
+    const int32_t status = static_cast<int32_t>(__shfl_sync(~0u, all, 1) | __shfl_sync(~0u, all, 2));
+    if (largest == 0) return status | kStatusEmptyRow;
+    row_max = status & kStatusInf ? INFINITY : score_of(largest);
+    row_argmax = id_of(largest);
+    return status;
   }
 
   // Sets cut and, if `with_norm`, log_norm. row_max > -inf.
   __device__ void truncate(bool with_norm) {
+    if (greedy && !with_norm) return;
     Cut threshold{row, reduce, temperature, row_max, temperature.z(row_max)};
-    if (greedy && !with_norm) {
-      cut = row_max;
-      return;
-    }
-    cut = threshold.cut(load_uniform(p.sampling.top_k + task.entry), load_uniform(p.sampling.top_p + task.entry), load_uniform(p.sampling.min_p + task.entry));
+    const SamplingParams& s = p.sampling;
+    cut = threshold.cut(load_uniform(s.top_k + task.entry), load_uniform(s.top_p + task.entry),
+                        load_uniform(s.min_p + task.entry));
     if (with_norm) log_norm = threshold.z_max + logf(static_cast<float>(threshold.mass_from(cut)) / kMassUnit);
   }
 
   // argmax of z + g over logits >= cut, or of the logits if greedy.
   __device__ int32_t sample() {
-    uint64_t best = 0;
-    if (cta_max >= cut && row.thread_max == cta_max) {
-      // The score of this CTA's largest logit, as a first bound for its warps.
-      for (int32_t v = threadIdx.x; v < row.num_vectors; v += kThreads) {
-        float x[Row::kVector];
-        Row::values(row.sVectors[v], x);
-        int32_t found = -1;
+    if (greedy) return row_argmax;
+    // Every thread starts from the score of the largest logit, and leaves out what cannot beat it.
+    uint64_t best = ranked(temperature.z(row_max) + gumbel_of(row_argmax), row_argmax);
+    constexpr float kLog2E = 1.44269504f;
+    const float scale = temperature.reciprocal * kLog2E;
+    float bias = 0.0f;
+    const auto set_bound = [&] { bias = (1e-3f - score_of(best)) * kLog2E; };
+    set_bound();
+    for_each_quad([&](int32_t q, const float(&x)[4]) {
+      const int32_t id = row.first_id + 4 * q;
+      const Words words = noise.quad(id >> 2, task.stream);
 #pragma unroll
-        for (int e = Row::kVector - 1; e >= 0; --e)
-          if (x[e] == cta_max) found = e;
-        if (found >= 0) {
-          best = score_of_id(row.first_id + v * Row::kVector + found, cta_max);
-          break;
-        }
+      for (int e = 0; e < 4; ++e) {
+        const float v = word_to_uniform(words.w[e]);
+        // E >= v, so z + g can reach the best score only if v <= exp(z - best). z comes from a product here: a margin
+        // covers its rounding, that of z + g and of the logarithms. Where Inf - Inf leaves a NaN, nothing is left out.
+        const float y = x[e] * scale;
+        const bool hopeless = v > exp2_approx(fmaf(fabsf(y), 0x1p-20f, y + bias));
+        if (!hopeless && x[e] >= cut) best = max(best, ranked(temperature.z(x[e]) + uniform_to_gumbel(v), id + e));
       }
-    }
-    best = warp_max(best);
-    if (!greedy || cta_max == row_max) best = search_quads(best);
-    return id_of(best);
+    }, [&] { best = warp_max(best); set_bound(); });
+    return argmax_of_cluster(best);
   }
 
   // The token after a refused draft: a sample of max(0, p - q), or -1 if that is empty. q: the law of the draft.
   __device__ int32_t sample_residual(const void* q_logits, float q_cut, float q_log_norm) {
     uint64_t best = 0;
-    float bound = -INFINITY;
+    float scale = INFINITY;  // E >= v, so a residual r can win only if v <= r / exp(best)
     for_each_quad([&](int32_t q, const float(&x)[4]) {
       float residual[4];
       float largest = 0.0f;
@@ -167,7 +174,6 @@ struct RowSampler {
         largest = fmaxf(largest, residual[e]);
       }
       if (largest > 0.0f) {
-        const float scale = expf(-bound) * 1.001f;  // E >= v: a residual r can win only if v <= r / exp(bound)
         const Words words = noise.quad((row.first_id >> 2) + q, task.stream);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -178,8 +184,8 @@ struct RowSampler {
           }
         }
       }
-    }, [&] { bound = score_of(best = warp_max(best)); });
-    return id_of(best);
+    }, [&] { best = warp_max(best); scale = expf(-score_of(best)) * 1.001f; });
+    return argmax_of_cluster(best);
   }
 
   __device__ __forceinline__ float probability(float x, float norm) const { return expf(temperature.z(x) - norm); }
@@ -209,45 +215,19 @@ struct RowSampler {
     }
   }
 
-  __device__ uint64_t search_quads(uint64_t best) {
-    constexpr float kLog2E = 1.44269504f;
-    float bound = score_of(best);
-    for_each_quad([&](int32_t q, const float(&x)[4]) {
-      const int32_t id = row.first_id + 4 * q;
-      if (greedy) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (x[e] >= cut) best = max(best, ranked(temperature.z(x[e]), id + e));
-        return;
-      }
-      const Words words = noise.quad(id >> 2, task.stream);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (x[e] < cut) continue;
-        const float v = word_to_uniform(words.w[e]);
-        // z up to its rounding, and a margin for that, for the rounding of z + g and for the logarithms.
-        const float near_z = fminf(x[e], FLT_MAX) * temperature.reciprocal;
-        const float reach = near_z - bound + fmaf(fabsf(near_z), 0x1p-20f, 1e-3f);
-        if (!(v > exp2f(reach * kLog2E))) best = max(best, ranked(temperature.z(x[e]) + uniform_to_gumbel(v), id + e));
-      }
-    }, [&] { bound = score_of(best = warp_max(best)); });
-    return best;
-  }
-
-  __device__ uint64_t score_of_id(int32_t id, float x) const {
-    const float z = temperature.z(x);
-    if (greedy) return ranked(z, id);
+  __device__ float gumbel_of(int32_t id) const {
     const Words words = noise.quad(id >> 2, task.stream);
     uint32_t word = words.w[0];
 #pragma unroll
     for (int e = 1; e < 4; ++e) word = (id & 3) == e ? words.w[e] : word;
-    return ranked(z + uniform_to_gumbel(word_to_uniform(word)), id);
+    return uniform_to_gumbel(word_to_uniform(word));
   }
 
-  __device__ int32_t id_of(uint64_t best) {
+  // -1 if no thread found anything. best: equal in all lanes of a warp.
+  __device__ int32_t argmax_of_cluster(uint64_t best) {
     uint64_t bests[Reduce::kWidth] = {best};
     const uint64_t all = __shfl_sync(~0u, reduce.template all<Max>(bests), 0);
-    return all == 0 ? -1 : static_cast<int32_t>(~static_cast<uint32_t>(all));
+    return all == 0 ? -1 : id_of(all);
   }
 
   // Four logits of a draft law, from id on, without NaN, Inf kept.

@@ -97,8 +97,10 @@ struct ClusterRow {
   Vector* sVectors;      // this CTA's part
   int32_t num_vectors;   // of this part
   int32_t first_id;      // id of its first value
-  float thread_max;      // over the vectors of this thread; -inf if there are none
-  bool thread_has_nan;
+  // Over the vectors of this thread:
+  float thread_max;      // +inf counts as the largest finite value; -inf if there are none
+  int32_t max_vector;    // the first one that holds it
+  bool has_nan, has_inf;
 
   __device__ ClusterRow(void* shared, int32_t num_ids, uint32_t rank, uint32_t size) {
     sVectors = static_cast<Vector*>(shared);
@@ -112,7 +114,8 @@ struct ClusterRow {
   // Ends without a barrier: a thread may read its own vectors at once, those of others after one.
   __device__ void load(const RowSource<L, S>& row) {
     thread_max = -INFINITY;
-    thread_has_nan = false;
+    max_vector = -1;
+    has_nan = has_inf = false;
     constexpr int kInFlight = 4;  // 16-byte loads per thread before the first use
     for (int32_t base = threadIdx.x; base < num_vectors; base += kInFlight * kThreads) {
       Pack<L, kVector> raw[kInFlight];
@@ -128,6 +131,17 @@ struct ClusterRow {
         if (v < num_vectors) store(v, add_bias(raw[i], row, first_id + v * kVector), row);
       }
     }
+  }
+
+  // The lowest id of this thread whose value is thread_max; that must be finite.
+  __device__ int32_t id_of_max() const {
+    float x[kVector];
+    values(sVectors[max_vector], x);
+    int32_t found = 0;
+#pragma unroll
+    for (int e = kVector - 1; e >= 0; --e)
+      if (fminf(x[e], FLT_MAX) == thread_max) found = e;
+    return first_id + max_vector * kVector + found;
   }
 
   __device__ __forceinline__ static void values(const Vector& p, float (&x)[kVector]) {
@@ -166,7 +180,7 @@ struct ClusterRow {
     }
     float largest = max_of(p);
     if (largest != largest) {
-      thread_has_nan = true;
+      has_nan = true;
       largest = -INFINITY;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
@@ -178,7 +192,12 @@ struct ClusterRow {
         largest = fmaxf(largest, x);
       }
     }
-    thread_max = fmaxf(thread_max, largest);
+    has_inf |= largest == INFINITY;
+    largest = fminf(largest, FLT_MAX);
+    if (largest > thread_max) {
+      thread_max = largest;
+      max_vector = v;
+    }
     sVectors[v] = p;
   }
 };

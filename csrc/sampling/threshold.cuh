@@ -46,8 +46,8 @@ struct Threshold {
     if (top_p < 1.0f) t = lowest_equal(search<true>(t, 0, top_p));
     if (min_p > 0.0f) {
       // The maximum is kept even if min_p exceeds 1.
-      const float bound = first_from(key_of(row_max), [&](float x) { return expf(temperature.z(x) - z_max) >= min_p; });
-      t = fmaxf(t, bound);
+      const float guess = fminf(row_max, FLT_MAX) + logf(fminf(min_p, 1.0f)) * temperature.t;
+      t = fmaxf(t, first_from(fmaxf(guess, lowest()), [&](float x) { return expf(temperature.z(x) - z_max) >= min_p; }));
     }
     return t;
   }
@@ -136,29 +136,38 @@ struct Threshold {
   // The smallest value whose quotient by T is that of x.
   __device__ float lowest_equal(float x) const {
     const float z = temperature.z(x);
-    return first_from(key_of(x), [&](float y) { return temperature.z(y) >= z; });
+    return first_from(x, [&](float y) { return temperature.z(y) >= z; });
   }
 
-  // The smallest value for which `holds`, which does not fall as its argument rises; holds(value_of(key)) is granted.
+  // The smallest value up to row_max for which `holds`, which does not fall as its argument rises; row_max if there is
+  // none. Steps double away from the guess, then halve.
   template <class Holds>
-  static __device__ float first_from(uint32_t key, Holds&& holds) {
-    const uint32_t bottom = key_of(-FLT_MAX);
-    uint32_t low = key, step = 1;  // holds at low
-    while (low > bottom && holds(value_of(low - min(step, low - bottom)))) {
-      low -= min(step, low - bottom);
-      step *= 2;
+  __device__ float first_from(float guess, Holds&& holds) const {
+    const uint32_t bottom = key_of(-FLT_MAX), top = key_of(row_max);
+    uint32_t low = key_of(guess), high = low;  // afterwards: holds at high (or it is the top), not at low (or it is the bottom - 1)
+    uint32_t step = 1;
+    if (holds(value_of(low))) {
+      do {
+        high = low;
+        low = low - bottom < step ? bottom - 1 : low - step;
+        step *= 2;
+      } while (low >= bottom && holds(value_of(low)));
+    } else {
+      do {
+        low = high;
+        high = top - high < step ? top : high + step;
+        step *= 2;
+      } while (high < top && !holds(value_of(high)));
     }
-    // Either low is the bottom, or it does not hold at low - step.
-    uint32_t fails = low > bottom ? low - min(step, low - bottom) : low - 1;
-    while (low - fails > 1) {
-      const uint32_t middle = fails + (low - fails) / 2;
+    while (high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
       if (holds(value_of(middle))) {
-        low = middle;
+        high = middle;
       } else {
-        fails = middle;
+        low = middle;
       }
     }
-    return value_of(low);
+    return value_of(high);
   }
 };
 

@@ -5,11 +5,18 @@ Functions have the names and signatures of the references in `python_ref`; what 
 
 from idlm_kernels.cpu.attention import strided_attention
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, prepare_weight, strategy_of
+from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.cpu.sampling import sample_rows, verify_accept
 
 __all__ = [
     "gated_lora_linear",
     "linear",
     "prepare_weight",
+    "qk_norm_rope_append",
+    "rms_norm",
+    "sample_rows",
+    "silu_and_mul",
     "strategy_of",
     "strided_attention",
+    "verify_accept",
 ]

@@ -87,12 +87,14 @@ class Generator:
         plan: PlanKind = "branched",
         stride: int = 4,
         verify: str = "match",
+        row_budget: int | None = None,
     ) -> list[GenerationResult]:
         """Decode a batch of prompts (token ids) to the end; results in the order of the prompts.
 
         One SamplingParams for all mixes its seed with the index of the prompt; a list gives each prompt its own.
+        With a row_budget, a step uses at most so many rows per request: plan and stride are then upper bounds.
         """
-        run = Batch(self, prompts, params, plan=plan, stride=stride, verify=verify)
+        run = Batch(self, prompts, params, _step_plan(plan, stride, row_budget), verify)
         for _ in run.events():
             pass
         return run.results()
@@ -105,9 +107,10 @@ class Generator:
         plan: PlanKind = "branched",
         stride: int = 4,
         verify: str = "match",
+        row_budget: int | None = None,
     ) -> Stream:
         """Decode one prompt step by step. Iterate for StreamEvents; `.result` holds text and figures at any time."""
-        return Stream(Batch(self, [prompt], params, plan=plan, stride=stride, verify=verify))
+        return Stream(Batch(self, [prompt], params, _step_plan(plan, stride, row_budget), verify))
 
 
 class Stream:
@@ -137,12 +140,10 @@ class Batch:
         generator: Generator,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        *,
-        plan: PlanKind,
-        stride: int,
+        plan: StepPlan,
         verify: str,
     ):
-        self.plan = StepPlan(plan, stride)
+        self.plan = plan
         if verify not in MODES:
             raise ValueError(f"verify is {verify!r}, wanted one of {', '.join(MODES)}")
         self._prompts = [_checked_prompt(generator, i, prompt) for i, prompt in enumerate(prompts)]
@@ -209,6 +210,10 @@ class Batch:
         return [
             o.result(self.plan.kind, self.plan.stride, bits) for o, bits in zip(self._outputs, status, strict=True)
         ]
+
+
+def _step_plan(plan: PlanKind, stride: int, row_budget: int | None) -> StepPlan:
+    return StepPlan(plan, stride) if row_budget is None else StepPlan.within(row_budget, plan, stride)
 
 
 def _prefill_groups(lengths: list[int]) -> Iterator[list[int]]:

@@ -50,6 +50,35 @@ class StepPlan:
         """R, the most rows of a request in a step."""
         return self.stride**2 if self.branched else 2 * self.stride - 1
 
+    def expected_tpf(self, acceptance: float) -> float:
+        """Tokens per forward in the steady state when every draft stands with this probability on its own.
+
+        Branched: 1 + p + .. + p^(N-1). Chain: of two kinds of steps, those with drafts commit the same, those after a
+        rejection have none and commit one token.
+        """
+        run = sum(acceptance**i for i in range(self.stride))
+        if self.branched or self.stride == 1:
+            return run
+        rejected = 1 - acceptance ** (self.stride - 1)
+        return (run + rejected) / (1 + rejected)
+
+    @classmethod
+    def within(cls, row_budget: int, kind: PlanKind, stride: int, acceptance: float = 0.8) -> StepPlan:
+        """The plan of most expected tokens per forward with at most row_budget rows per request.
+
+        kind and stride bound the choice from above (ar < chain < branched). A budget of one row leaves AR.
+        """
+        if isinstance(row_budget, bool) or not isinstance(row_budget, int):
+            raise TypeError(f"row_budget must be an int, got {type(row_budget).__name__}")
+        if row_budget < 1:
+            raise ValueError(f"row_budget is {row_budget}, wanted at least 1 row per request")
+        bound = cls(kind, stride)
+        kinds: tuple[PlanKind, ...] = ("chain", "branched") if bound.branched else (bound.kind,)
+        plans = [cls(k, n) for k in kinds for n in range(2, bound.stride + 1)] + [cls("ar", 1)]
+        fitting = [plan for plan in plans if plan.max_rows <= row_budget]
+        # Of equal plans the one with fewer rows: N = 2 chains and branches, say, at an acceptance of 1.
+        return max(fitting, key=lambda plan: (plan.expected_tpf(acceptance), -plan.max_rows))
+
 
 def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) -> Tensor:
     """Slot (page * page_size + offset), int64, of the index-th token of a request."""

@@ -3,6 +3,17 @@
 What is not here the references compute. Not yet run on hardware.
 """
 
+from idlm_kernels.triton.attention import strided_attention
+from idlm_kernels.triton.gemm import gated_lora_linear, linear, prepare_weight
 from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
 
-__all__ = ["embed", "qk_norm_rope_append", "rms_norm", "silu_and_mul"]
+__all__ = [
+    "embed",
+    "gated_lora_linear",
+    "linear",
+    "prepare_weight",
+    "qk_norm_rope_append",
+    "rms_norm",
+    "silu_and_mul",
+    "strided_attention",
+]

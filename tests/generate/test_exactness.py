@@ -156,6 +156,14 @@ def test_stops_and_limits_inside_a_step(drafter: str, plan: str, request: pytest
         assert decode(generator, prompts, plan, 4, temperature=0.9, max_tokens=limit) == [t[:limit] for t in free]
 
 
+def test_row_budget_changes_speed_only(oracle: Generator) -> None:
+    params = SamplingParams(temperature=0.9, seed=2, max_tokens=20)
+    found = [oracle.generate(prompts_of(3, 8), params, stride=4, row_budget=budget) for budget in (1, 3, 4, 7, 9, 16)]
+    assert len({tuple(tuple(r.token_ids) for r in results) for results in found}) == 1
+    assert found[0][0].plan == "ar" and (found[-1][0].plan, found[-1][0].stride) == ("branched", 4)
+    assert found[0][0].forwards > found[-1][0].forwards
+
+
 def test_mixed_seeds_and_drawn_seeds(bad_drafter: Generator) -> None:
     prompt = prompts_of(6)[0]
     same = bad_drafter.generate([prompt] * 3, SamplingParams(temperature=1.5, seed=5, max_tokens=12))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate import Generator, SamplingParams, StepPlan
 from idlm_kernels.generate.generator import Batch
 from idlm_kernels.generate.step import decode_step, prefill
 from idlm_kernels.ops import attention, gemm, layers, sampling, state
@@ -47,7 +47,7 @@ class NoSync(TorchDispatchMode):
 
 def running_batch(generator: Generator, plan: str, verify: str, prompts: list[list[int]]) -> Batch:
     params = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, seed=1, max_tokens=40)
-    batch = Batch(generator, prompts, params, plan=plan, stride=4, verify=verify)  # type: ignore[arg-type]
+    batch = Batch(generator, prompts, params, StepPlan(plan, 4), verify)  # type: ignore[arg-type]
     prefill(batch._decoder, batch._state, 0, [len(prompt) for prompt in prompts], 512)
     return batch
 

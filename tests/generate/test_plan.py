@@ -117,3 +117,47 @@ def test_plans_out_of_range_are_refused(kind: str, stride: int, error: type[Exce
 def test_ar_is_one_row_at_any_stride() -> None:
     assert (StepPlan("ar", 4).max_rows, StepPlan("ar", 4).num_drafts) == (1, 0)
     assert StepPlan("branched", 4).max_rows == 16 and StepPlan("chain", 4).max_rows == 7
+
+
+def simulated_tpf(plan: StepPlan, p: float, steps: int = 200_000) -> float:
+    """Tokens per forward of the rules of design section 3 with independent acceptance, by brute force."""
+    rng = random.Random(7)
+    n = tokens = 0
+    for _ in range(steps):
+        a = 0
+        while a < n and rng.random() < p:
+            a += 1
+        tokens += a + 1
+        n = plan.num_drafts if plan.branched or a == n else 0
+    return tokens / steps
+
+
+@pytest.mark.parametrize(("kind", "stride"), [("ar", 1), ("chain", 2), ("chain", 4), ("branched", 2), ("branched", 4)])
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
+def test_expected_tpf(kind: str, stride: int, p: float) -> None:
+    plan = StepPlan(kind, stride)  # type: ignore[arg-type]
+    assert plan.expected_tpf(p) == pytest.approx(simulated_tpf(plan, p), rel=0.01)
+
+
+def test_expected_tpf_of_the_design() -> None:
+    assert StepPlan("chain", 4).expected_tpf(0.9) == pytest.approx(2.92, abs=0.005)
+    assert StepPlan("branched", 4).expected_tpf(0.9) == pytest.approx(3.44, abs=0.005)
+
+
+def test_row_budget() -> None:
+    assert StepPlan.within(1, "branched", 8) == StepPlan("ar", 1)
+    assert StepPlan.within(2, "branched", 8) == StepPlan("ar", 1)
+    assert StepPlan.within(16, "branched", 4) == StepPlan("branched", 4)
+    assert StepPlan.within(64, "branched", 3) == StepPlan("branched", 3)
+    assert StepPlan.within(64, "chain", 4, acceptance=1.0) == StepPlan("chain", 4)
+    for budget in range(1, 80):
+        for kind in ("ar", "chain", "branched"):
+            chosen = StepPlan.within(budget, kind, 6)  # type: ignore[arg-type]
+            assert chosen.max_rows <= budget and (kind == "branched" or not chosen.branched)
+            rivals = [StepPlan(k, n) for k in ("chain", "branched") for n in range(2, 7) if k == "chain" or k == kind]  # type: ignore[arg-type]
+            fitting = [r for r in rivals if r.max_rows <= budget and kind != "ar"]
+            assert all(chosen.expected_tpf(0.8) >= r.expected_tpf(0.8) for r in fitting)
+    with pytest.raises(ValueError, match="row_budget is 0"):
+        StepPlan.within(0, "chain", 4)
+    with pytest.raises(TypeError, match="row_budget"):
+        StepPlan.within(2.5, "chain", 4)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from idlm_kernels import current_backend
-from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate import Generator, SamplingParams, StepPlan
 from idlm_kernels.generate.generator import Batch
 from idlm_kernels.generate.plan import plan_rows, prefill_rows
 from idlm_kernels.generate.step import decode_step, prefill
@@ -21,7 +21,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5]]
 
 def start(generator: Generator, plan: str, stride: int, verify: str = "match") -> Batch:
     params = SamplingParams(temperature=1.0, seed=9, max_tokens=50)
-    batch = Batch(generator, PROMPTS, params, plan=plan, stride=stride, verify=verify)  # type: ignore[arg-type]
+    batch = Batch(generator, PROMPTS, params, StepPlan(plan, stride), verify)  # type: ignore[arg-type]
     prefill(batch._decoder, batch._state, 0, [len(prompt) for prompt in PROMPTS], 512)
     return batch
 

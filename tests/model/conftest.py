@@ -18,7 +18,7 @@ from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.download import default_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["Ġ t", "h e", "Ġt he", "i n", "1 2", "Ġ Ġ", "Ã ©"]
+MERGES = ["Ġ t", "h e", "Ġt he", "i n", "1 2", "12 3", "123 4", "Ġ 1", "Ġ Ġ", "Ã ©"]
 
 
 @pytest.fixture(scope="session")

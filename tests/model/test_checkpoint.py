@@ -233,6 +233,14 @@ def test_non_finite_weights_are_named_and_counted(tiny_hf, write_folder, dtype):
         checkpoint.tensor(Q)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_non_finite_weight_is_enough(tiny_hf, write_folder, value):
+    folder, _ = write_folder(tiny_hf())
+    rewrite(folder, lambda tensors: tensors[Q][31, 31].fill_(value))
+    with pytest.raises(CheckpointError, match=f"{Q} holds 1 non-finite values"):
+        load_checkpoint(folder).tensor(Q)
+
+
 # --- indices and headers that lie -------------------------------------------------------------------------
 
 

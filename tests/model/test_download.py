@@ -109,6 +109,25 @@ def test_a_spoiled_file_is_replaced(tmp_path, spoiled):
     assert obtain(ASSET, tmp_path, fetch).read_bytes() == CONTENT and fetch.calls == 1
 
 
+def test_files_are_on_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    """Else a crash of the machine may leave the name with half of the data."""
+    events = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        events.append(("fsync", os.fstat(descriptor).st_ino))
+        real_fsync(descriptor)
+
+    def rename(source, target):
+        events.append(("replace", os.stat(source).st_ino))
+        real_replace(source, target)
+
+    monkeypatch.setattr(download.os, "fsync", fsync)
+    monkeypatch.setattr(download.os, "replace", rename)
+    inode = obtain(ASSET, tmp_path, Fetch()).stat().st_ino
+    assert events.index(("fsync", inode)) < events.index(("replace", inode))
+
+
 # --- faults -----------------------------------------------------------------------------------------------
 
 

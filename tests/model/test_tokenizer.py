@@ -168,10 +168,22 @@ class ReferenceEncoder:
         return out
 
 
-@pytest.fixture(scope="module")
-def both_encoders(default_gguf):
-    """pre -> (ours, the reference), of the default model's vocabulary."""
-    fields = GgufFile(default_gguf).fields
+def tiny_fields(**changes) -> dict:
+    tokens = byte_vocabulary()
+    kinds = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL))
+    fields = {
+        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
+        "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array(kinds, np.int32), **changes,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+
+
+@pytest.fixture(scope="module", params=["default model", "tiny"])
+def both_encoders(request):
+    """pre -> (ours, the reference), of the default model's vocabulary, and of one with numbers of several
+    digits."""
+    is_tiny = request.param == "tiny"
+    fields = tiny_fields() if is_tiny else GgufFile(request.getfixturevalue("default_gguf")).fields
     reference = ReferenceEncoder(fields)
     ours = {pre: Tokenizer.from_gguf({**fields, "tokenizer.ggml.pre": pre}) for pre in LLAMA_CPP}
     return lambda pre: (ours[pre], reference)
@@ -182,16 +194,6 @@ def both_encoders(default_gguf):
 def test_pre_tokenizers_against_llama_cpp(both_encoders, pre, text):
     tokenizer, reference = both_encoders(pre)
     assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text, pre)
-
-
-def tiny_fields(**changes) -> dict:
-    tokens = byte_vocabulary()
-    kinds = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL))
-    fields = {
-        "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
-        "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array(kinds, np.int32), **changes,
-    }  # fmt: skip
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
 
 
 def test_qwen2_composes_characters_as_its_own_tokenizer_does():

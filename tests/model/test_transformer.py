@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.peers import transformers_llama
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.plan import prefill_rows
 from idlm_kernels.generate.state import DecodeState
@@ -147,25 +148,7 @@ def test_half_precision_weights(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_gguf_default_model_equals_transformers(default_gguf: Path) -> None:
     """SmolLM2-135M-Instruct from the GGUF against transformers with the same dequantised weights."""
     checkpoint = load_checkpoint(default_gguf)
-    config = checkpoint.config
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    state = {name: checkpoint.tensor(name).float() for name in checkpoint.names()}
-    missing, unexpected = reference.load_state_dict(state, strict=False)
-    assert missing in ([], ["lm_head.weight"]) and not unexpected
+    reference = transformers_llama(checkpoint)
     ids = checkpoint.tokenizer.encode(
         "The quick brown fox jumps over the lazy dog. Die Würde des Menschen ist"
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 REJECT_BELOW = 1e-4  # with fixed seeds a test either passes for ever or fails for ever; true laws stay far above
-DETECT_BELOW = 1e-8  # a planted bias has to fall below this
+DETECT_BELOW = 1e-6  # a planted bias has to fall below this
 
 
 def chi_square_p(counts: Tensor, law: Tensor, min_expected: float = 5.0) -> float:
@@ -74,3 +76,35 @@ def assert_follows(counts: Tensor, law: Tensor, what: str = "") -> None:
     # E[TV] <= sum sqrt(p (1 - p) / (2 pi n)) <= 0.4 sqrt(cells / n)
     bound = (law.numel() / int(counts.sum())) ** 0.5
     assert total_variation(counts, law) < bound, f"{what}: total variation {total_variation(counts, law):.4f}"
+
+
+def transformed_law(
+    row: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    id_limit: int | None = None,
+    mask_id: int = -1,
+) -> list[float]:
+    """Probabilities of a row of finite or -inf logits after the transform of the contract, in fp64, loop by loop."""
+    limit = len(row) if id_limit is None else id_limit
+    x = {i: v for i, v in enumerate(row) if i < limit and i != mask_id and v > -math.inf}
+    top = max(x.values())
+    if temperature < 1e-4:
+        winner = min(i for i in x if x[i] == top)
+        return [float(i == winner) for i in range(len(row))]
+    weight = {i: math.exp((v - top) / temperature) for i, v in x.items()}
+    if top_k > 0:
+        kth = sorted(weight.values(), reverse=True)[:top_k][-1]
+        weight = {i: w for i, w in weight.items() if w >= kth}
+    if top_p < 1:
+        total, mass, last = math.fsum(weight.values()), 0.0, 0.0
+        for w in sorted(weight.values(), reverse=True):
+            mass, last = mass + w / total, w
+            if mass >= top_p:
+                break
+        weight = {i: w for i, w in weight.items() if w >= last}
+    weight = {i: w for i, w in weight.items() if w >= min_p * max(weight.values())}
+    total = math.fsum(weight.values())
+    return [weight.get(i, 0.0) / total for i in range(len(row))]

@@ -95,6 +95,7 @@ def check_row_bits(module: ModuleType, n: int = 128, k: int = 1024) -> None:
         assert same_bits(module.linear(x[rows], weight, bias=bias), whole[rows])
 
 
+@pytest.mark.compiled
 def test_row_bits_depend_on_the_row_alone() -> None:
     check_row_bits(gemm)
     check_row_bits(gemm, 70, 77)
@@ -105,6 +106,7 @@ def test_row_bits_depend_on_the_row_alone_with_wide_tiles() -> None:
     check_row_bits(gemm, 16384, 64)
 
 
+@pytest.mark.compiled
 def test_parts_in_one_cta_give_the_bits_of_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = operands(70, 192, 1024)
     assert gemm.gemm_config(192, 1024, BASE).splits > 1
@@ -205,6 +207,7 @@ def test_slices_do_not_touch_each_other() -> None:
     assert same_bits(got[:, first:], wanted[:, first:])
 
 
+@pytest.mark.compiled
 def test_adapter_row_bits_depend_on_the_row_alone() -> None:
     problem = Adapter(rows=130, k=1024)
     whole = problem.run(gemm)
@@ -277,6 +280,9 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
     with softgpu.configured(**SCHEDULES[schedule]):
         check_linear(gemm, 7, 100, 584)
         check_linear(gemm, 66, 64, 512)
+    # The shrink finds out with a reduction in shared memory whether a row is gated, and copies over it with cp.async.
+    # softgpu takes that for an access through the async proxy, which non-bulk cp.async is not.
+    with softgpu.configured(**{**SCHEDULES[schedule], "proxy": 0}):
         check_adapter(gemm)
 
 
@@ -290,7 +296,7 @@ MUTANTS = {
     "last part dropped": (check_linear, "tl.static_range(1, SPLITS)", "tl.static_range(1, SPLITS - 1)"),
     "parts added in order of arrival": (check_schedule_bits, "split = tl.program_id(1)\n", "split = (tl.program_id(1) + tl.atomic_add(gArrivals + 300, 1)) % SPLITS\n"),
     "arrivals not counted anew": (check_linear, "            tl.store(gArrivals + tile, 0)\n", ""),
-    "first to arrive finishes": (check_schedule_bits, "if arrived != SPLITS - 1:", "if arrived != 0:"),
+    "last but one to arrive finishes": (check_schedule_bits, "if arrived != SPLITS - 1:", "if arrived != SPLITS - 2:"),
     "arrival without order": (check_order_of_arrival, 'sem="acq_rel"', 'sem="relaxed"'),
     "cut of K by row count": (check_row_bits, "config = gemm_config(n, k, x.dtype)", "config = gemm_config(n if num_rows < 65 else n * 100, k, x.dtype)"),
     "K tail not masked": (check_linear, "mask=has_n & has_k", "mask=has_n"),

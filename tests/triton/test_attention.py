@@ -1,0 +1,339 @@
+"""strided_attention on backend `triton`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import python_ref
+from bench.ptx import opcodes, recorded_launches
+from idlm_kernels.triton import attention
+from python_ref.attention import visible_slots
+from tests.softgpu_support import SCHEDULES
+from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
+
+DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
+BASE = DTYPES[0]
+SPLIT, TOGETHER = 264, 0  # values of kTargetCtas: chunks of these small problems in CTAs of their own, or in one
+
+
+def branch_masks(num_drafts: int, stride: int) -> list[int]:
+    """Tail masks of a branched step (design section 3): clean rows 0..n, then K MASK rows for each branch."""
+    k = stride - 1
+    masks = [(2 << i) - 1 for i in range(num_drafts + 1)]
+    for b in range(num_drafts + 1):
+        first = num_drafts + 1 + b * k
+        masks += [((2 << b) - 1) | (((2 << j) - 1) << first) for j in range(k)]
+    return [m - (1 << 64) if m >= 1 << 63 else m for m in masks]
+
+
+class Problem:
+    """Arguments of strided_attention. Slots that no request has written hold NaN; three rows belong to no request."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int] = (300, 70, 0),
+        rows: Sequence[int] = (7, 4, 0),
+        heads: tuple[int, int] = (8, 2),
+        head_dim: int = 64,
+        page_size: int = 16,
+        dtype: torch.dtype = BASE,
+        tail: str | None = None,
+        window: int = -1,
+        cache_dtype: torch.dtype | None = None,
+    ):
+        num_heads, num_kv_heads = heads
+        self.lengths, self.rows, self.window, self.page_size = list(lengths), list(rows), window, page_size
+        self.k, self.v = (torch.randn(len(rows), max(lengths), num_kv_heads, head_dim).to(dtype) for _ in range(2))
+        self.cache_dtype = dtype if cache_dtype is None else cache_dtype
+        self.q = torch.randn(sum(rows) + 3, num_heads, head_dim).to(dtype)
+        self.tail = None
+        if tail == "random":
+            self.tail = torch.randint(-(2**63), 2**63 - 1, (self.q.shape[0],)) | 1
+        elif tail == "branched":  # n = K drafts at this stride: stride^2 rows
+            masks = [m for count in rows for m in (branch_masks(math.isqrt(count) - 1, math.isqrt(count)) if count else [])]
+            self.tail = torch.tensor([*masks, 1, 1, 1])
+
+    def caches(self, page_size: int | None = None, head_major: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        page_size = page_size or self.page_size
+        batch, max_len = self.k.shape[:2]
+        max_pages = -(-max_len // page_size) + 1
+        num_pages = batch * max_pages + 2
+        shape = (num_pages, page_size, *self.k.shape[2:])
+        if head_major:
+            caches = [torch.full((shape[2], *shape[:2], shape[3]), torch.nan).permute(1, 2, 0, 3) for _ in range(2)]
+        else:
+            caches = [torch.full(shape, torch.nan) for _ in range(2)]
+        table = torch.randperm(num_pages)[: batch * max_pages].view(batch, max_pages)
+        for b, length in enumerate(self.lengths):
+            slot = torch.arange(length)
+            for cache, values in zip(caches, (self.k, self.v), strict=True):
+                cache[table[b, slot // page_size], slot % page_size] = values[b, :length].float()
+        return caches[0].to(self.cache_dtype), caches[1].to(self.cache_dtype), table.to(torch.int32)
+
+    def run(
+        self,
+        function: object,
+        caches: tuple[Tensor, Tensor, Tensor] | None = None,
+        upcast: bool = False,
+        scales: bool = False,
+        **changes: object,
+    ) -> tuple[Tensor, Tensor]:
+        k, v, table = self.caches() if caches is None else caches
+        q = self.q
+        if upcast:
+            q, k, v = q.double(), k.double(), v.double()
+        lse = torch.full(q.shape[:2], torch.nan)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        start = torch.tensor([0, *self.rows]).cumsum(0).to(torch.int32)
+        options = {"tail_mask": self.tail, "max_query_len": max(self.rows), "window": self.window, "lse": lse}
+        if scales:
+            options.update(k_scale=torch.tensor(0.5), v_scale=torch.tensor(3.0))
+        options.update(changes)
+        return function(q, k, v, table, lengths, start, **options), lse  # type: ignore[operator]
+
+    def peer(self) -> Tensor:
+        """Attention as PyTorch computes it in this dtype: scores, probabilities and product each rounded."""
+        out = torch.zeros_like(self.q)
+        start, group = 0, self.q.shape[1] // self.k.shape[2]
+        for b, (length, m) in enumerate(zip(self.lengths, self.rows, strict=True)):
+            q = self.q[start : start + m].transpose(0, 1)
+            k, v = (x[b, :length].repeat_interleave(group, 1).transpose(0, 1) for x in (self.k, self.v))
+            tail = None if self.tail is None else self.tail[None, start : start + m]
+            visible = visible_slots(torch.tensor([m]), torch.tensor([length]), m, length, tail, self.window)[0]
+            scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
+            out[start : start + m] = (scores.softmax(-1) @ v).transpose(0, 1)
+            start += m
+        return out
+
+
+def check(module: ModuleType, problem: Problem | None = None, target: int = SPLIT) -> None:
+    problem = Problem() if problem is None else problem
+    kept, module.kTargetCtas = module.kTargetCtas, target  # type: ignore[attr-defined]
+    try:
+        caches = problem.caches()
+        out = torch.full_like(problem.q, torch.nan)
+        got, lse = problem.run(module.strided_attention, caches, out=out)
+    finally:
+        module.kTargetCtas = kept  # type: ignore[attr-defined]
+    assert got is out
+    exact, exact_lse = problem.run(python_ref.strided_attention, caches, upcast=True)
+    judge(got, exact, problem.peer())
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+    assert (got[sum(problem.rows) :] == 0).all() and (lse[sum(problem.rows) :] == -math.inf).all()
+
+
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, head_dim, page_size", [((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 64), ((6, 2), 48, 3)])
+def test_attention(heads: tuple[int, int], head_dim: int, page_size: int, dtype: torch.dtype, target: int) -> None:
+    check(attention, Problem(heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype), target)
+
+
+def check_edges(module: ModuleType, target: int = SPLIT) -> None:
+    """Lengths around the edges of tiles, chunks and pages, and very unequal ones."""
+    lengths = [1, 31, 32, 33, 63, 64, 65, 255, 256, 257, 0, 513, 600]
+    rows = [1, 7, 1, 16, 4, 5, 7, 1, 7, 7, 0, 3, 16]
+    check(module, Problem(lengths, rows, heads=(4, 1)), target)
+
+
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+def test_edges(target: int) -> None:
+    check_edges(attention, target)
+
+
+def check_tail(module: ModuleType, target: int = SPLIT) -> None:
+    check(module, Problem((270, 64, 40, 4), (64, 64, 9, 1), tail="random", dtype=torch.float32), target)
+    check(module, Problem((261, 16, 0), (16, 16, 0), tail="branched"), target)
+
+
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+def test_tail_masks(target: int) -> None:
+    check_tail(attention, target)
+
+
+def check_window(module: ModuleType, target: int = SPLIT) -> None:
+    for window in (0, 5, 300):
+        check(module, Problem((600, 70), (7, 40), window=window), target)
+
+
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+def test_window(target: int) -> None:
+    check_window(attention, target)
+
+
+def test_prefill_chunk_of_many_rows() -> None:
+    check(attention, Problem((300, 513), (200, 65), heads=(3, 1)))
+
+
+def check_scales(module: ModuleType) -> None:
+    problem = Problem(head_dim=64)
+    caches = problem.caches()
+    got, lse = problem.run(module.strided_attention, caches, scales=True, sm_scale=0.3)
+    exact, exact_lse = problem.run(python_ref.strided_attention, caches, upcast=True, scales=True, sm_scale=0.3)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_scales() -> None:
+    check_scales(attention)
+
+
+@pytest.mark.compiled
+def test_fp8_cache() -> None:
+    problem = Problem(cache_dtype=torch.float8_e4m3fn)
+    caches = problem.caches()
+    got, lse = problem.run(attention.strided_attention, caches, scales=True)
+    exact, exact_lse = problem.run(python_ref.strided_attention, caches, upcast=True, scales=True)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_faulty_page_tables_and_lengths_read_no_foreign_memory() -> None:
+    problem = Problem((40, 40), (3, 3))
+    k, v, table = problem.caches()
+    table[0, 1], table[0, 0] = -5, 10**6
+    problem.lengths[1] = 10**6
+    problem.run(attention.strided_attention, (k, v, table))
+
+
+# Row invariance
+
+
+def rows_of(problem: Problem, b: int, rows: slice, length: int) -> Problem:
+    """Request b alone, with some of its rows and a cache that ends where the last of them stands."""
+    part = Problem.__new__(Problem)
+    part.__dict__.update(problem.__dict__)
+    start = sum(problem.rows[:b])
+    part.lengths, part.rows = [length], [rows.stop - rows.start]
+    part.k, part.v = problem.k[b : b + 1, :length], problem.v[b : b + 1, :length]
+    part.q = torch.cat([problem.q[start + rows.start : start + rows.stop], torch.zeros_like(problem.q[:3])])
+    return part
+
+
+def check_row_bits(module: ModuleType) -> None:
+    problem = Problem((600, 70, 257), (40, 7, 16), heads=(4, 1), head_dim=128)
+    whole, whole_lse = problem.run(module.strided_attention)
+    for target in (SPLIT, TOGETHER, 20):
+        module.kTargetCtas = target  # type: ignore[attr-defined]
+        for page_size, head_major in ((16, False), (3, False), (1, True), (256, False)):
+            got, lse = problem.run(module.strided_attention, problem.caches(page_size, head_major))
+            assert same_bits(got, whole) and same_bits(lse, whole_lse)
+        # AR: the row alone, the cache ends at it. And prefill chunks, and other steps that hold it.
+        for b, rows in ((0, slice(39, 40)), (0, slice(0, 1)), (0, slice(17, 24)), (1, slice(2, 3)), (2, slice(1, 16))):
+            length = problem.lengths[b] - problem.rows[b] + rows.stop
+            part = rows_of(problem, b, rows, length)
+            got, lse = part.run(module.strided_attention)
+            start = sum(problem.rows[:b])
+            wanted = slice(start + rows.start, start + rows.stop)
+            assert same_bits(got[:-3], whole[wanted]) and same_bits(lse[:-3], whole_lse[wanted])
+
+
+@pytest.mark.compiled
+def test_row_bits_depend_on_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kTargetCtas", SPLIT)
+    check_row_bits(attention)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_clean_rows_of_a_branched_step_have_the_bits_of_ar(head_dim: int) -> None:
+    problem = Problem((270,), (16,), head_dim=head_dim, tail="branched")
+    whole, _ = problem.run(attention.strided_attention)
+    problem.tail = None
+    for row in range(4):
+        part = rows_of(problem, 0, slice(row, row + 1), 270 - 16 + row + 1)
+        assert same_bits(part.run(attention.strided_attention)[0][:1], whole[row : row + 1])
+
+
+@pytest.mark.compiled
+def test_what_a_row_must_not_see_leaves_its_bits_alone() -> None:
+    problem = Problem((270,), (16,), tail="branched")
+    k, v, table = problem.caches()
+    whole, _ = problem.run(attention.strided_attention, (k, v, table))
+    for hidden in range(16):
+        slot = 270 - 16 + hidden
+        page, offset = int(table[0, slot // 16]), slot % 16
+        k2, v2 = k.clone(), v.clone()
+        k2[page, offset], v2[page, offset] = 7.0, -9.0
+        got, _ = problem.run(attention.strided_attention, (k2, v2, table))
+        sees = torch.tensor([bool(int(mask) >> hidden & 1) for mask in problem.tail[:16]])  # type: ignore[index]
+        assert same_bits(got[:16][~sees], whole[:16][~sees])
+        assert not same_bits(got[:16][sees], whole[:16][sees])
+
+
+# What the compiler made of it
+
+
+@pytest.mark.compiled
+def test_every_row_count_runs_the_same_matrix_instructions(softgpu: ModuleType) -> None:
+    for head_dim, n in ((64, (64, 64)), (128, (32, 128)), (256, (16, 128))):
+        found = set()
+        with recorded_launches(softgpu) as launches:
+            for rows in (1, 7, 16, 200):
+                Problem((260,), (rows,), head_dim=head_dim).run(attention.strided_attention)
+            Problem((260,), (16,), head_dim=head_dim, tail="branched").run(attention.strided_attention)
+        for launch in launches:
+            if launch.name == "attention":
+                found |= opcodes(launch.ptx, "wgmma.mma")
+                assert "cp.async.cg.shared.global" in opcodes(launch.ptx, "cp.async")
+            assert not opcodes(launch.ptx, "mma.sync")
+        assert found == {f"wgmma.mma_async.sync.aligned.m64n{i}k16.f32.bf16.bf16" for i in n}
+
+
+@pytest.mark.compiled
+def test_one_launch_when_one_split_is_enough(softgpu: ModuleType) -> None:
+    with recorded_launches(softgpu) as launches:
+        Problem((100, 60), (7, 7)).run(attention.strided_attention)
+    assert [launch.name for launch in launches] == ["attention"]
+
+
+def test_splits_depend_on_shapes_alone() -> None:
+    assert attention.num_splits(8, 16, 1000) == 16
+    assert attention.num_splits(8, 128, 1000) == 33
+    assert attention.num_splits(8, 1, 1000) == 1
+    assert attention.num_splits(200, 16, 1000) == 1
+    assert attention.num_splits(8, 128, 1 << 30) == 1
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str, softgpu: ModuleType) -> None:
+    problem = Problem((300, 70, 0), (7, 4, 0), head_dim=128)
+    with softgpu.configured(**SCHEDULES[schedule]):
+        for target in (SPLIT, TOGETHER):
+            check(attention, problem, target)
+        check_tail(attention)
+
+
+MUTANTS = {
+    "causal edge off by one": (check, "visible = step_slot <= i[:, None]", "visible = step_slot < i[:, None]"),
+    "own slot of the next row seen": (check_row_bits, "visible = step_slot <= i[:, None]", "visible = step_slot <= i[:, None] + 1"),
+    "window edge off by one": (check_window, "step_slot >= i[:, None] - WINDOW", "step_slot > i[:, None] - WINDOW"),
+    "window starts a chunk too late": (check_window, "tl.maximum(first_of_step + i - WINDOW, 0)", "tl.maximum(first_of_step + i - WINDOW + 256, 0)"),
+    "tail bit of the neighbour": (check_tail, "tl.maximum(step_slot, 0), 63)", "tl.maximum(step_slot - 1, 0), 63)"),
+    "tail hides the context": (check_tail, "visible = (step_slot < 0) |", "visible = (step_slot < -1) |"),
+    "unwritten slots are read": (check_edges, "v = tl.load(pV, mask=written[:, None] & has_d, other=0.0)", "v = tl.load(pV, mask=has_d & (slot >= 0)[:, None], other=0.0)"),
+    "scale of K forgotten": (check_scales, "scale_log2 = scale_log2 * tl.load(gKScale)", "scale_log2 = scale_log2 * 1.0"),
+    "scale of V forgotten": (check_scales, "y = y * tl.load(gVScale)", "y = y * 1.0"),
+    "sum not rescaled": (check, "l = l * old_share + tl.sum(p, axis=1)", "l = l + tl.sum(p, axis=1)"),
+    "chunks relative to the length": (check_row_bits, "            chunk * CHUNK,\n            tl.minimum((chunk + 1) * CHUNK, end),\n", "            tl.maximum(chunk * CHUNK - (CHUNK - end % CHUNK), 0),\n            tl.minimum((chunk + 1) * CHUNK - (CHUNK - end % CHUNK), end),\n"),
+    "fold forgets a rescaling": (check, "l = l * old_share + l_chunk * chunk_share", "l = l * old_share + l_chunk"),
+    "a chunk is skipped": (check, "tl.cdiv(end, CHUNK), SPLITS)", "end // CHUNK, SPLITS)"),
+    "page table by physical page": (check, "tl.load(gPages + slot // PAGE_SIZE, mask=written, other=0)", "slot // PAGE_SIZE"),
+    "head of the wrong group": (check, "head = kv_head * GROUP + packed % GROUP", "head = kv_head + packed % GROUP * HKV"),
+    "padding left as it was": (check, "for first in range(row_start, num_rows,", "for first in range(row_start + 1, num_rows,"),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
+    check_, old, new = MUTANTS[name]
+    assert caught(check_, mutant(attention, old, new, tmp_path))
