@@ -6,6 +6,7 @@
 #   ARGS              further arguments for the program behind generate, test and bench
 
 PYTHON ?= python3.13 python3.12 python3.11 python3.10 python3 python
+BENCH  ?= generator
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -35,8 +36,8 @@ lint: $(VENV)/.installed-dev ## check style with ruff
 types: $(VENV)/.installed-dev ## check types with mypy
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev ## run the benchmarks: make bench [ARGS="bench/bench_linear.py"]
-	@$(BIN)/python -m pytest $(or $(ARGS),bench)
+bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
+	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc
 	@rm -rf dist build

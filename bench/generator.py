@@ -148,7 +148,7 @@ def main() -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(f"{figures['machine']}, torch {figures['torch']}, {figures['tokens']} tokens, greedy, best of repeats")
+    console.print(f"{figures['machine']}, torch {figures['torch']}; {figures['tokens']} tokens, greedy, best of runs")
     table = Table("", "tokens/s", "of transformers")
     for name, value in figures["tokens_per_second"].items():
         table.add_row(name, f"{value:.1f}", f"{value / figures['tokens_per_second']['transformers fp32']:.2f}")

@@ -11,7 +11,7 @@ from torch import Tensor
 def visible_slots(
     m: Tensor, seq_len: Tensor, max_query_len: int, num_slots: int, tail_mask: Tensor | None, window: int
 ) -> Tensor:
-    """bool [B, max_query_len, num_slots]: may row i of request b see slot s? m, seq_len [B]; tail_mask [B, max_query_len].
+    """bool [B, max_query_len, num_slots]: may row i of request b see slot s? m, seq_len [B]; tail_mask [B, rows].
 
     Without tail_mask row i sees slots <= seq_len - m + i, and with `window` >= 0 only the last window + 1 of those.
     With it, row i sees every slot before the step's own (s < seq_len - m) and step slot j iff bit j is set.

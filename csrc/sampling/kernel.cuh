@@ -137,7 +137,7 @@ struct RowSampler {
   __device__ int32_t sample() {
     if (greedy) return row_argmax;
     // Every thread starts from the score of the largest logit, and leaves out what cannot beat it.
-    uint64_t best = ranked(temperature.z(row_max) + gumbel_of(row_argmax), row_argmax);
+    uint64_t best = ranked(__fadd_rn(temperature.z(row_max), gumbel_of(row_argmax)), row_argmax);
     constexpr float kLog2E = 1.44269504f;
     const float scale = temperature.reciprocal * kLog2E;
     float bias = 0.0f;
@@ -153,7 +153,7 @@ struct RowSampler {
         // covers its rounding, that of z + g and of the logarithms. Where Inf - Inf leaves a NaN, nothing is left out.
         const float y = x[e] * scale;
         const bool hopeless = v > exp2_approx(fmaf(fabsf(y), 0x1p-20f, y + bias));
-        if (!hopeless && x[e] >= cut) best = max(best, ranked(temperature.z(x[e]) + uniform_to_gumbel(v), id + e));
+        if (!hopeless && x[e] >= cut) best = max(best, ranked(__fadd_rn(temperature.z(x[e]), uniform_to_gumbel(v)), id + e));
       }
     }, [&] { best = warp_max(best); set_bound(); });
     return argmax_of_cluster(best);
@@ -179,7 +179,7 @@ struct RowSampler {
         for (int e = 0; e < 4; ++e) {
           const float v = word_to_uniform(words.w[e]);
           if (residual[e] > 0.0f && v <= residual[e] * scale) {
-            const float score = logf(residual[e]) + uniform_to_gumbel(v);
+            const float score = __fadd_rn(logf(residual[e]), uniform_to_gumbel(v));
             best = max(best, ranked(score, row.first_id + 4 * q + e));
           }
         }

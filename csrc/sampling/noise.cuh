@@ -1,8 +1,8 @@
 // The noise of the exactness contract: Philox4x32-10 words (Salmon, Moraes, Dror, Shaw, SC 2011), their uniforms and
 // Gumbel variables. counter = (id / 4, position of the predicted token, stream, 0), key = seed, word = id % 4:
 //   v = min(fp32(word) 2^-32 + 2^-33, 1 - 2^-24)    E = -log1p(-v)    g = -log E
-// v has the same bits in every backend; the compiler may contract none of it but the fma that is written out (2^-32 is a
-// power of two, so the product is exact and fma and multiply-add agree). Denormals are kept: no fast-math here.
+// v has the same bits in every backend (2^-32 is a power of two, so fma and multiply-add agree). Every rounding is written
+// out, so that the compiler cannot contract it here and not there: all kernels share the bits of g. Denormals are kept.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ __device__ __forceinline__ float word_to_uniform(uint32_t word) {
 
 __device__ __forceinline__ float uniform_to_gumbel(float v) {
   // 1 - v loses the digits of a small v; the series of -log1p(-v) has them.
-  const float series = v * (1.0f + v * (0.5f + v * (1.0f / 3 + v * (0.25f + v * 0.2f))));
-  const float exponential = v < 0x1p-5f ? series : -logf(1.0f - v);
+  const float series = __fmul_rn(v, fmaf(v, fmaf(v, fmaf(v, fmaf(v, 0.2f, 0.25f), 1.0f / 3), 0.5f), 1.0f));
+  const float exponential = v < 0x1p-5f ? series : -logf(__fsub_rn(1.0f, v));
   return -logf(exponential);
 }
 

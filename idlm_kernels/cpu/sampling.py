@@ -10,7 +10,9 @@ ids alone, and in `rejection` no law beyond the first refused draft.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +54,9 @@ class _Params:
     def truncates(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    def cut(self, z: _Floats) -> float:
+        return truncation_cut(z, self.top_k, self.top_p, self.min_p)
+
 
 def _params(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor) -> list[_Params]:
     columns = (x.tolist() for x in (temperature, top_k, top_p, min_p, seed))
@@ -67,52 +72,47 @@ class _Rows:
     id_limit: int
     mask_id: int
 
-    def biased(self, row: int | slice) -> Tensor:
+    def biased(self, row: int) -> Tensor:
         return add_bias(self.logits[row], None if self.logit_bias is None else self.logit_bias[row])
+
+    def transform(self, logits: Tensor, params: _Params) -> tuple[_Floats, int]:
+        """z [V] = logits / T with forbidden ids at -inf, not yet truncated, and the status bits of the row."""
+        x: _Floats = logits.float().numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = x.copy() if params.greedy else x / np.float32(params.temperature)
+        z[self.id_limit :] = -math.inf
+        if self.mask_id >= 0:
+            z[self.mask_id] = -math.inf
+        if math.isfinite(z.max()):
+            return z, 0
+        # NaN, +inf, nothing finite or an overflow in the division: the reference knows what to do.
+        x_row, status = sanitise(logits.unsqueeze(0), self.id_limit, self.mask_id)
+        return scale_by_temperature(x_row, torch.tensor([params.temperature]))[0].numpy(), int(status)
 
     def sample(self, row: int, params: _Params, position: int, stream: int) -> tuple[int, int]:
         """(token, status bits) of one row."""
-        x: _Floats = self.biased(row)[: self.id_limit].float().numpy()
-        ids = None  # of the scores; None: all
-        if params.greedy and not 0 <= self.mask_id < self.id_limit:
-            score = x
-        else:
-            score = x.copy() if params.greedy else x / np.float32(params.temperature)
-            if 0 <= self.mask_id < self.id_limit:
-                score[self.mask_id] = -math.inf
-        if not params.greedy:
-            if not math.isfinite(score.max()):
-                return self._sample_by_reference(row, params, position, stream)
-            vocab_size = self.logits.shape[1]
-            if params.truncates:
-                ids = np.flatnonzero(score >= truncation_cut(score, params.top_k, params.top_p, params.min_p))
-                score = score[ids]
-            if ids is None or ids.size > vocab_size * SPARSE_BELOW:
-                noise = gumbel_row(vocab_size, params.seed, position, stream).numpy()
-                score = score + (noise[: self.id_limit] if ids is None else noise[ids])
-            else:
-                score = score + gumbel_at(ids, params.seed, position, stream).numpy()
-        best = int(score.argmax())  # the first of equals; a NaN, if there is one
-        if not math.isfinite(score[best]):
-            return self._sample_by_reference(row, params, position, stream)
-        return best if ids is None else int(ids[best]), 0
+        logits = self.biased(row)
+        if params.greedy:
+            allowed: _Floats = logits[: self.id_limit].float().numpy()
+            best = int(allowed.argmax())  # the first of equals; the first NaN, if there is one
+            if best != self.mask_id and math.isfinite(allowed[best]):
+                return best, 0
+        z, status = self.transform(logits, params)
+        return draw(z, params, params.cut(z) if params.truncates else -math.inf, position, stream), status
 
-    def _sample_by_reference(self, row: int, params: _Params, position: int, stream: int) -> tuple[int, int]:
-        status = torch.zeros(1, dtype=torch.int32)
-        token = python_ref.sample_rows(
-            self.biased(row).unsqueeze(0),
-            torch.tensor([position]),
-            torch.tensor([params.temperature]),
-            torch.tensor([params.top_k]),
-            torch.tensor([params.top_p]),
-            torch.tensor([params.min_p]),
-            torch.tensor([params.seed]),
-            self.id_limit,
-            self.mask_id,
-            stream=stream,
-            status=status,
-        )
-        return int(token), int(status)
+
+def draw(z: _Floats, params: _Params, cut: float, position: int, stream: int) -> int:
+    """argmax(z + noise) over the ids with z >= cut, without noise for greedy requests."""
+    if params.greedy:
+        return int(z.argmax())
+    if cut == -math.inf:
+        return int((z + gumbel_row(z.size, params.seed, position, stream).numpy()).argmax())
+    ids = np.flatnonzero(z >= cut)
+    if ids.size < z.size * SPARSE_BELOW:
+        noise = gumbel_at(ids, params.seed, position, stream).numpy()
+    else:
+        noise = gumbel_row(z.size, params.seed, position, stream).numpy()[ids]
+    return int(ids[(z[ids] + noise).argmax()])
 
 
 def truncation_cut(z: _Floats, top_k: int, top_p: float, min_p: float) -> float:
@@ -256,18 +256,17 @@ def verify_accept(
             continue
         stream = STREAM_TARGET if mode == "match" else STREAM_DRAFT
         for j in range(num_k):
-            row = start + first_mask + j
-            next_drafts[b][j], bits = rows.sample(row, params, pending + 2 + a + j, stream)
+            row, position = start + first_mask + j, pending + 2 + a + j
+            if mode == "match":
+                next_drafts[b][j], bits = rows.sample(row, params, position, stream)
+            else:
+                assert q_state is not None
+                q, bits = _law_of(rows, rows.biased(row), params)
+                next_drafts[b][j] = draw(q.z, params, q.cut, position, stream)
+                q_state.logits[b, j] = rows.biased(row)
+                q_state.cut[b, j], q_state.log_norm[b, j] = q.cut, q.log_norm
             flags[b] |= bits
         next_num_drafts[b] = num_k
-        if mode == "rejection":
-            assert q_state is not None
-            masks = slice(start + first_mask, start + first_mask + num_k)
-            z, cut, _ = _transform(rows.biased(masks), params, rows)
-            q_state.logits[b] = rows.biased(masks)
-            q_state.cut[b] = cut
-            q_state.log_norm[b] = log_norm_of(z, cut)
-
     if status is not None:
         status |= torch.tensor(flags, dtype=torch.int32)
     return (
@@ -278,15 +277,33 @@ def verify_accept(
     )
 
 
-def _transform(logits: Tensor, params: _Params, rows: _Rows) -> tuple[Tensor, Tensor, int]:
-    """z [R, V], cut [R] and the status bits of rows of one request."""
-    x, status = sanitise(logits, rows.id_limit, rows.mask_id)
-    z = scale_by_temperature(x, torch.full(x.shape[:1], params.temperature))
-    cut = torch.tensor([truncation_cut(row, params.top_k, params.top_p, params.min_p) for row in z.numpy()])
-    bits = 0
-    for row_bits in status.tolist():
-        bits |= row_bits
-    return z, cut, bits
+@dataclass(frozen=True)
+class _Law:
+    """The law of a row: exp(z - log_norm) where z >= cut; all mass on the largest z for greedy requests."""
+
+    z: _Floats
+    cut: float
+    log_norm: float
+    greedy: bool
+
+    def of(self, token: int) -> Tensor:
+        """The probability of one token, in the arithmetic of `python_ref.sampling.law`."""
+        if self.greedy:
+            return torch.tensor(float(token == self.z.argmax()))
+        if self.z[token] < self.cut:
+            return torch.tensor(0.0)
+        return torch.exp(torch.tensor(self.z[token] - np.float32(self.log_norm)))
+
+    def of_all(self) -> Tensor:
+        z, cut, log_norm = torch.from_numpy(self.z), torch.tensor(self.cut), torch.tensor(self.log_norm)
+        return law(z, cut, log_norm, torch.tensor(self.greedy))
+
+
+def _law_of(rows: _Rows, logits: Tensor, params: _Params) -> tuple[_Law, int]:
+    """The law of biased logits [V], and the status bits of the row."""
+    z, status = rows.transform(logits, params)
+    cut = params.cut(z)
+    return _Law(z, cut, float(log_norm_of(torch.from_numpy(z), torch.tensor(cut))), params.greedy), status
 
 
 def _reject(
@@ -294,21 +311,26 @@ def _reject(
 ) -> tuple[int, int, int]:
     """(accepted drafts, the token after them, status bits) by the rule of `rejection`."""
     n, vocab_size = len(given), rows.logits.shape[1]
-    greedy = torch.tensor([params.greedy])
-    z, cut, bits = _transform(rows.biased(slice(start, start + n + 1)), params, rows)
+    transformed = [rows.transform(rows.biased(start + i), params) for i in range(n + 1)]
+    status = functools.reduce(operator.or_, (bits for _, bits in transformed))
     for i, draft in enumerate(given):
-        p = law(z[i : i + 1], cut[i : i + 1], log_norm_of(z[i : i + 1], cut[i : i + 1]), greedy)[0]
-        if not 0 <= draft < vocab_size:
-            return i, _argmax_of_law(p, params, pending + 1 + i), bits
-        q_x, _ = sanitise(q_state.logits[b, i : i + 1], rows.id_limit, rows.mask_id)
-        q_z = scale_by_temperature(q_x, torch.tensor([params.temperature]))
-        q = law(q_z, q_state.cut[b, i : i + 1], q_state.log_norm[b, i : i + 1], greedy)[0]
-        u = uniform(torch.tensor(params.seed), torch.tensor(pending + 1 + i))
-        if not bool(u * q[draft] < p[draft]):
-            residual = (p - q).clamp(min=0)
-            return i, _argmax_of_law(residual if bool(residual.any()) else p, params, pending + 1 + i), bits
-    token, _ = rows.sample(start + n, params, pending + 1 + n, STREAM_TARGET)
-    return n, token, bits
+        position = pending + 1 + i
+        z = transformed[i][0]
+        cut = params.cut(z)
+        p = _Law(z, cut, float(log_norm_of(torch.from_numpy(z), torch.tensor(cut))), params.greedy)
+        residual = None
+        if 0 <= draft < vocab_size:
+            q_z, _ = rows.transform(q_state.logits[b, i], params)
+            q = _Law(q_z, float(q_state.cut[b, i]), float(q_state.log_norm[b, i]), params.greedy)
+            u = uniform(torch.tensor(params.seed), torch.tensor(position))
+            if bool(u * q.of(draft) < p.of(draft)):
+                continue
+            residual = (p.of_all() - q.of_all()).clamp(min=0)
+        if residual is None or not bool(residual.any()):
+            residual = p.of_all()
+        return i, _argmax_of_law(residual, params, position), status
+    cut = params.cut(transformed[n][0]) if params.truncates else -math.inf
+    return n, draw(transformed[n][0], params, cut, pending + 1 + n, STREAM_TARGET), status
 
 
 def _argmax_of_law(p: Tensor, params: _Params, position: int) -> int:

@@ -207,9 +207,7 @@ class Batch:
         for output in self._outputs:
             output.cancel()
         status = self._state.status.tolist() if self._outputs else []
-        return [
-            o.result(self.plan.kind, self.plan.stride, bits) for o, bits in zip(self._outputs, status, strict=True)
-        ]
+        return [o.result(self.plan.kind, self.plan.stride, bits) for o, bits in zip(self._outputs, status, strict=True)]
 
 
 def _step_plan(plan: PlanKind, stride: int, row_budget: int | None) -> StepPlan:

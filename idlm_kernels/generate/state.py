@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class DecodeState:
 
     def requests(self, first: int, last: int) -> DecodeState:
         """A view of requests first .. last - 1: what is written to it is written here."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return DecodeState(**{k: v[first:last] if isinstance(v, Tensor) else v for k, v in values.items()})
+        views: dict[str, Any] = {f.name: getattr(self, f.name)[first:last] for f in fields(self) if f.type == "Tensor"}
+        return replace(self, **views)
 
     @classmethod
     def create(
@@ -69,7 +70,7 @@ class DecodeState:
         """The state before prefill: text holds the prompts, nothing is cached and nothing drafted."""
         batch = len(prompts)
 
-        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        def column(values: Sequence[float] | Sequence[list[int]], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:

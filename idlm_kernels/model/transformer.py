@@ -181,7 +181,7 @@ class Transformer:
         return KVCache(self.config, num_pages, page_size, self.dtype, self.device)
 
     def forward(self, rows: Rows, cache: KVCache, logits_rows: Tensor | None = None) -> Tensor:
-        """Logits [T, V] of the rows, or [R, V] of those that logits_rows int64 [R] names. Writes K and V of all rows."""
+        """Logits [T, V] of the rows, or [R, V] of those named by logits_rows int64 [R]. Writes K and V of all rows."""
         eps, gate = self.config.rms_norm_eps, rows.is_mask
         residual = ops.embed(
             rows.ids, self.embedding, is_mask=gate, mask_embedding=self.mask_embedding, dtype=self.dtype

@@ -271,9 +271,7 @@ def _qk_norm_rope_append(
     eps: float,
 ) -> Tensor:
     run = implementation("qk_norm_rope_append", qkv.device.type)
-    return run(
-        qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps
-    )
+    return run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps)
 
 
 @torch.library.custom_op("idlm::qk_norm_rope_append_out", mutates_args=("k_cache", "v_cache", "out"))
@@ -290,9 +288,7 @@ def _qk_norm_rope_append_out(
     out: Tensor,
 ) -> None:
     run = implementation("qk_norm_rope_append", qkv.device.type)
-    run(
-        qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps, out=out
-    )
+    run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps, out=out)
 
 
 _rms_norm.register_fake(lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))

@@ -107,7 +107,9 @@ def test_every_architecture(changes: dict[str, Any], dtype: torch.dtype, make_ge
 
 def test_a_request_does_not_depend_on_its_batch(bad_drafter: Generator) -> None:
     prompts = prompts_of(1, 3, 9, 31)
-    each = [SamplingParams(temperature=t, seed=s, max_tokens=m) for t, s, m in [(0, 1, 5), (1, 2, 20), (2, 3, 9), (1, 4, 1)]]
+    each = [
+        SamplingParams(temperature=t, seed=s, max_tokens=m) for t, s, m in [(0, 1, 5), (1, 2, 20), (2, 3, 9), (1, 4, 1)]
+    ]
     together = bad_drafter.generate(prompts, each, plan="branched", stride=4)
     for prompt, params, result in zip(prompts, each, together, strict=True):
         alone = bad_drafter.generate([prompt], [params], plan="ar")[0]
@@ -144,7 +146,7 @@ def test_stops_and_limits_inside_a_step(drafter: str, plan: str, request: pytest
     generator = request.getfixturevalue(drafter)
     prompts = prompts_of(4, 9)
     free = decode(generator, prompts, "ar", 1, temperature=0.9, max_tokens=40)
-    for position in range(0, 12):
+    for position in range(12):
         stop = free[0][position]
         found = results(generator, prompts, plan, 4, temperature=0.9, max_tokens=40, stop_token_ids=(stop,))
         for tokens, result in zip(free, found, strict=True):

@@ -149,7 +149,11 @@ def test_arguments_that_cannot_run(make_generator: MakeGenerator) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             generator.generate([[1]], **arguments)  # type: ignore[arg-type]
-    for arguments, message in (({"max_len": 1}, "max_len is 1"), ({"max_len": 999}, "2 to 256"), ({"page_size": 0}, "page")):
+    for arguments, message in (
+        ({"max_len": 1}, "max_len is 1"),
+        ({"max_len": 999}, "2 to 256"),
+        ({"page_size": 0}, "page"),
+    ):
         with pytest.raises(ValueError, match=message):
             make_generator(**arguments)  # type: ignore[arg-type]
     assert generator.generate([]) == []

@@ -62,7 +62,8 @@ def test_reads_a_published_sdar_config():
     published = {
         "architectures": ["SDARForCausalLM"], "model_type": "sdar", "attention_bias": False,
         "auto_map": {"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
-        "attn_implementation": "flex_attention", "block_size": 4, "bos_token_id": 151643, "debug": False, "eos_token_id": 151643, "ep_size": 1,
+        "attn_implementation": "flex_attention", "block_size": 4, "bos_token_id": 151643,
+        "debug": False, "eos_token_id": 151643, "ep_size": 1,
         "fuse_cross_entropy": True, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
         "intermediate_size": 6144, "mask_token_id": 151669, "max_position_embeddings": 32768,
         "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,

@@ -100,9 +100,7 @@ def assert_fp32_equal(found: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(
-    case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_equal_transformers(case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from idlm_kernels import use_backend
 
     family, changes = CASES[case]
@@ -149,18 +147,14 @@ def test_gguf_default_model_equals_transformers(default_gguf: Path) -> None:
     """SmolLM2-135M-Instruct from the GGUF against transformers with the same dequantised weights."""
     checkpoint = load_checkpoint(default_gguf)
     reference = transformers_llama(checkpoint)
-    ids = checkpoint.tokenizer.encode(
-        "The quick brown fox jumps over the lazy dog. Die Würde des Menschen ist"
-    )
+    ids = checkpoint.tokenizer.encode("The quick brown fox jumps over the lazy dog. Die Würde des Menschen ist")
     with torch.no_grad():
         want = reference(torch.tensor([ids])).logits[0]
     model = Transformer(checkpoint, dtype="fp32")
     assert_fp32_equal(logits_of(model, ids), want)
 
 
-def write_adapter(
-    path: Path, config: Any, *, seed: int = 0, size: float = 0.3, mask_embedding: bool = True
-) -> Path:
+def write_adapter(path: Path, config: Any, *, seed: int = 0, size: float = 0.3, mask_embedding: bool = True) -> Path:
     """A random adapter on all seven linears, in PEFT layout."""
     generator = torch.Generator().manual_seed(seed)
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -186,9 +180,7 @@ def write_adapter(
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": names, "bias": "none"}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     if mask_embedding:
-        save_file(
-            {"mask_embedding": torch.randn(h, generator=generator)}, path / "mask_embedding.safetensors"
-        )
+        save_file({"mask_embedding": torch.randn(h, generator=generator)}, path / "mask_embedding.safetensors")
     return path
 
 

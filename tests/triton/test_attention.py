@@ -55,7 +55,7 @@ class Problem:
         self.q = torch.randn(sum(rows) + 3, num_heads, head_dim).to(dtype)
         self.tail = None
         if tail == "random":
-            self.tail = torch.randint(-(2**63), 2**63 - 1, (self.q.shape[0],)) | 1
+            self.tail = torch.randint(-(2**63), 2**63 - 1, (self.q.shape[0],))
         elif tail == "branched":  # n = K drafts at this stride: stride^2 rows
             masks = [m for count in rows for m in (branch_masks(math.isqrt(count) - 1, math.isqrt(count)) if count else [])]
             self.tail = torch.tensor([*masks, 1, 1, 1])

@@ -1,0 +1,73 @@
+"""The CUDA kernels on CPU tensors under softgpu, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from idlm_kernels import native
+from tests.native.support import ROOT, Toolkit
+from tests.softgpu_support import load_softgpu, missing
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def softgpu() -> ModuleType:
+    """softgpu as the CUDA runtime, for tests that count, reschedule or mutate."""
+    if ON_GPU:
+        pytest.skip("this machine has a GPU, whose runtime softgpu cannot stand in for")
+    return load_softgpu()
+
+
+@pytest.fixture(scope="session")
+def toolkit() -> Toolkit:
+    """nvcc and what goes with it."""
+    spec = importlib.util.spec_from_file_location("idlm_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = build
+    spec.loader.exec_module(build)
+    try:
+        return Toolkit(build, build.find_toolchain())
+    except build.CannotBuild as reason:
+        missing(f"no CUDA compiler: {reason}")
+
+
+@pytest.fixture(scope="session")
+def module(request: pytest.FixtureRequest, toolkit: Toolkit) -> ModuleType:
+    """The native module, built if it has to be, on softgpu where there is no GPU."""
+    if not ON_GPU:
+        request.getfixturevalue("softgpu")  # before the module: it brings the CUDA runtime
+    command = [sys.executable, str(ROOT / "csrc" / "build.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"the native build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return native.load()
+
+
+@pytest.fixture(scope="session")
+def device(module: ModuleType) -> torch.device:
+    """Where the tensors of a test live."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture
+def clean_runtime(softgpu: ModuleType) -> Iterator[None]:
+    """For tests that provoke a failing launch: its error sticks to the runtime."""
+    yield
+    softgpu.reset()
+
+
+@pytest.fixture(scope="session")
+def probe(softgpu: ModuleType, toolkit: Toolkit, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """probe.cu as a softgpu module."""
+    ptx = tmp_path_factory.mktemp("probe") / "probe.ptx"
+    toolkit.nvcc("-ptx", "-arch=compute_90a", str(Path(__file__).with_name("probe.cu")), "-o", str(ptx))
+    return softgpu.PtxModule(str(ptx))
