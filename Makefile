@@ -40,7 +40,7 @@ bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=ge
 	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc
-	@rm -rf dist build
+	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## remove the virtual environment and everything that was built or cached here

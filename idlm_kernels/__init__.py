@@ -1,28 +1,32 @@
 """Kernels and a decoding loop for Introspective Diffusion Language Models (I-DLM, arXiv 2604.11035).
 
 The ops are functions of torch tensors; the generator lives in `idlm_kernels.generate`. Importing this package
-initialises no device and compiles nothing.
+initialises no device and compiles nothing; torch itself is imported with the first op that is asked for.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from idlm_kernels._version import __version__
-from idlm_kernels.ops import (
-    advance,
-    backends,
-    current_backend,
-    embed,
-    gated_lora_linear,
-    linear,
-    prepare_weight,
-    qk_norm_rope_append,
-    rms_norm,
-    sample_rows,
-    set_backend,
-    silu_and_mul,
-    strided_attention,
-    use_backend,
-    verify_accept,
-)
-from python_ref import QState, rotary_table
+
+if TYPE_CHECKING:
+    from idlm_kernels.ops import (
+        advance,
+        backends,
+        current_backend,
+        embed,
+        gated_lora_linear,
+        linear,
+        prepare_weight,
+        qk_norm_rope_append,
+        rms_norm,
+        sample_rows,
+        set_backend,
+        silu_and_mul,
+        strided_attention,
+        use_backend,
+        verify_accept,
+    )
+    from python_ref import QState, rotary_table
 
 __all__ = [
     "QState",
@@ -44,3 +48,14 @@ __all__ = [
     "use_backend",
     "verify_accept",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import python_ref
+    from idlm_kernels import ops
+
+    value = getattr(python_ref if name in ("QState", "rotary_table") else ops, name)
+    globals()[name] = value
+    return value

@@ -88,8 +88,7 @@ class SafetensorsFile:
 def require_float(path: Path, name: str, dtype: str) -> None:
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is stored as {dtype}; supported are {', '.join(FLOAT_DTYPES)} (quantised "
-            "weights: GGUF)"
+            f"{path}: {name} is stored as {dtype}; supported are {', '.join(FLOAT_DTYPES)} (quantised weights: GGUF)"
         )
 
 
@@ -100,6 +99,4 @@ def require_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     if torch.isfinite(low) and torch.isfinite(high):
         return
     count = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 22))
-    raise CheckpointError(
-        f"{path}: {name} holds {count} non-finite values of {tensor.numel()}; the file is damaged"
-    )
+    raise CheckpointError(f"{path}: {name} holds {count} non-finite values of {tensor.numel()}; the file is damaged")

@@ -119,9 +119,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
         if match is None or match[3] not in MODULES or f".{_BLOCK_OF[match[3]]}." not in name:
             raise CheckpointError(f"{weights_file}: {name} is not a LoRA matrix of {', '.join(MODULES)}")
         if int(match[2]) >= config.num_layers:
-            raise CheckpointError(
-                f"{weights_file}: {name} is for a model of more than {config.num_layers} layers"
-            )
+            raise CheckpointError(f"{weights_file}: {name} is for a model of more than {config.num_layers} layers")
         require_float(weights_file, name, file.dtype(name))
         found.setdefault((int(match[2]), match[3]), {})[match[4]] = match[1], name
     if not found:
@@ -132,9 +130,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     for key, halves in found.items():
         if len(halves) != 2:
             _, name = next(iter(halves.values()))
-            raise CheckpointError(
-                f"{weights_file}: {name} has no counterpart (lora_A and lora_B belong together)"
-            )
+            raise CheckpointError(f"{weights_file}: {name} has no counterpart (lora_A and lora_B belong together)")
         (module, name_a), (_, name_b) = halves["A"], halves["B"]
         rank, scale = scales.of(module)
         size_out, size_in = shapes[module + ".weight"]
@@ -174,9 +170,7 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
         )
     for key, value in settings.items():
         if value and key not in _HARMLESS_KEYS:
-            raise CheckpointError(
-                f"{key} is not supported: {_REASONS.get(key, 'plain LoRA has no such setting')}"
-            )
+            raise CheckpointError(f"{key} is not supported: {_REASONS.get(key, 'plain LoRA has no such setting')}")
 
 
 class _Scales:
@@ -189,12 +183,8 @@ class _Scales:
             raise CheckpointError(f"use_rslora is {self._rslora!r}, wanted true or false")
         self._rank = _rank(settings.get("r"), "r")
         self._alpha = _alpha(settings.get("lora_alpha"), "lora_alpha")
-        self._ranks = {
-            key: _rank(value, "rank_pattern") for key, value in _patterns(settings, "rank_pattern")
-        }
-        self._alphas = {
-            key: _alpha(value, "alpha_pattern") for key, value in _patterns(settings, "alpha_pattern")
-        }
+        self._ranks = {key: _rank(value, "rank_pattern") for key, value in _patterns(settings, "rank_pattern")}
+        self._alphas = {key: _alpha(value, "alpha_pattern") for key, value in _patterns(settings, "alpha_pattern")}
         self.default = self._scale(self._rank, self._alpha)
 
     def of(self, module: str) -> tuple[int, float]:
@@ -242,14 +232,11 @@ def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
         return None
     file = SafetensorsFile(location)
     if file.names != {"mask_embedding"}:
-        raise CheckpointError(
-            f"{location}: holds {sorted(file.names)[:5]}, wanted the tensor 'mask_embedding' alone"
-        )
+        raise CheckpointError(f"{location}: holds {sorted(file.names)[:5]}, wanted the tensor 'mask_embedding' alone")
     require_float(location, "mask_embedding", file.dtype("mask_embedding"))
     if file.shape("mask_embedding") != (config.hidden_size,):
         raise CheckpointError(
-            f"{location}: mask_embedding has shape {list(file.shape('mask_embedding'))}, wanted "
-            f"[{config.hidden_size}]"
+            f"{location}: mask_embedding has shape {list(file.shape('mask_embedding'))}, wanted [{config.hidden_size}]"
         )
     embedding = file.tensor("mask_embedding")
     require_finite(location, "mask_embedding", embedding)

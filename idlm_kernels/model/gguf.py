@@ -100,9 +100,7 @@ class GgufFile:
             try:
                 rows[part] = dequantize(blocks[part], place.kind)
             except NotImplementedError:
-                raise CheckpointError(
-                    f"{self.path}: {name}: type {place.kind.name} cannot be dequantised"
-                ) from None
+                raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
         return torch.from_numpy(out)
 
 
@@ -124,13 +122,8 @@ class _HeaderReader:
         field_count = self.scalar("<Q", "metadata count")
         # The shortest entries: a key (8 + 1), a type (4) and a value (1); a name (8 + 1), dims (4 + 8), type
         # and offset (12).
-        if (
-            field_count > (self.size - self.position) // 14
-            or tensor_count > (self.size - self.position) // 33
-        ):
-            raise self.error(
-                f"claims {field_count} metadata entries and {tensor_count} tensors, more than it can hold"
-            )
+        if field_count > (self.size - self.position) // 14 or tensor_count > (self.size - self.position) // 33:
+            raise self.error(f"claims {field_count} metadata entries and {tensor_count} tensors, more than it can hold")
         if tensor_count > _MAX_TENSORS:
             raise self.error(f"claims {tensor_count} tensors, more than {_MAX_TENSORS}")
         fields: dict[str, Any] = {}
@@ -315,9 +308,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
 
     scaling = fields.get(prefix + "rope.scaling.type", "none")
     if scaling != "none":
-        raise CheckpointError(
-            f"{path}: {prefix}rope.scaling.type {scaling!r} is not supported; only 'none' is"
-        )
+        raise CheckpointError(f"{path}: {prefix}rope.scaling.type {scaling!r} is not supported; only 'none' is")
     unknown = sorted(key for key in fields if key.startswith(prefix) and key[len(prefix) :] not in _READ_KEYS)
     if unknown:
         raise CheckpointError(f"{path}: metadata not supported: {', '.join(unknown[:5])}")
@@ -343,9 +334,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     factors = None
     if ROPE_FREQS in file.tensors:
         if file.tensors[ROPE_FREQS].kind != GGMLQuantizationType.F32:
-            raise CheckpointError(
-                f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32"
-            )
+            raise CheckpointError(f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32")
         factors = tuple(file.tensor(ROPE_FREQS).flatten().tolist())
     try:
         return ModelConfig(

@@ -173,9 +173,7 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(
-                f"{file}: not a tokenizer that the tokenizers library reads: {error}"
-            ) from error
+            raise CheckpointError(f"{file}: not a tokenizer that the tokenizers library reads: {error}") from error
         settings = _optional_json(path / "tokenizer_config.json")
         fallback = _optional_json(path / "special_tokens_map.json")
         special = {}
@@ -198,25 +196,20 @@ class Tokenizer:
         """Builds the byte-level BPE that a GGUF's metadata describes. `fields` is `GgufFile.fields`."""
         model = fields.get("tokenizer.ggml.model")
         if model != "gpt2":
-            raise CheckpointError(
-                f"tokenizer.ggml.model {model!r} is not supported; only 'gpt2' (byte-level BPE) is"
-            )
+            raise CheckpointError(f"tokenizer.ggml.model {model!r} is not supported; only 'gpt2' (byte-level BPE) is")
         tokens, merges = _strings(fields, "tokenizer.ggml.tokens"), _strings(fields, "tokenizer.ggml.merges")
         kinds = _token_kinds(fields, len(tokens))
         pre = fields.get("tokenizer.ggml.pre", "default")
         if pre not in _PRE_TOKENIZERS:
             raise CheckpointError(
-                f"tokenizer.ggml.pre {pre!r} is not supported; supported: "
-                f"{', '.join(sorted(_PRE_TOKENIZERS))}"
+                f"tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
             )
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise CheckpointError(f"tokenizer.ggml.tokens holds {len(tokens) - len(vocab)} tokens twice")
         wrong = next((merge for merge in merges if merge.count(" ") != 1), None)
         if wrong is not None:
-            raise CheckpointError(
-                f"tokenizer.ggml.merges holds {wrong!r}, wanted two tokens with a space between"
-            )
+            raise CheckpointError(f"tokenizer.ggml.merges holds {wrong!r}, wanted two tokens with a space between")
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         is_llama3 = _PRE_TOKENIZERS[pre] is _LLAMA3
         try:
@@ -242,10 +235,12 @@ class Tokenizer:
         before = special.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", is_llama3) else None
         after = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token", False) else None
         if before or after:
-            backend.post_processor = processors.TemplateProcessing(
-                single=[*([before] if before else []), "$A", *([after] if after else [])],
-                special_tokens=[(token, vocab[token]) for token in dict.fromkeys((before, after)) if token],
-            )
+            around = [(token, vocab[token]) for token in dict.fromkeys((before, after)) if token]
+            single = [*([before] if before else []), "$A", *([after] if after else [])]
+            try:
+                backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+            except ValueError as error:
+                raise CheckpointError(f"the tokens around a text, {around}, cannot be used: {error}") from error
         template = fields.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise CheckpointError("tokenizer.chat_template is not a string")
@@ -270,26 +265,29 @@ class Detokenizer:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []
-        self._emitted = ""
+        self._emitted_chars = 0
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain once `ids` have followed all earlier ones."""
         if self._tokenizer.is_byte_level:
-            pieces = [
-                self._tokenizer.token_bytes(int(token), skip_special_tokens=self._skip) for token in ids
-            ]
+            pieces = (self._tokenizer.token_bytes(int(token), skip_special_tokens=self._skip) for token in ids)
             return self._utf8.decode(b"".join(pieces))
         self._ids += [int(token) for token in ids]
-        return self._emit() if self._is_settled() else ""
+        # A replacement character at the end may be the first bytes of a character.
+        return self._emit(self._decode().rstrip("\ufffd")) if self._is_settled() else ""
 
     def flush(self) -> str:
         """What is left at the end of the text; an unfinished character becomes U+FFFD, as in `decode`."""
-        return self._utf8.decode(b"", final=True) if self._tokenizer.is_byte_level else self._emit()
+        if self._tokenizer.is_byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._emit(self._decode())
 
-    def _emit(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        new = text[len(self._emitted) :]
-        self._emitted = text
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+
+    def _emit(self, text: str) -> str:
+        new = text[self._emitted_chars :]
+        self._emitted_chars += len(new)
         return new
 
     def _is_settled(self) -> bool:
@@ -328,9 +326,7 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 
 def _pre_tokenizer(patterns: tuple[str, ...]) -> Any:
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _strings(fields: Mapping[str, Any], key: str) -> list[str]:
@@ -345,16 +341,12 @@ def _token_kinds(fields: Mapping[str, Any], count: int) -> np.ndarray:
     if kinds is None:
         return np.full(count, TokenType.NORMAL)
     if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu" or len(kinds) != count:
-        raise CheckpointError(
-            f"tokenizer.ggml.token_type does not give one type to each of the {count} tokens"
-        )
+        raise CheckpointError(f"tokenizer.ggml.token_type does not give one type to each of the {count} tokens")
     return kinds
 
 
 def _added(tokens: list[str], chosen: np.ndarray, *, special: bool) -> list[AddedToken]:
-    return [
-        AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(chosen) if tokens[i]
-    ]
+    return [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(chosen) if tokens[i]]
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -425,9 +417,7 @@ def _template_environment() -> ImmutableSandboxedEnvironment:
         sort_keys: bool = False,
     ) -> str:
         # jinja2's own escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now

@@ -44,6 +44,13 @@ def tensor(
         raise ValueError(f"{op}: {name} has stride {x.stride(-1)} in its last dimension, wanted 1 (use .contiguous())")
 
 
+def device_of(op: str, name: str, x: Tensor) -> torch.device:
+    """The device of the argument that the others are compared with."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    return x.device
+
+
 def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
     """Check a tensor that is written: no two of its elements share memory, and it is none of the inputs."""
     for size, stride in zip(x.shape, x.stride(), strict=True):
@@ -53,7 +60,14 @@ def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
         return  # such tensors have no memory that could be shared
     for other in inputs:
         if other is not None and x.numel() and other.numel() and x.data_ptr() == other.data_ptr():
-            raise ValueError(f"{op}: {name} shares its memory with an input, wanted separate memory")
+            raise ValueError(f"{op}: {name} shares its memory with another argument, wanted separate memory")
+
+
+def all_writable(op: str, written: Sequence[tuple[str, Tensor | None]], *inputs: Tensor | None) -> None:
+    """`writable` for every tensor that is written, against the inputs and against each other."""
+    for i, (name, x) in enumerate(written):
+        if x is not None:
+            writable(op, name, x, *inputs, *(other for _, other in written[i + 1 :]))
 
 
 def positive(op: str, name: str, value: int, minimum: int = 1) -> None:

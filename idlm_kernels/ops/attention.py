@@ -64,7 +64,7 @@ def strided_attention(
 
     Source: I-DLM, arXiv 2604.11035 (visibility: design section 3); paging: Kwon et al., arXiv 2309.06180.
     """
-    op, device = "strided_attention", q.device
+    op, device = "strided_attention", check.device_of("strided_attention", "q", q)
     check.tensor(op, "q", q, (None, None, None), check.FLOATS, device)
     num_rows, num_heads, head_dim = q.shape
     check.tensor(op, "k_cache", k_cache, (None, None, None, head_dim), (q.dtype, *check.FP8), device)
@@ -92,12 +92,11 @@ def strided_attention(
     check.broadcastable_scale(op, "v_scale", v_scale, device)
     if out is not None:
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (q.dtype,), device)
-        check.writable(op, "out", out, q, k_cache, v_cache)
     if lse is not None:
         check.tensor(op, "lse", lse, (num_rows, num_heads), (torch.float32,), device)
-        check.writable(op, "lse", lse, q)
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
+    check.all_writable(op, (("out", out), ("lse", lse), ("workspace", workspace)), q, k_cache, v_cache)
     if traced(q):
         args = (q, k_cache, v_cache, page_table, seq_lens, query_start_loc, tail_mask, max_query_len, sm_scale, window)
         if out is None and lse is None:

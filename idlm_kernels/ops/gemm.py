@@ -21,8 +21,9 @@ def prepare_weight(weight: Tensor) -> Tensor:
     `linear` and `gated_lora_linear` of the same backend may read (any other reader would find NaN). The original
     may be freed.
     """
-    check.tensor("prepare_weight", "weight", weight, (None, None), check.FLOATS, weight.device)
-    return implementation("prepare_weight", weight.device.type)(weight)
+    device = check.device_of("prepare_weight", "weight", weight)
+    check.tensor("prepare_weight", "weight", weight, (None, None), check.FLOATS, device)
+    return implementation("prepare_weight", device.type)(weight)
 
 
 def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
     """
-    op, device = "linear", x.device
+    op, device = "linear", check.device_of("linear", "x", x)
     _check_base(op, x, weight, bias, out)
     if traced(x):
         if out is None:
@@ -89,7 +90,7 @@ def gated_lora_linear(
 
     Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: I-DLM, arXiv 2604.11035.
     """
-    op, device = "gated_lora_linear", x.device
+    op, device = "gated_lora_linear", check.device_of("gated_lora_linear", "x", x)
     _check_base(op, x, weight, bias, out)
     check.number(op, "scale", scale)
     widths = [weight.shape[0]] if slices is None else list(slices)
@@ -103,6 +104,7 @@ def gated_lora_linear(
     check.tensor(op, "gate", gate, (x.shape[0],), check.GATES, device)
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
+    check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, lora_a, lora_b, gate)
     if traced(x):
         if out is None:
             return torch.ops.idlm.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias, widths)
@@ -125,7 +127,7 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Te
         check.tensor(op, "bias", bias, (weight.shape[0],), check.FLOATS, device)
     if out is not None:
         check.tensor(op, "out", out, (x.shape[0], weight.shape[0]), (x.dtype,), device)
-        check.writable(op, "out", out, x, weight)
+        check.writable(op, "out", out, x, weight, bias)
 
 
 @torch.library.custom_op("idlm::linear", mutates_args=())

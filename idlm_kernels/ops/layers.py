@@ -35,16 +35,16 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
     """
-    op, like, device = "rms_norm", (x.dtype,), x.device
+    op, device = "rms_norm", check.device_of("rms_norm", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
     check.tensor(op, "weight", weight, (x.shape[1],), check.FLOATS, device)
     check.number(op, "eps", eps)
     if residual is not None:
-        check.tensor(op, "residual", residual, tuple(x.shape), like, device)
-        check.writable(op, "residual", residual, x, out)
+        check.tensor(op, "residual", residual, tuple(x.shape), (x.dtype,), device)
+        check.writable(op, "residual", residual, x, weight, out)
     if out is not None:
-        check.tensor(op, "out", out, tuple(x.shape), like, device)
-        check.writable(op, "out", out)
+        check.tensor(op, "out", out, tuple(x.shape), (x.dtype,), device)
+        check.writable(op, "out", out, weight)
     if traced(x):
         if out is None:
             if residual is None:
@@ -70,7 +70,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202.
     """
-    op, device = "silu_and_mul", x.device
+    op, device = "silu_and_mul", check.device_of("silu_and_mul", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
     if x.shape[1] % 2:
         raise ValueError(f"{op}: x has {x.shape[1]} columns, wanted an even number (gate and up)")
@@ -110,7 +110,7 @@ def embed(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
     """
-    op, device = "embed", ids.device
+    op, device = "embed", check.device_of("embed", "ids", ids)
     check.tensor(op, "ids", ids, (None,), check.INT64, device)
     check.tensor(op, "weight", weight, (None, None), check.FLOATS, device)
     if weight.shape[0] == 0:
@@ -123,7 +123,7 @@ def embed(
         check.tensor(op, "mask_embedding", mask_embedding, (weight.shape[1],), check.FLOATS, device)
     if out is not None:
         check.tensor(op, "out", out, (ids.shape[0], weight.shape[1]), (dtype,), device)
-        check.writable(op, "out", out, weight, mask_embedding)
+        check.writable(op, "out", out, ids, weight, mask_embedding)
     if traced(ids):
         if out is None:
             return torch.ops.idlm.embed(ids, weight, is_mask, mask_embedding, dtype)
@@ -170,7 +170,7 @@ def qk_norm_rope_append(
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; per-head QK norm as in Qwen3, arXiv 2505.09388.
     """
-    op, device = "qk_norm_rope_append", qkv.device
+    op, device = "qk_norm_rope_append", check.device_of("qk_norm_rope_append", "qkv", qkv)
     check.tensor(op, "qkv", qkv, (None, None), check.FLOATS, device)
     num_rows, width = qkv.shape
     cache_dtypes = (qkv.dtype, *check.FP8)
@@ -193,11 +193,10 @@ def qk_norm_rope_append(
         check.tensor(op, "q_weight", q_weight, (head_dim,), check.FLOATS, device)
         check.tensor(op, "k_weight", k_weight, (head_dim,), check.FLOATS, device)
     check.number(op, "eps", eps)
-    check.writable(op, "k_cache", k_cache, qkv, v_cache)
-    check.writable(op, "v_cache", v_cache, qkv)
     if out is not None:
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (qkv.dtype,), device)
-        check.writable(op, "out", out, qkv)
+    inputs = (qkv, positions, rotary, slot_mapping, q_weight, k_weight)
+    check.all_writable(op, (("k_cache", k_cache), ("v_cache", v_cache), ("out", out)), *inputs)
     if traced(qkv):
         args = (qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight, k_weight, eps)
         if out is None:

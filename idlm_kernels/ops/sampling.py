@@ -19,7 +19,7 @@ _LOGITS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
-    check.tensor(op, "logits", logits, (None, None), _LOGITS, logits.device)
+    check.tensor(op, "logits", logits, (None, None), _LOGITS, check.device_of(op, "logits", logits))
     vocab_size = logits.shape[1]
     if not 1 <= vocab_size <= MAX_VOCAB:
         raise ValueError(f"{op}: logits have {vocab_size} columns, wanted 1 to {MAX_VOCAB}")
@@ -94,8 +94,9 @@ def sample_rows(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
     """
-    op, device, count = "sample_rows", logits.device, logits.shape[0]
+    op = "sample_rows"
     _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    device, count = logits.device, logits.shape[0]
     check.tensor(op, "positions", positions, (count,), (torch.int32, torch.int64), device)
     _check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
     if stream not in (STREAM_TARGET, STREAM_DRAFT, STREAM_ACCEPT):
@@ -104,7 +105,8 @@ def sample_rows(
         check.tensor(op, "status", status, (count,), check.INT32, device)
     if out is not None:
         check.tensor(op, "out", out, (count,), check.INT64, device)
-        check.writable(op, "out", out, seed, positions)
+    inputs = (logits, positions, temperature, top_k, top_p, min_p, seed, logit_bias)
+    check.all_writable(op, (("status", status), ("out", out)), *inputs)
     if traced(logits):
         args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id, stream, logit_bias)
         if out is None:
@@ -187,8 +189,9 @@ def verify_accept(
 
     Source: I-DLM, arXiv 2604.11035; the rejection rule: Leviathan et al., arXiv 2211.17192.
     """
-    op, device = "verify_accept", logits.device
+    op = "verify_accept"
     _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    device = logits.device
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
     batch, num_k = drafts.shape
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
@@ -207,6 +210,8 @@ def verify_accept(
     if mode == "rejection":
         if q_state is None:
             raise ValueError(f"{op}: mode 'rejection' needs a q_state (QState.empty)")
+        if not isinstance(q_state, QState):
+            raise TypeError(f"{op}: q_state must be a QState, got {type(q_state).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
         dtypes = (acc,) if logit_bias is not None else (logits.dtype, acc)
         check.tensor(op, "q_state.logits", q_state.logits, (batch, num_k, logits.shape[1]), dtypes, device)
@@ -216,12 +221,16 @@ def verify_accept(
     elif q_state is not None:
         raise ValueError(f"{op}: q_state is for mode 'rejection', wanted None with {mode!r}")
     if out is not None:
+        if len(out) != 4:
+            raise ValueError(f"{op}: out has {len(out)} tensors, wanted 4")
         check.tensor(op, "out[0]", out[0], (batch,), check.INT32, device)
         check.tensor(op, "out[1]", out[1], (batch, num_k + 1), check.INT64, device)
         check.tensor(op, "out[2]", out[2], (batch, num_k), check.INT64, device)
         check.tensor(op, "out[3]", out[3], (batch,), check.INT32, device)
-        for i, x in enumerate(out):
-            check.writable(op, f"out[{i}]", x, drafts, num_drafts)
+    written = [("status", status), *zip(("q_state.logits", "q_state.cut", "q_state.log_norm"), state, strict=True)]
+    written += [(f"out[{i}]", x) for i, x in enumerate(out or ())]
+    inputs = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
+    check.all_writable(op, written, *inputs, logit_bias)
     if traced(logits):
         args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
         options = (id_limit, mask_id, branched, mode, *state, logit_bias, status)

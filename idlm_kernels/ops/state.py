@@ -51,7 +51,7 @@ def advance(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
     """
-    op, device = "advance", tokens.device
+    op, device = "advance", check.device_of("advance", "tokens", tokens)
     check.tensor(op, "tokens", tokens, (None, None), check.INT64, device)
     batch, width = tokens.shape
     if width == 0:
@@ -69,12 +69,11 @@ def advance(
     check.tensor(op, "drafts", drafts, (batch, width - 1), check.INT64, device)
     check.tensor(op, "text", text, (batch, None), check.INT64, device)
     check.tensor(op, "stop_ids", stop_ids, (batch, None), check.INT64, device)
-    check.writable(op, "text", text, tokens)
-    check.writable(op, "lengths", lengths, length_limits, num_accepted)
     if out is not None:
         check.tensor(op, "out", out, (batch,), check.INT32, device)
-        check.writable(op, "out", out, num_accepted, lengths)
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
+    written = (("text", text), ("lengths", lengths), ("drafts", drafts), ("num_drafts", num_drafts))
+    check.all_writable(op, (*written, ("finish", finish), ("out", out)), *results, length_limits, stop_ids)
     if traced(tokens):
         state = (text, lengths, drafts, num_drafts, length_limits, stop_ids, finish)
         if out is None:

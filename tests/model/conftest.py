@@ -59,10 +59,7 @@ def tiny_hf() -> Callable[..., dict[str, Any]]:
 
 def random_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in config.tensor_shapes().items()
-    }
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in config.tensor_shapes().items()}
 
 
 @pytest.fixture

@@ -64,11 +64,7 @@ def merged_delta(model, layer: int, module: str) -> torch.Tensor:
     """What PEFT adds to the weight."""
     block = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     lora = model.get_submodule(f"base_model.model.model.layers.{layer}.{block}.{module}")
-    return (
-        lora.get_delta_weight("default")
-        if hasattr(lora, "get_delta_weight")
-        else torch.zeros_like(lora.weight)
-    )
+    return lora.get_delta_weight("default") if hasattr(lora, "get_delta_weight") else torch.zeros_like(lora.weight)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +147,7 @@ def change_settings(folder: Path, **changes) -> None:
 
 
 def change_tensors(folder: Path, change) -> None:
-    tensors = {
-        name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
 

@@ -89,9 +89,7 @@ def test_sdar_mask_id_from_the_tokenizer_config(tiny_hf, write_folder):
 
 
 def test_missing_sources(tmp_path, tiny_hf, write_folder, monkeypatch):
-    monkeypatch.setattr(
-        checkpoint_module, "_fetch", lambda *_: pytest.fail("a local path must not reach for the hub")
-    )
+    monkeypatch.setattr(checkpoint_module, "_fetch", lambda *_: pytest.fail("a local path must not reach for the hub"))
     for source in (
         tmp_path / "org" / "name",
         str(tmp_path / "absent"),
@@ -139,9 +137,7 @@ def test_hub_failures_name_the_repository(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        FileNotFoundError, match="org/name@v2: no such local folder, and the Hugging Face hub"
-    ):
+    with pytest.raises(FileNotFoundError, match="org/name@v2: no such local folder, and the Hugging Face hub"):
         load_checkpoint("org/name", revision="v2")
 
 
@@ -383,8 +379,6 @@ def test_tokenizer_larger_than_the_embedding(tiny_hf, write_folder):
     folder, _ = write_folder(tiny_hf())
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file"):
         _ = load_checkpoint(folder).tokenizer
-    Tokenizer(models.WordLevel({str(i): i for i in range(301)}, unk_token="0")).save(
-        str(folder / "tokenizer.json")
-    )
+    Tokenizer(models.WordLevel({str(i): i for i in range(301)}, unk_token="0")).save(str(folder / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="301 ids, the embedding only 300 rows"):
         _ = load_checkpoint(folder).tokenizer

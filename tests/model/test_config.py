@@ -27,9 +27,7 @@ LLAMA3 = {
 
 def test_every_field_is_read(tiny_hf):
     config = ModelConfig.from_hf(
-        tiny_hf(
-            "SDARForCausalLM", eos_token_id=[7, 8, 7], bos_token_id=3, attention_bias=True, rope_theta=1e6
-        )
+        tiny_hf("SDARForCausalLM", eos_token_id=[7, 8, 7], bos_token_id=3, attention_bias=True, rope_theta=1e6)
     )
     assert dataclasses.asdict(config) == {
         "architecture": "sdar", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
@@ -135,9 +133,7 @@ def test_tensor_shapes_are_those_of_transformers(tiny_hf):
     ]
     for architecture, model_class, config_class, changes in cases:
         config = tiny_hf(architecture, **changes)
-        arguments = {
-            key: config[key] for key in config if key not in ("architectures", "model_type", "rope_theta")
-        }
+        arguments = {key: config[key] for key in config if key not in ("architectures", "model_type", "rope_theta")}
         state = model_class(config_class(**arguments)).state_dict()
         assert ModelConfig.from_hf(config).tensor_shapes() == {
             name: tuple(tensor.shape) for name, tensor in state.items()

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
@@ -20,9 +21,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
     vocab.update({f"<0x{byte:02X}>": 3 + byte for byte in range(256)})
     for text in ("▁", "▁the", "▁in", "a", "b", "é", "你", "\n", "<", "0x41>"):
         vocab[text] = len(vocab)
-    backend = Backend(
-        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -31,6 +30,18 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 BYTE_FALLBACK = byte_fallback_tokenizer()
+
+
+def wrapped_byte_level_tokenizer() -> Tokenizer:
+    """Every byte by its own id."""
+    spelled = bytes_to_unicode()
+    backend = Backend(models.BPE(vocab={spelled[byte]: byte for byte in range(256)}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    return Tokenizer(backend, special_tokens={"bos_token": "<s>"})
+
+
+WRAPPED = wrapped_byte_level_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,13 @@ def test_random_ids_of_a_byte_fallback_vocabulary(data, skip):
     character = [3 + byte for byte in "你é".encode()]
     ids = st.one_of(st.sampled_from(character), st.integers(0, tokenizer.vocab_size + 2))
     check(tokenizer, data.draw(pieces_of(ids)), skip)
+
+
+@settings(deadline=None, max_examples=300)
+@given(pieces=pieces_of(st.one_of(st.sampled_from(list("你é".encode())), st.integers(0, 300))), skip=st.booleans())
+def test_random_ids_of_a_wrapped_byte_level_decoder(pieces, skip):
+    """A tokenizer.json may wrap the decoder in a sequence, which hides that it is byte-level."""
+    check(WRAPPED, pieces, skip)
 
 
 def test_characters_come_out_as_soon_as_they_are_complete(default):

@@ -98,9 +98,7 @@ def test_without_a_stamp_the_file_is_hashed_and_kept(tmp_path):
         assert stamp.is_file()
 
 
-@pytest.mark.parametrize(
-    "spoiled", [CONTENT[:-1], CONTENT + b"x", b"", CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])]
-)
+@pytest.mark.parametrize("spoiled", [CONTENT[:-1], CONTENT + b"x", b"", CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])])
 def test_a_spoiled_file_is_replaced(tmp_path, spoiled):
     path = obtain(ASSET, tmp_path, Fetch())
     path.write_bytes(spoiled)
@@ -142,8 +140,8 @@ def test_bit_flips_in_the_wheel(tmp_path):
     rng = random.Random(1)
     for _ in range(60):
         data = bytearray(WHEEL)
-        data[rng.choice((rng.randrange(len(data)), rng.randrange(200), -rng.randrange(1, 200)))] ^= (
-            1 << rng.randrange(8)
+        data[rng.choice((rng.randrange(len(data)), rng.randrange(200), -rng.randrange(1, 200)))] ^= 1 << rng.randrange(
+            8
         )
         try:
             path = obtain(ASSET, tmp_path, Fetch(bytes(data)))

@@ -160,9 +160,7 @@ def test_other_architectures_and_unknown_tensors_are_refused(write_gguf, tmp_pat
 
 def test_biases_are_permuted_too(write_gguf):
     sizes = {"attn_q": 32, "attn_k": 16, "attn_v": 16, "attn_output": 32}
-    extra = {
-        f"blk.{i}.{name}.bias": np.arange(n, dtype=np.float32) for i in (0, 1) for name, n in sizes.items()
-    }
+    extra = {f"blk.{i}.{name}.bias": np.arange(n, dtype=np.float32) for i in (0, 1) for name, n in sizes.items()}
     path, _ = write_gguf(extra=extra)
     checkpoint = load_checkpoint(path)
     assert checkpoint.config.attention_bias
@@ -180,9 +178,7 @@ def test_non_finite_weights_are_named_and_counted(write_gguf):
     path.write_bytes(data)
     checkpoint = load_checkpoint(path)
     checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(
-        CheckpointError, match=r"model.layers.1.mlp.up_proj.weight holds 2 non-finite values of 2048"
-    ):
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight holds 2 non-finite values of 2048"):
         checkpoint.tensor("model.layers.1.mlp.up_proj.weight")
     with pytest.raises(KeyError, match=r"no tensor 'model.layers.7"):
         checkpoint.tensor("model.layers.7.mlp.up_proj.weight")

@@ -97,9 +97,7 @@ def test_attributes(ours, theirs, folder):
     for tokenizer in (ours, Tokenizer.from_folder(folder)):
         assert tokenizer.vocab_size == len(theirs) == 49152
         assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
-        assert tokenizer.special_ids == {
-            i for i, token in theirs.added_tokens_decoder.items() if token.special
-        }
+        assert tokenizer.special_ids == {i for i, token in theirs.added_tokens_decoder.items() if token.special}
         assert tokenizer.is_byte_level and tokenizer.has_chat_template
 
 
@@ -147,9 +145,7 @@ class ReferenceEncoder:
         if pre == "qwen2":  # in Qwen's tokenizer.json, not in llama.cpp
             text = unicodedata.normalize("NFC", text)
         out = []
-        for part in regex.split(
-            "(" + "|".join(map(regex.escape, sorted(special, key=len, reverse=True))) + ")", text
-        ):
+        for part in regex.split("(" + "|".join(map(regex.escape, sorted(special, key=len, reverse=True))) + ")", text):
             if part in special:
                 out.append(ids[part])
                 continue
@@ -254,6 +250,7 @@ def test_unused_and_user_defined_tokens():
         ({"merges": np.ones(3)}, "merges is missing or not a list"),
         ({"token_type": np.ones(4, np.int32)}, "one type to each"),
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000, outside"),
+        ({"add_bos_token": True, "tokens": ["x:y:z", *byte_vocabulary()[1:]], "bos_token_id": 0}, "cannot be used"),
         ({"eos_token_id": -1}, "eos_token_id is -1, outside"),
     ],
     ids=str,
@@ -354,10 +351,8 @@ TEMPLATES = {
     "{{ m.role | upper }}: {{ m.content | trim }}{{ eos_token }}\n  {% endfor %}\n",
     "controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}"
     "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "json": "{{ messages | tojson }}{{ messages[2] | tojson(indent=2) }}"
-    "{{ [1, 'é'] | tojson(ensure_ascii=True) }}",
-    "names": "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|"
-    "{{ tools is none }}|{{ documents is none }}|{{ extra }}",
+    "json": "{{ messages | tojson }}{{ messages[2] | tojson(indent=2) }}{{ [1, 'é'] | tojson(ensure_ascii=True) }}",
+    "names": "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ tools is none }}|{{ documents is none }}|{{ extra }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}"
     "{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }}",
@@ -400,9 +395,7 @@ def test_where_a_folder_keeps_its_template(tmp_path):
         rendered()
     save_tiny(tmp_path, chat_template="string")
     assert rendered() == "string"
-    save_tiny(
-        tmp_path, chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    )
+    save_tiny(tmp_path, chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}])
     assert rendered() == "d"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert rendered() == "file"

@@ -146,12 +146,14 @@ class Rows:
 
 
 def _margin(z: Tensor, cut: Tensor, noise: Tensor) -> Tensor:
-    """Distance of the two best perturbed scores, as a share of their own size where that is large."""
+    """Distance of the two best perturbed scores; beyond 30, as a share of their size, which their roundings grow with.
+    Infinite where they are so large that the noise, below 23, is lost in the sum: then ties are exact."""
     scores = (z + noise).masked_fill(z < cut.unsqueeze(-1), float("-inf")).double()
     if scores.shape[-1] == 1:
         return torch.full(scores.shape[:-1], float("inf"), dtype=torch.float64)
     best = scores.topk(2, -1).values
-    return (best[..., 0] - best[..., 1]) / best[..., 0].abs().clamp(min=30.0) * 30.0
+    size = best[..., 0].abs()
+    return ((best[..., 0] - best[..., 1]) / (size.clamp(min=30.0) / 30.0)).masked_fill(size > 2.0**31, float("inf"))
 
 
 @dataclass
@@ -320,23 +322,29 @@ def check_step(step: Step, backend: ModuleType, device: torch.device, tally: Tal
 
 
 def decided_requests(step: Step) -> Tensor:
-    """Requests [B] whose outcome does not change when fp64 decides, nor with the cuts moved by 1e-5 of mass."""
+    """Requests [B] whose outcome stays the same in fp64, with scores moved by up to 1e-4 against each other and with the
+    cuts moved by 1e-5 of mass."""
     expected = step.run(python_ref)  # type: ignore[arg-type]
     same = torch.ones(len(step.positions), dtype=torch.bool)
-    for sign in (-1, 0, 1):
-        top_p = torch.where(step.top_p < 1, step.top_p + sign * MASS, step.top_p)
-        min_p = torch.where(step.min_p > 0, step.min_p * (1 - sign * MASS), step.min_p)
-        # Scores and probabilities moved by about 1e-5 relative, smoothly over the ids, stand for rounding.
-        shift = 1e-5 * sign * torch.cos(torch.arange(step.logits.shape[1]) * 0.7)
-        temperature = step.temperature
-        moved = replace(step, top_p=top_p, min_p=min_p, temperature=temperature)
-        if sign:
-            q = step.q_state
-            if q is not None:
-                q = QState(q.logits.double(), q.cut * (1 - 1e-6 * sign * q.cut.sign()), q.log_norm + 1e-5 * sign)
-            bias = shift if step.logit_bias is None else step.logit_bias.float() + shift
-            moved = replace(moved, logits=step.biased().double(), logit_bias=None, q_state=q)
-            moved.logits = moved.logits + (shift if step.logit_bias is None else 0 * bias) * moved.temperature.max()
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.bucketize(torch.arange(len(step.logits)), step.query_start_loc[1:], right=True)
+    temperature = step.temperature[owner.clamp(max=len(same) - 1)]
+    # Greedy rows have no noise and no roundings: their ties are ties.
+    scale = torch.where(temperature < ref.GREEDY_BELOW, 0.0, MARGIN / 2 * temperature).double().unsqueeze(1)
+    for sign in (-1, 1, -1, 1):
+        shift = 2 * torch.rand(step.logits.shape, dtype=torch.float64, generator=generator) - 1
+        q = step.q_state
+        if q is not None:
+            # fp64 quotients lie beside the fp32 cut that one of them was.
+            q = QState(q.logits.double(), q.cut - q.cut.abs() * 2e-7, q.log_norm + sign * MASS)
+        moved = replace(
+            step,
+            logits=step.biased().double() + scale * shift,
+            logit_bias=None,
+            q_state=q,
+            top_p=torch.where(step.top_p < 1, step.top_p + sign * MASS, step.top_p),
+            min_p=torch.where(step.min_p > 0, step.min_p * (1 - sign * MASS), step.min_p),
+        )
         same &= moved.run(python_ref).equal(expected)  # type: ignore[arg-type]
     return same
 

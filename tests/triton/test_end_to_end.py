@@ -1,0 +1,79 @@
+"""A tiny model whose every op runs on backend `triton`: what it decodes, and that strided decoding is AR to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import idlm_kernels
+from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.model import Transformer
+from tests.tiny import MemoryCheckpoint, tiny_config
+
+pytestmark = pytest.mark.compiled
+
+PROMPTS = [[3, 14, 15, 9, 26], [5]]
+
+
+def tiny_generator(dtype: torch.dtype, **changes: Any) -> Generator:
+    model = Transformer(MemoryCheckpoint(tiny_config(**changes)), dtype=dtype)  # type: ignore[arg-type]
+    model.dtype = dtype  # of activations and cache too, as on a GPU
+    return Generator(model, page_size=16)
+
+
+def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=8)
+    tokens = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("IDLM_BACKEND", backend)
+        idlm_kernels.ops._dispatch._chosen.clear()
+        assert idlm_kernels.backends("cpu")["strided_attention"] == backend
+        results = tiny_generator(torch.float32).generate(PROMPTS, params, plan="branched", stride=3)
+        tokens[backend] = [result.token_ids for result in results]
+    assert tokens["triton"] == tokens["torch"]
+    assert all(len(ids) == 8 for ids in tokens["triton"])
+
+
+def recorded_rows(generator: Generator) -> list[tuple[list[int], list[int], Tensor]]:
+    """Positions, ids and logits of the ordinary rows of every forward, from now on."""
+    found: list[tuple[list[int], list[int], Tensor]] = []
+    forward: Callable[..., Tensor] = generator.model.forward
+
+    def recording(rows: Any, cache: Any, logits_rows: Tensor | None = None) -> Tensor:
+        logits = forward(rows, cache, logits_rows)
+        chosen = torch.arange(rows.ids.shape[0]) if logits_rows is None else logits_rows
+        clean = ~rows.is_mask[chosen] & (chosen < rows.query_start_loc[-1])
+        found.append((rows.positions[chosen][clean].tolist(), rows.ids[chosen][clean].tolist(), logits[clean]))
+        return logits
+
+    generator.model.forward = recording  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qwen3"}])
+@pytest.mark.parametrize("plan, stride", [("branched", 4), ("chain", 3)])
+def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: dict[str, Any]) -> None:
+    prompt, params = PROMPTS[0], SamplingParams(max_tokens=8, temperature=0.9, seed=3)
+    with idlm_kernels.use_backend("triton"):
+        runs = {}
+        for kind, n in (("ar", 2), (plan, stride)):
+            generator = tiny_generator(torch.bfloat16, **changes)
+            rows = recorded_rows(generator)
+            runs[kind] = generator.generate([prompt], params, plan=kind, stride=n)[0].token_ids, rows
+    tokens, ar_rows = runs["ar"]
+    assert runs[plan][0] == tokens
+    text = [*prompt, *tokens]
+    wanted = {position: row for positions, _, logits in ar_rows for position, row in zip(positions, logits, strict=True)}
+    compared = 0
+    for positions, ids, logits in runs[plan][1]:
+        for position, token, row in zip(positions, ids, logits, strict=True):
+            if position >= len(text) or token != text[position]:
+                break  # a draft that is not the text: this row and those behind it are other sequences
+            if position in wanted:
+                assert torch.equal(row.view(torch.int16), wanted[position].view(torch.int16))
+                compared += 1
+    assert compared >= 4
