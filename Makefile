@@ -17,7 +17,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test lint types bench wheel clean
+.PHONY: help generate test lint types native bench wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -35,6 +35,10 @@ lint: $(VENV)/.installed-dev ## check style with ruff
 
 types: $(VENV)/.installed-dev ## check types with mypy
 	@$(BIN)/mypy
+
+native: $(VENV)/.installed-dev ## build the CUDA kernels; needs nvcc 12.4 or newer
+	@$(BIN)/python csrc/build.py $(ARGS)
+	@$(BIN)/python -c 'import idlm_kernels.native as native; print(native.status())'
 
 bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
 	@$(BIN)/python -m bench.$(BENCH) $(ARGS)

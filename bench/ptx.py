@@ -18,12 +18,27 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch under softgpu: the kernel's name, its PTX, dynamic shared memory in bytes, and softgpu's counters."""
+    """One launch under softgpu: the kernel's name, its PTX, dynamic shared memory in bytes, softgpu's counters, and
+    the waves that its shared-memory accesses would take without bank conflicts."""
 
     name: str
     ptx: str
     shared_bytes: int
     counters: dict[str, Any]
+    ideal_shared_waves: int
+
+    @property
+    def shared_waves(self) -> int:
+        return self.counters["shared_load_wavefronts"] + self.counters["shared_store_wavefronts"]
+
+
+def _waves(line: str) -> int:
+    """Waves of one warp's shared-memory access without conflicts: 1, 2, 4 for 4, 8, 16 bytes per lane."""
+    if matrix := re.search(r"\b(?:ld|st)matrix\S*\.x([124])\b", line):
+        return int(matrix[1])
+    if access := re.search(r"\b(?:ld|st)\.(?:volatile\.)?shared(?:::cta)?(?:\.v([24]))?\.[a-z](\d+)", line):
+        return max(int(access[1] or 1) * int(access[2]) // 32, 1)
+    return 0
 
 
 @contextmanager
@@ -37,7 +52,8 @@ def recorded_launches(softgpu: ModuleType) -> Iterator[list[Launch]]:
         name = self.fn.__name__.strip("_").removesuffix("_kernel")
         ptx = kernel.asm["ptx"]
         text = ptx if isinstance(ptx, str) else ptx.decode()
-        launches.append(Launch(name, text, kernel.metadata.shared, softgpu.counters()))
+        ideal = sum(count * _waves(line) for _, _, count, line in softgpu.profile())
+        launches.append(Launch(name, text, kernel.metadata.shared, softgpu.counters(), ideal))
         return kernel
 
     JITFunction.run = recorded
@@ -61,7 +77,15 @@ def resources(ptx: str) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--fmad=false", "--gpu-name=sm_90a", str(source), "-o", f"{source}.cubin"]
+        command = [
+            get_ptxas(90).path,
+            "-v",
+            "--fmad=false",
+            "--gpu-name=sm_90a",
+            str(source),
+            "-o",
+            f"{source}.cubin",
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
     def number(pattern: str) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from idlm_kernels.generate import SamplingParams
+from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.model import ModelConfig
 
 TINY = ModelConfig(
@@ -61,3 +63,23 @@ def oracle_checkpoint(config: ModelConfig = TINY) -> MemoryCheckpoint:
     table = checkpoint.tensors["model.embed_tokens.weight"]
     table.copy_(table[:1].expand_as(table))
     return checkpoint
+
+
+def tiny_state(prompts: list[list[int]], max_pages: int, num_drafts: int = 0, vocab_size: int = 61) -> DecodeState:
+    """Running greedy requests whose text is their prompt, with the pages 0, 1, 2, .. in turn."""
+    batch = len(prompts)
+    state = DecodeState.empty(
+        batch,
+        max(map(len, prompts)) + 8,
+        max_pages,
+        num_drafts,
+        1,
+        mask_token_id=None,
+        id_limit=vocab_size,
+        device=torch.device("cpu"),
+    )
+    for b, prompt in enumerate(prompts):
+        state.place(b, prompt, SamplingParams(), 0, len(prompt) + 8, [])
+    state.page_table.copy_(torch.arange(batch * max_pages).view(batch, max_pages))
+    state.finish.fill_(RUNNING)
+    return state

@@ -51,6 +51,16 @@ struct KernelParams {
   int32_t* next_num_drafts;
 };
 
+__device__ __forceinline__ int64_t size_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+
+__device__ __forceinline__ float load_uniform_as_float(const void* g, DType type, int64_t offset) {
+  switch (type) {
+    case DType::kBFloat16: return __bfloat162float(load_uniform(static_cast<const __nv_bfloat16*>(g) + offset));
+    case DType::kFloat16: return __half2float(load_uniform(static_cast<const __half*>(g) + offset));
+    default: return load_uniform(static_cast<const float*>(g) + offset);
+  }
+}
+
 // What a cluster has to do, the same in all its threads.
 struct Task {
   int32_t row;      // of logits
@@ -98,14 +108,19 @@ struct RowSampler {
     noise = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), t.position};
   }
 
+  __device__ const void* bias_of_row() const {
+    if (p.logits.bias == nullptr) return nullptr;
+    return static_cast<const char*>(p.logits.bias) + task.row * p.logits.bias_row_stride * size_of(p.logits.bias_dtype);
+  }
+
   __device__ int32_t lowest_allowed() const { return p.logits.mask_id == 0 ? 1 : 0; }
 
   // Reads the row; returns its status bits. Afterwards row_max and row_argmax are known in all threads.
   __device__ int32_t load() {
-    RowSource<L, S> source;
+    RowSource<L> source;
     source.logits = static_cast<const L*>(p.logits.data) + task.row * p.logits.row_stride;
-    source.bias = p.logits.bias == nullptr ? nullptr
-                                           : static_cast<const S*>(p.logits.bias) + task.row * p.logits.bias_row_stride;
+    source.bias = bias_of_row();
+    source.bias_dtype = p.logits.bias_dtype;
     source.aligned = p.logits_aligned;
     source.num_ids = p.logits.id_limit;
     source.mask_id = p.logits.mask_id;
@@ -232,16 +247,7 @@ struct RowSampler {
 
   // Four logits of a draft law, from id on, without NaN, Inf kept.
   __device__ __forceinline__ void load_law(const void* q_logits, int32_t id, float (&x)[4]) const {
-    const int valid = p.logits.id_limit - id;
-    if (p.laws.dtype == DType::kFloat32) {
-      const auto pack = load_pack<4>(static_cast<const float*>(q_logits) + id, p.laws_aligned, valid);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = pack.v[e];
-    } else if constexpr (sizeof(L) == 2) {
-      const auto pack = load_pack<4>(static_cast<const L*>(q_logits) + id, p.laws_aligned, valid);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = Scalar<L>::up(pack.v[e]);
-    }
+    load_quad(q_logits, p.laws.dtype, id, p.laws_aligned, p.logits.id_limit - id, x);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (id + e == p.logits.mask_id) x[e] = -INFINITY;
@@ -345,26 +351,20 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
       if (allowed) {
         float logit =
             Scalar<L>::up(load_uniform(static_cast<const L*>(p.logits.data) + sampler.task.row * p.logits.row_stride + x));
-        if (p.logits.bias != nullptr) {
-          const S bias =
-              load_uniform(static_cast<const S*>(p.logits.bias) + sampler.task.row * p.logits.bias_row_stride + x);
-          logit = Scalar<S>::up(Scalar<S>::down(logit + Scalar<S>::up(bias)));
-        }
+        if (p.logits.bias != nullptr) logit += load_uniform_as_float(sampler.bias_of_row(), p.logits.bias_dtype, x);
         if (status & kStatusEmptyRow) {
           p_x = x == sampler.lowest_allowed() ? 1.0f : 0.0f;
         } else {
           p_x = logit >= sampler.cut ? sampler.probability(logit, sampler.log_norm) : 0.0f;
         }
-        const float q_logit = laws.dtype == DType::kFloat32
-                                  ? load_uniform(static_cast<const float*>(laws.logits) + law + x)
-                                  : Scalar<L>::up(load_uniform(static_cast<const L*>(laws.logits) + law + x));
+        const float q_logit = load_uniform_as_float(laws.logits, laws.dtype, law + x);
         q_x = sampler.probability_if_kept(q_logit, q_cut, q_norm);
       }
       const float u = word_to_uniform(sampler.noise.quad(0, kStreamAccept).w[0]);
       accepted = u * q_x < p_x;
       if (!accepted && !(status & kStatusEmptyRow)) {
-        const size_t bytes = laws.dtype == DType::kFloat32 ? 4 : sizeof(L);
-        token = sampler.sample_residual(static_cast<const char*>(laws.logits) + law * bytes, q_cut, q_norm);
+        const void* q_logits = static_cast<const char*>(laws.logits) + law * size_of(laws.dtype);
+        token = sampler.sample_residual(q_logits, q_cut, q_norm);
       }
     }
     if (!accepted && token < 0) token = token_of(sampler, status);

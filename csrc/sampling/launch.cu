@@ -27,7 +27,7 @@ bool aligned(const void* base, int64_t stride, DType t) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes_of(t) % 16 == 0;
 }
 
-DType storage_of(const Logits& l) { return l.bias == nullptr ? l.dtype : l.bias_dtype; }
+DType storage_of(const Logits& l) { return l.bias == nullptr ? l.dtype : DType::kFloat32; }
 
 Status check(const char* op, const Logits& l, const SamplingParams& s) {
   if (l.data == nullptr || s.temperature == nullptr || s.top_k == nullptr || s.top_p == nullptr || s.min_p == nullptr ||
@@ -40,8 +40,6 @@ Status check(const char* op, const Logits& l, const SamplingParams& s) {
                    l.mask_id, l.vocab_size);
   if (l.id_limit == 1 && l.mask_id == 0)
     return failure(Code::kInvalidArgument, "%s: id_limit 1 and mask_id 0 leave no id to sample", op);
-  if (l.bias != nullptr && l.bias_dtype != l.dtype && l.bias_dtype != DType::kFloat32)
-    return failure(Code::kUnsupported, "%s: the bias must have the dtype of the logits, or fp32", op);
   return {};
 }
 
@@ -136,7 +134,7 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
     if (laws.logits == nullptr || laws.cut == nullptr || laws.log_norm == nullptr)
       return failure(Code::kInvalidArgument, "%s: rejection needs the laws of the drafts", op);
     if (laws.dtype != DType::kFloat32 && (laws.dtype != params.logits.dtype || storage_of(params.logits) == DType::kFloat32))
-      return failure(Code::kUnsupported, "%s: draft laws must have the dtype of the biased logits, or fp32", op);
+      return failure(Code::kUnsupported, "%s: draft laws must have the dtype of the logits or be fp32, with a bias fp32", op);
   }
   KernelParams p = {};
   p.role = Role::kCleanRow;

@@ -1,11 +1,13 @@
-// One logits row, held in the shared memory of a cluster: read once from device memory, then as often as needed from here.
+// One logits row, with its bias if there is one, held in the shared memory of a cluster: read once from device memory, then as often as needed from here.
 // CTA r owns an aligned range of 16-byte vectors. NaN and forbidden ids are stored as -inf; +inf stays (z() makes it
 // finite). All of this is exact, so the split over CTAs and threads never shows in a result.
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "common/device.cuh"
+#include "idlm/sampling.h"
 
 namespace idlm {
 
@@ -78,11 +80,26 @@ __device__ __forceinline__ float max_of(const Pack<__half, 8>& p) {
   return max_or_nan(__low2float(m), __high2float(m));
 }
 
-// Source of a row: logits of type L, a bias of type S or none. S is L, or fp32 where the sum is.
-template <class L, class S>
+// Four consecutive values of a type known at run time, in fp32; beyond `valid` they are -inf.
+__device__ __forceinline__ void load_quad(const void* g, DType type, int64_t offset, bool aligned, int valid, float (&x)[4]) {
+  const auto load = [&](auto* typed) {
+    const auto pack = load_pack<4>(typed + offset, aligned, valid);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = Scalar<std::decay_t<decltype(pack.v[0])>>::up(pack.v[e]);
+  };
+  switch (type) {
+    case DType::kBFloat16: return load(static_cast<const __nv_bfloat16*>(g));
+    case DType::kFloat16: return load(static_cast<const __half*>(g));
+    default: return load(static_cast<const float*>(g));
+  }
+}
+
+// Source of a row: logits of type L, and a bias or none. The sum is fp32.
+template <class L>
 struct RowSource {
   const L* logits;
-  const S* bias;
+  const void* bias;
+  DType bias_dtype;
   bool aligned;  // both start at 16-byte addresses
   int32_t num_ids;
   int32_t mask_id;
@@ -112,7 +129,7 @@ struct ClusterRow {
   }
 
   // Ends without a barrier: a thread may read its own vectors at once, those of others after one.
-  __device__ void load(const RowSource<L, S>& row) {
+  __device__ void load(const RowSource<L>& row) {
     thread_max = -INFINITY;
     max_vector = -1;
     has_nan = has_inf = false;
@@ -136,7 +153,7 @@ struct ClusterRow {
   // The lowest id of this thread whose value is thread_max; that must be finite.
   __device__ int32_t id_of_max() const {
     float x[kVector];
-    values(sVectors[max_vector], x);
+    values(vector(max_vector), x);
     int32_t found = 0;
 #pragma unroll
     for (int e = kVector - 1; e >= 0; --e)
@@ -144,6 +161,11 @@ struct ClusterRow {
     return first_id + max_vector * kVector + found;
   }
 
+  // In one 16-byte access: taken apart by the compiler it would be one of many bank conflicts.
+  __device__ __forceinline__ Vector vector(int32_t v) const {
+    const uint4 raw = reinterpret_cast<const uint4*>(sVectors)[v];
+    return *reinterpret_cast<const Vector*>(&raw);
+  }
   __device__ __forceinline__ static void values(const Vector& p, float (&x)[kVector]) {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) x[e] = Scalar<S>::up(p.v[e]);
@@ -156,22 +178,21 @@ struct ClusterRow {
   }
 
  private:
-  __device__ __forceinline__ static Vector add_bias(const Pack<L, kVector>& raw, const RowSource<L, S>& row, int32_t id) {
-    if constexpr (sizeof(L) == sizeof(S)) {
+  __device__ __forceinline__ static Vector add_bias(const Pack<L, kVector>& raw, const RowSource<L>& row, int32_t id) {
+    if constexpr (std::is_same_v<L, S>) {
       if (row.bias == nullptr) return raw;
     }
-    const Vector bias = load_pack<kVector>(row.bias + id, row.aligned, row.num_ids - id);
-    Vector sum;
+    Vector sum = {};
+    if constexpr (std::is_same_v<S, float>) {
+      float bias[4];
+      load_quad(row.bias, row.bias_dtype, id, row.aligned, row.num_ids - id, bias);
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const float x = Scalar<L>::up(raw.v[e]);
-      // Beyond the last id both are -inf.
-      sum.v[e] = Scalar<S>::down(x + Scalar<S>::up(bias.v[e]));
+      for (int e = 0; e < 4; ++e) sum.v[e] = Scalar<L>::up(raw.v[e]) + bias[e];  // beyond the last id both are -inf
     }
     return sum;
   }
 
-  __device__ __forceinline__ void store(int32_t v, Vector p, const RowSource<L, S>& row) {
+  __device__ __forceinline__ void store(int32_t v, Vector p, const RowSource<L>& row) {
     const int32_t id = first_id + v * kVector;
     if (static_cast<uint32_t>(row.mask_id - id) < kVector) {
 #pragma unroll

@@ -33,17 +33,21 @@ from python_ref.attention import visible_slots
 LEAF = 128  # slots; the order of summation depends on it. 64 costs more calls at length, 256 pads short contexts
 MIN_ROWS = 4  # rows of a product: below, MKL computes a row in another way (measured for D = 64, 128, 256)
 MAX_ROWS = 64  # rows of a request in one item
-SCORES_PER_ITEM = 1 << 20  # elements: 4 MiB of scores stay in the second-level caches
+# Elements of the scores: 1 MiB, the second-level cache of a core. Prefill of 512 rows takes 7.9 ms; with 4 MiB, for
+# which the allocator takes fresh memory at every call, 13 ms.
+SCORES_PER_ITEM = 1 << 18
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Neighbouring rows of one request that are computed together; they sit on slots end - rows .. end - 1."""
+    """Neighbouring rows of one request that are computed together."""
 
     request: int
     first_row: int
     rows: int
-    end: int
+    before: int  # rows of the request before these
+    request_rows: int  # m of the request
+    end: int  # slots from here on are seen by none of the rows
     leaves: int  # that hold the slots before `end`
 
 
@@ -124,6 +128,7 @@ def strided_attention(
         head_dim,
         num_pages,
         page_size,
+        page_table.shape[1],
         torch.get_num_threads(),
     )
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
@@ -134,6 +139,7 @@ def strided_attention(
         out[rows] = 0
         if lse is not None:
             lse[rows] = -math.inf
+    q = q.float()
     for item in plan.items:
         _attend(q, k_cache, v_cache, item, scale, None if v_scale is None else float(v_scale), out, lse)
     return out
@@ -207,7 +213,9 @@ def _by_head(x: Tensor, item: _Item, num_kv_heads: int, leaves: int | None = Non
     offset = x.storage_offset() + item.first_row * row
     if leaves is None:
         return x.as_strided(
-            (num_kv_heads, item.count, item.rows, group, width), (group * head, item.rows * row, row, head, inner), offset
+            (num_kv_heads, item.count, item.rows, group, width),
+            (group * head, item.rows * row, row, head, inner),
+            offset,
         )
     return x.as_strided(
         (num_kv_heads, item.count, leaves, item.rows, group, width),
@@ -218,7 +226,7 @@ def _by_head(x: Tensor, item: _Item, num_kv_heads: int, leaves: int | None = Non
 
 def _gather(cache: Tensor, item: _Item) -> Tensor:
     """The slots of an item in order, [Hkv, G, L * LEAF, D] in fp32, contiguous, memory of its own."""
-    _, page_size, num_kv_heads, head_dim = cache.shape
+    num_kv_heads, head_dim = cache.shape[2:]
     slots = cache.permute(2, 0, 1, 3).index_select(1, item.pages).view(num_kv_heads, item.count, -1, head_dim)
     if slots.shape[2] != item.leaves * LEAF:
         slots = slots[:, :, : item.leaves * LEAF].contiguous()
@@ -241,13 +249,14 @@ def _plan(
     head_dim: int,
     num_pages: int,
     page_size: int,
+    max_pages: int,
     num_threads: int,  # part of the key: what was verified holds for this number
 ) -> _Plan:
     """Split the rows into items. Keyed by value: the layers of a forward share it, and nothing can go stale."""
     lengths = np.frombuffer(seq_lens, np.int32).tolist()
     # Rows out of range would be a fault of the data, which must not raise.
     starts = np.maximum.accumulate(np.frombuffer(query_start_loc, np.int32)).clip(0, num_rows).tolist()
-    table = np.frombuffer(page_table, np.int32).reshape(len(lengths), -1).clip(0, num_pages - 1)
+    table = np.frombuffer(page_table, np.int32).reshape(len(lengths), max_pages).clip(0, num_pages - 1)
     capacity = table.shape[1] * page_size
     tails = None if tail_mask is None else torch.frombuffer(bytearray(tail_mask), dtype=torch.int64)
 
@@ -259,13 +268,13 @@ def _plan(
         start, stop = starts[b], starts[b + 1]
         if length <= 0:
             continue
-        step = MAX_ROWS  # the rows of a tail mask refer to each other and stay together
-        if tails is None:
-            step = min(step, max(SCORES_PER_ITEM // (num_heads * leaves_of(length) * LEAF), 1))
-        for row in range(start, stop, step):
-            rows = min(step, stop - row)
-            end = length - (stop - row) + rows
-            pieces.append(_Piece(b, row, rows, end, leaves_of(end)))
+        most = min(MAX_ROWS, max(SCORES_PER_ITEM // (num_heads * leaves_of(length) * LEAF), 1))
+        m = stop - start
+        step = -(-m // -(-m // most)) if m else 1  # as even as can be
+        for before in range(0, m, step):
+            rows = min(step, m - before)
+            end = length if tails is not None else length - m + before + rows
+            pieces.append(_Piece(b, start + before, rows, before, m, end, leaves_of(end)))
 
     items, idle, done = [], [], 0
     while pieces:
@@ -274,7 +283,9 @@ def _plan(
         count = 1
         while count < min(limit, len(pieces)) and _follows(pieces[count], pieces[count - 1]):
             count += 1
-        items.append(_item(pieces[:count], table, page_size, tails, window, num_heads // num_kv_heads, num_kv_heads, head_dim))
+        items.append(
+            _item(pieces[:count], table, page_size, tails, window, num_heads // num_kv_heads, num_kv_heads, head_dim)
+        )
         del pieces[:count]
         idle.append(slice(done, head.first_row))
         done = head.first_row + count * head.rows
@@ -308,15 +319,13 @@ def _item(
     known = min(pages.shape[1], table.shape[1])
     pages[:, :known] = table[[piece.request for piece in pieces], :known]
 
-    first_hidden = min(piece.end - rows + (1 if tails is None else 0) for piece in pieces)
-    masked_leaf = 0 if window >= 0 else min(max(first_hidden, 0) // LEAF, leaves)
+    # Slots before the first row's own, or before the step's rows with a tail mask, are seen by all rows (no window).
+    own = min(p.end - rows + 1 if tails is None else p.end - p.request_rows for p in pieces)
+    masked_leaf = 0 if window >= 0 else min(max(min(own, capacity), 0) // LEAF, leaves)
     origin, num_slots = masked_leaf * LEAF, (leaves - masked_leaf) * LEAF
     hidden = None
     if num_slots:
-        ends = torch.tensor([piece.end for piece in pieces])
-        m = torch.full_like(ends, rows)
-        tail = None if tails is None else tails[first_row : first_row + len(pieces) * rows].view(-1, rows)
-        visible = visible_slots(m, ends - origin, rows, num_slots, tail, window)
+        visible = torch.cat([_visible(piece, origin, num_slots, tails, window) for piece in pieces])
         visible &= torch.arange(origin, origin + num_slots) < capacity
         stacked_hidden = ~visible.repeat_interleave(group, 1)  # [G, stacked, slots]
         if bool(stacked_hidden.any()):
@@ -345,6 +354,17 @@ def _item(
     )
 
 
+def _visible(piece: _Piece, origin: int, num_slots: int, tails: Tensor | None, window: int) -> Tensor:
+    """bool [1, rows, num_slots]: which of the slots from `origin` on may the rows of a piece see?"""
+    if tails is None:  # the piece sees what a request of these rows alone would
+        m, end = torch.tensor([piece.rows]), torch.tensor([piece.end - origin])
+        return visible_slots(m, end, piece.rows, num_slots, None, window)
+    m, end = torch.tensor([piece.request_rows]), torch.tensor([piece.end - origin])
+    tail = tails[piece.first_row - piece.before :][: piece.request_rows].unsqueeze(0)
+    visible = visible_slots(m, end, piece.request_rows, num_slots, tail, window)
+    return visible[:, piece.before : piece.before + piece.rows]
+
+
 # Products and sums whose bits do not depend on the shape around them.
 
 _verdicts: dict[tuple[object, ...], bool] = {}
@@ -363,7 +383,9 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def _product(batch: int, rows: int, inner: int, columns: int, *, transposed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _product(
+    batch: int, rows: int, inner: int, columns: int, *, transposed: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A function a [batch, rows, inner] @ b [batch, inner, columns] in which every row has the same bits as in the
     functions returned for other batches and rows. `transposed`: b comes as the transpose of a contiguous tensor.
 

@@ -47,10 +47,11 @@ class FbgemmFp16:
     def __init__(self, weight: Tensor) -> None:
         if weight.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"{self.strategy} takes float16 and bfloat16 weights, got {weight.dtype}")
+        weight = weight.float().contiguous()
         # FBGEMM would saturate what fp16 cannot hold; NaN compares false and is refused as well.
         if not bool((weight.abs() <= FP16_MAX).all()):
             raise ValueError(f"{self.strategy} takes weights of magnitude up to {FP16_MAX}, some are larger or NaN")
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
@@ -203,7 +204,9 @@ def _needs_reference(x: Tensor, *weights: Tensor) -> bool:
     if x.dtype != torch.float64:
         return False
     if any(hasattr(weight, _PREPARED) for weight in weights):
-        raise ValueError("x is float64 and the weight comes from prepare_weight, which keeps no more than float32: give the weight itself")
+        raise ValueError(
+            "x is float64 and a weight is a handle of prepare_weight, of float32 or less: give the weight itself"
+        )
     return True
 
 
@@ -232,9 +235,7 @@ def gated_lora_linear(
     The update is computed for the gated rows alone and added in place, so the other rows are those of `linear`.
     """
     if _needs_reference(x, weight, lora_a, lora_b):
-        return python_ref.gated_lora_linear(
-            x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out
-        )
+        return python_ref.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out)
     x32 = x.float()
     y = _base(x32, weight, bias)
     rows = _gated_rows(gate.numpy().tobytes(), gate.element_size())

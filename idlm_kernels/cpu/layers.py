@@ -1,5 +1,5 @@
-"""The small per-row ops of a transformer step on a CPU, in as few torch calls as they take: a call costs 1 to 4 us and a
-step of 30 layers makes 150 of these ops. `embed` runs once per step; the reference computes it.
+"""The small per-row ops of a transformer step on a CPU, in as few torch calls as they take: a call costs 1 to 4 us,
+and a step of 30 layers runs some 120 of these ops. `embed` runs once per step; the reference computes it.
 
 Row invariance. Additions, products, divisions and square roots are correctly rounded, so one element's bits cannot
 depend on where it sits; torch's reduction over a contiguous last dimension takes each row by itself; its exp is the

@@ -61,6 +61,7 @@ def _gumbel(words: Tensor) -> Tensor:
 
 
 KEPT_BYTES = 32 << 20  # 170 rows at a vocabulary of 49,152: a batch of 24 requests with 7 rows each
+KEPT_ROWS = 4096
 _kept: OrderedDict[tuple[int, int, int, int], Tensor] = OrderedDict()
 
 
@@ -71,7 +72,8 @@ def gumbel_row(vocab_size: int, seed: int, position: int, stream: int) -> Tensor
     if row is None:
         words = _words(np.arange((vocab_size + 3) // 4, dtype=np.uint64), seed, position, stream)
         row = _gumbel(torch.from_numpy(words).flatten()[:vocab_size])
-        while _kept and sum(kept.nbytes for kept in _kept.values()) + row.nbytes > KEPT_BYTES:
+        # All rows are taken to have the size of this one: a process decodes with one vocabulary.
+        while len(_kept) >= min(KEPT_ROWS, max(1, KEPT_BYTES // row.nbytes)):
             _kept.popitem(last=False)
         _kept[key] = row
     _kept.move_to_end(key)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import struct
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from idlm_kernels.generate.drafts import SOURCES
 from idlm_kernels.generate.params import SamplingParams
-from idlm_kernels.generate.state import LENGTH, RUNNING, STOPPED
+from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
 
-_REASONS = {STOPPED: "stop", LENGTH: "length"}
+_REASONS = {STOPPED: "stop", LENGTH: "length", FAILED: "error"}
+_LOGPROB = struct.Struct("d")
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,11 @@ class GenerationResult:
     text: without special tokens and without the stop string. token_ids: committed tokens, the end token included.
     tokens: their number. forwards: decode steps that committed them, the one that rode on the prefill included.
     tpf: tokens / forwards. acceptance[j]: share of the verified drafts at index j that were accepted, given that all
-    before were; None where none was verified. tokens_per_second: prefill time included. finish_reason: "stop" (end
-    token, stop id or stop string), "length" or "cancelled". seed: the 64-bit seed in use. status: bits of
-    `verify_accept` seen on the way (0 is clean).
+    before were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and
+    "suffix" drafts. tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop
+    string), "length", "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. status:
+    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own law (before
+    temperature and truncation), if the engine reports them.
     """
 
     text: str
@@ -46,26 +52,51 @@ class GenerationResult:
     plan: str
     stride: int
     status: int
+    acceptance_by_source: dict[str, float]
+    logprobs: list[float] | None
+    error: str | None
 
 
 class RequestOutput:
     """Collects the steps of one request. Nothing after a stop is kept or counted."""
 
     def __init__(
-        self, prompt_tokens: int, params: SamplingParams, seed: int, tokenizer: Tokenizer | None, num_drafts: int
+        self,
+        prompt_tokens: int,
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer | None,
+        num_drafts: int,
+        logprobs: bool = False,
     ):
         self.params, self.seed, self.prompt_tokens = params, seed, prompt_tokens
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.logprobs: list[float] | None = [] if logprobs else None
+        self.status = 0
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._text: list[str] = []
         self._held = ""  # the end of the text, while it may be the start of a stop string
         self._forwards = 0
         self._verified = [0] * num_drafts
         self._accepted = [0] * num_drafts
+        self._by_source = {source: [0, 0] for source in SOURCES}  # verified, accepted
         self._started = self._last = time.perf_counter()
 
-    def take(self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish: int) -> StreamEvent:
+    def read(self, row: Sequence[int], stride: int) -> StreamEvent:
+        """Take a row of StepOutcome.packed()."""
+        num_drafts, num_accepted, emitted, finish, status, source, *rest = row
+        self.status |= status
+        event = self.take(rest[:emitted], num_drafts, num_accepted, finish, source)
+        if self.logprobs is not None:
+            bits = rest[stride : stride + len(event.token_ids)]
+            self.logprobs += [_LOGPROB.unpack(b.to_bytes(8, sys.byteorder, signed=True))[0] for b in bits]
+        return event
+
+    def take(
+        self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish: int, source: int = 0
+    ) -> StreamEvent:
         """Take the tokens that a step committed; returns what can be shown. Sets finish_reason at the end."""
         kept: list[int] = []
         shown = ""
@@ -76,12 +107,17 @@ class RequestOutput:
                 break
         if self.finish_reason is None and finish != RUNNING:
             self.finish_reason = _REASONS[finish]
+            if finish == FAILED:
+                self.error = "the model gave NaN, or no finite logit"
             shown += self._flush()
         self.token_ids += kept
-        self._forwards += 1
+        self._forwards += bool(kept)
         for j in range(min(num_drafts, num_accepted + 1, len(kept))):
             self._verified[j] += 1
             self._accepted[j] += j < num_accepted
+            if source in self._by_source:
+                self._by_source[source][0] += 1
+                self._by_source[source][1] += j < num_accepted
         self._last = time.perf_counter()
         self._text.append(shown)
         return StreamEvent(shown, kept)
@@ -90,6 +126,12 @@ class RequestOutput:
         """End an unfinished request here; text that was held back for a stop string is its text after all."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
+            self._text.append(self._flush())
+
+    def fail(self, error: str) -> None:
+        """End an unfinished request with an error; its text so far stays."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = "error", error
             self._text.append(self._flush())
 
     def _push(self, tokens: Sequence[int]) -> str:
@@ -113,7 +155,7 @@ class RequestOutput:
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
-    def result(self, plan: str, stride: int, status: int) -> GenerationResult:
+    def result(self, plan: str, stride: int) -> GenerationResult:
         count, forwards, seconds = len(self.token_ids), self._forwards, self._last - self._started
         shares = zip(self._accepted, self._verified, strict=True)
         return GenerationResult(
@@ -129,7 +171,10 @@ class RequestOutput:
             seed=self.seed,
             plan=plan,
             stride=stride,
-            status=status,
+            status=self.status,
+            acceptance_by_source={SOURCES[s]: a / v for s, (v, a) in self._by_source.items() if v},
+            logprobs=self.logprobs,
+            error=self.error,
         )
 
 

@@ -61,13 +61,12 @@ class PagePool:
         for index in range((len(tokens) - 1) // self.page_size):
             start = index * self.page_size
             key = (before, tuple(tokens[start : start + self.page_size]))
-            page = self._page_of.setdefault(key, pages[index])
-            if page == pages[index]:
-                self._key_of[page] = key
-            # Under another request's page of equal content ours stay unknown, and so do those after it.
-            elif self._holders[page] and page != pages[index]:
+            if self._page_of.setdefault(key, pages[index]) != pages[index]:
+                # Another request holds a page of equal content. Ours, and those after it, stay private: under that
+                # page they would outlive it.
                 return
-            before = page
+            before = pages[index]
+            self._key_of[before] = key
 
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages; those that nobody holds any more become free, last first."""

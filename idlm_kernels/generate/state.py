@@ -12,23 +12,27 @@ from torch import Tensor
 from idlm_kernels.generate.params import SamplingParams, signed_seed
 from python_ref.state import LENGTH, RUNNING, STOPPED
 
-__all__ = ["LENGTH", "RUNNING", "STOPPED", "DecodeState"]
+__all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
+
+IDLE = 3  # `finish` of a place without a request, or whose prompt is being prefilled
+FAILED = 4  # of a request whose logits were NaN
 
 
 @dataclass
 class DecodeState:
-    """B requests. L is `lengths`; pending is text[b, L - 1], whose KV is not in the cache yet.
+    """B places for requests. L is `lengths`; pending is text[b, L - 1], whose KV is not in the cache yet.
 
-    text int64 [B, max_len]; lengths, num_drafts, length_limits, finish, status, top_k int32 [B]; drafts int64 [B, K];
-    stop_ids int64 [B, S]; page_table int32 [B, max_pages]; temperature, top_p, min_p fp32 [B]; seed int64 [B].
-    mask_id: the id given to MASK rows (any valid one if the model has none); sampled_mask_id: the id that must never be
-    sampled, -1 if none; id_limit: ids from here on are never sampled.
+    text int64 [B, max_len]; lengths, num_drafts, draft_source, length_limits, finish, status, top_k int32 [B]; drafts
+    int64 [B, K]; stop_ids int64 [B, S]; page_table int32 [B, max_pages]; temperature, top_p, min_p fp32 [B]; seed int64
+    [B]. mask_id: the id given to MASK rows (any valid one if the model has none); sampled_mask_id: the id that must
+    never be sampled, -1 if none; id_limit: ids from here on are never sampled.
     """
 
     text: Tensor
     lengths: Tensor
     drafts: Tensor
     num_drafts: Tensor
+    draft_source: Tensor
     length_limits: Tensor
     stop_ids: Tensor
     finish: Tensor
@@ -47,52 +51,78 @@ class DecodeState:
     def batch(self) -> int:
         return self.lengths.shape[0]
 
-    def requests(self, first: int, last: int) -> DecodeState:
-        """A view of requests first .. last - 1: what is written to it is written here."""
-        views: dict[str, Any] = {f.name: getattr(self, f.name)[first:last] for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **views)
-
     @classmethod
-    def create(
+    def empty(
         cls,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        stop_ids: Sequence[Sequence[int]],
-        page_table: Tensor,
-        *,
+        batch: int,
         max_len: int,
+        max_pages: int,
         num_drafts: int,
+        num_stop_ids: int,
+        *,
         mask_token_id: int | None,
         id_limit: int,
         device: torch.device,
     ) -> DecodeState:
-        """The state before prefill: text holds the prompts, nothing is cached and nothing drafted."""
-        batch = len(prompts)
+        """Places without requests."""
 
-        def column(values: Sequence[float] | Sequence[list[int]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
-            return column([[*row, *[fill] * (width - len(row))] for row in rows], torch.int64).view(batch, width)
-
-        limits = [min(max_len, len(p) + s.max_tokens) for p, s in zip(prompts, params, strict=True)]
         return cls(
-            text=padded(prompts, max_len, 0),
-            lengths=column([len(p) for p in prompts], torch.int32),
-            drafts=torch.full((batch, num_drafts), -1, dtype=torch.int64, device=device),
-            num_drafts=torch.zeros(batch, dtype=torch.int32, device=device),
-            length_limits=column(limits, torch.int32),
-            stop_ids=padded(stop_ids, max(1, *map(len, stop_ids)), -1),
-            finish=torch.zeros(batch, dtype=torch.int32, device=device),
-            status=torch.zeros(batch, dtype=torch.int32, device=device),
-            page_table=page_table,
-            temperature=column([s.temperature for s in params], torch.float32),
-            top_k=column([s.top_k for s in params], torch.int32),
-            top_p=column([s.top_p for s in params], torch.float32),
-            min_p=column([s.min_p for s in params], torch.float32),
-            seed=column([signed_seed(s) for s in seeds], torch.int64),
+            text=zeros(torch.int64, max_len),
+            lengths=zeros(torch.int32) + 1,
+            drafts=zeros(torch.int64, num_drafts),
+            num_drafts=zeros(torch.int32),
+            draft_source=zeros(torch.int32),
+            length_limits=zeros(torch.int32),
+            stop_ids=zeros(torch.int64, num_stop_ids),
+            finish=zeros(torch.int32) + IDLE,
+            status=zeros(torch.int32),
+            page_table=zeros(torch.int32, max_pages),
+            temperature=zeros(torch.float32),
+            top_k=zeros(torch.int32),
+            top_p=zeros(torch.float32) + 1,
+            min_p=zeros(torch.float32),
+            seed=zeros(torch.int64),
             mask_id=0 if mask_token_id is None else mask_token_id,
             sampled_mask_id=-1 if mask_token_id is None else mask_token_id,
             id_limit=id_limit,
         )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor"}
+
+    def requests(self, first: int, last: int) -> DecodeState:
+        """A view of places first .. last - 1: what is written to it is written here."""
+        views: dict[str, Any] = {name: x[first:last] for name, x in self._tensors().items()}
+        return replace(self, **views)
+
+    def with_drafts(self, num_drafts: int) -> DecodeState:
+        """A view with room for num_drafts drafts, for a plan of a smaller stride."""
+        return self if self.drafts.shape[1] == num_drafts else replace(self, drafts=self.drafts[:, :num_drafts])
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a request from one place to another and leave the first one idle."""
+        for x in self._tensors().values():
+            x[target] = x[source]
+        self.finish[source] = IDLE
+
+    def place(
+        self, b: int, tokens: Sequence[int], params: SamplingParams, seed: int, limit: int, stop_ids: Sequence[int]
+    ) -> None:
+        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends."""
+        device = self.text.device
+        self.text[b, : len(tokens)] = torch.tensor(tokens, device=device)
+        self.lengths[b] = len(tokens)
+        self.num_drafts[b] = 0
+        self.draft_source[b] = 0
+        self.length_limits[b] = limit
+        self.stop_ids[b] = torch.tensor([*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))], device=device)
+        self.finish[b] = IDLE
+        self.status[b] = 0
+        self.temperature[b] = params.temperature
+        self.top_k[b] = params.top_k
+        self.top_p[b] = params.top_p
+        self.min_p[b] = params.min_p
+        self.seed[b] = signed_seed(seed)

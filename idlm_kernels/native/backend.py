@@ -48,7 +48,7 @@ def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tup
 def _logits(op: str, logits: Tensor, id_limit: int, mask_id: int, bias: Tensor | None) -> tuple[int, ...]:
     rows, vocab_size = logits.shape
     dtype = _dtype(op, "logits", logits)
-    bias_dtype = 2 if bias is None else _dtype(op, "logit_bias", bias, (logits.dtype, torch.float32))
+    bias_dtype = 2 if bias is None else _dtype(op, "logit_bias", bias)
     bias_stride = 0 if bias is None else bias.stride(0)
     return (
         logits.data_ptr(),
@@ -80,7 +80,7 @@ def sample_rows(
     status: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `idlm_kernels.sample_rows`; logits bf16, fp16 or fp32, logit_bias of their dtype or fp32."""
+    """As `idlm_kernels.sample_rows`; logits and logit_bias bf16, fp16 or fp32."""
     op = "sample_rows"
     options = _options(op, logits.device)
     description = _logits(op, logits, id_limit, mask_id, logit_bias)
@@ -121,7 +121,7 @@ def verify_accept(
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `idlm_kernels.verify_accept`; logits bf16, fp16 or fp32, logit_bias of their dtype or fp32, K up to 31.
+    """As `idlm_kernels.verify_accept`; logits and logit_bias bf16, fp16 or fp32, K up to 31.
 
     `rejection` stores the laws of the next drafts with forbidden ids and NaN at -inf, and a row without a finite logit
     as the point mass that it was sampled from; laws of requests without next drafts are left as they are.
@@ -135,9 +135,8 @@ def verify_accept(
     laws: tuple[int, ...] = (0, 0, 0, 2, 0, 0, 0, 0)
     if mode == "rejection" and num_k:
         assert q_state is not None
-        # What was sampled from must be stored without rounding: in fp32 if that is what the biased logits are.
-        widened = logit_bias is not None and logit_bias.dtype == torch.float32
-        allowed = (torch.float32,) if widened else (logits.dtype, torch.float32)
+        # What was sampled from is stored without rounding, and biased logits are fp32.
+        allowed = (torch.float32,) if logit_bias is not None else (logits.dtype, torch.float32)
         law_dtype = _dtype(op, "q_state.logits", q_state.logits, allowed)
         laws = (
             q_state.logits.data_ptr(),

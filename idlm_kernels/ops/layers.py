@@ -41,10 +41,11 @@ def rms_norm(
     check.number(op, "eps", eps)
     if residual is not None:
         check.tensor(op, "residual", residual, tuple(x.shape), (x.dtype,), device)
-        check.writable(op, "residual", residual, x, weight, out)
     if out is not None:
         check.tensor(op, "out", out, tuple(x.shape), (x.dtype,), device)
         check.writable(op, "out", out, weight)
+    if residual is not None:
+        check.writable(op, "residual", residual, x, weight, out)
     if traced(x):
         if out is None:
             if residual is None:

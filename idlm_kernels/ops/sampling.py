@@ -305,6 +305,7 @@ def _sample_rows_out(
     run(*args, stream=stream, logit_bias=logit_bias, status=status, out=out)
 
 
+# The registered ops call `mode` rule: an argument named mode collides with one of torch's tracing.
 @torch.library.custom_op("idlm::verify_accept", mutates_args=("q_logits", "q_cut", "q_log_norm", "status"))
 def _verify_accept(
     logits: Tensor,
@@ -320,7 +321,7 @@ def _verify_accept(
     id_limit: int,
     mask_id: int,
     branched: bool,
-    mode: str,
+    rule: str,
     q_logits: Tensor | None,
     q_cut: Tensor | None,
     q_log_norm: Tensor | None,
@@ -330,7 +331,7 @@ def _verify_accept(
     run = implementation("verify_accept", logits.device.type)
     args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
     state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": mode, "q_state": state, "logit_bias": logit_bias, "status": status}
+    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
     return run(*args, id_limit, mask_id, **options)
 
 
@@ -361,7 +362,7 @@ def _verify_accept_out(
     id_limit: int,
     mask_id: int,
     branched: bool,
-    mode: str,
+    rule: str,
     q_logits: Tensor | None,
     q_cut: Tensor | None,
     q_log_norm: Tensor | None,
@@ -375,7 +376,7 @@ def _verify_accept_out(
     run = implementation("verify_accept", logits.device.type)
     args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
     state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": mode, "q_state": state, "logit_bias": logit_bias, "status": status}
+    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
     run(*args, id_limit, mask_id, **options, out=(num_accepted, tokens, next_drafts, next_num_drafts))
 
 

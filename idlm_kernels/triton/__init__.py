@@ -6,14 +6,19 @@ What is not here the references compute. Not yet run on hardware.
 from idlm_kernels.triton.attention import strided_attention
 from idlm_kernels.triton.gemm import gated_lora_linear, linear, prepare_weight
 from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.triton.sampling import sample_rows, verify_accept
+from idlm_kernels.triton.state import advance
 
 __all__ = [
+    "advance",
     "embed",
     "gated_lora_linear",
     "linear",
     "prepare_weight",
     "qk_norm_rope_append",
     "rms_norm",
+    "sample_rows",
     "silu_and_mul",
     "strided_attention",
+    "verify_accept",
 ]

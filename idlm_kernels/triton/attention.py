@@ -1,19 +1,19 @@
 """strided_attention: o = softmax(q K^T * sm_scale) V over the slots that a row may see, out of a paged cache.
 
-A CTA takes one KV head of one request and packs the query heads that share it: row i, head g is packed row i * G + g of
-tiles of 64, the M side of one wgmma, whatever the number of rows (16 rows x 4 heads fill it; padding is affordable).
-KV is cut into chunks of 256 slots at absolute multiples of 256. A chunk is an online softmax over its tiles of 32
-or 64 slots; the chunks are folded in order of slots:
+A CTA takes one KV head of one request and packs the query heads that share it: row i, head g is packed row i * G + g
+of tiles of 64, the M side of one wgmma, whatever the number of rows (16 rows x 4 heads fill it; padding is affordable).
+KV is cut into chunks of 256 slots at absolute multiples of 256. A chunk is an online softmax over its tiles of 32 or
+64 slots; the chunks are folded in order of slots (m: largest score, base 2; t: total of 2^(score - m)):
 
-    m' = max(m, m_c);  l' = l 2^(m-m') + l_c 2^(m_c-m');  o' = o 2^(m-m') + o_c 2^(m_c-m')        (base 2)
+    m' = max(m, m_c);  t' = t 2^(m-m') + t_c 2^(m_c-m');  o' = o 2^(m-m') + o_c 2^(m_c-m')
 
 Nothing of this depends on length, rows, batch or pages, and what a row does not see changes nothing in it: a tile that
-is masked for a row multiplies by 1 and adds 0. Few CTAs: each takes every SPLITS-th chunk, stores the chunk's (m, l, o),
-and a second launch folds; many: a CTA folds its own chunks as it goes. Both run the same fold, so the bits are the same.
+is masked for a row multiplies by 1 and adds 0. Few CTAs: each takes every SPLITS-th chunk, stores the chunk's (m, t,
+o), and a second launch folds. Many: a CTA folds its own chunks as it goes. Both run the same fold: the same bits.
 
-Bytes: K and V of the visible slots once per 64 packed rows (4096 B per slot and layer for Qwen3-8B: 5.0 us at 4096 slots
-and 3.35 TB/s); the chunks' (m, l, o), about 11 % of that at 7 rows, go through L2. fp32 runs on FMA and is there for
-tests; fp64 is left to the reference.
+Bytes: K and V of the visible slots once per 64 packed rows (4096 B per slot and layer for Qwen3-8B: 5.0 us at 4096
+slots and 3.35 TB/s); the chunks' (m, t, o), about 11 % of that at 7 rows, go through L2. fp32 runs on FMA and is there
+for tests; fp64 is left to the reference.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ kMaxWorkspaceBytes = 256 << 20
 
 
 @triton.jit
-def _fold(m, l, o, m_chunk, l_chunk, o_chunk):
-    """One more chunk. m, l [rows]; o [rows, D]. A chunk in which nothing is visible (m_chunk = -inf) changes nothing."""
+def _fold(m, total, o, m_chunk, total_chunk, o_chunk):
+    """One more chunk. m, total [rows]; o [rows, D]. A chunk that shows a row nothing (m_chunk -inf) is a no-op."""
     new = tl.maximum(m, m_chunk)
     finite = tl.where(new == float("-inf"), 0.0, new)
     old_share, chunk_share = tl.exp2(m - finite), tl.exp2(m_chunk - finite)
-    l = l * old_share + l_chunk * chunk_share
+    total = total * old_share + total_chunk * chunk_share
     o = o * old_share[:, None] + o_chunk * chunk_share[:, None]
-    return new, l, o
+    return new, total, o
 
 
 @triton.jit
-def _normalise(l, o, gVScale, HAS_V_SCALE: tl.constexpr):
-    """o / l, 0 for a row that saw nothing. Zeros come out positive: masked tiles may have turned a -0.0 into 0.0."""
-    y = tl.div_rn(o, tl.where(l == 0.0, 1.0, l)[:, None])
+def _normalise(total, o, gVScale, HAS_V_SCALE: tl.constexpr):
+    """o / total, 0 for a row that saw nothing. Zeros come out positive: masked tiles may turn a -0.0 into 0.0."""
+    y = tl.div_rn(o, tl.where(total == 0.0, 1.0, total)[:, None])
     if HAS_V_SCALE:
         y = y * tl.load(gVScale)
     return tl.where(y == 0.0, 0.0, y)
@@ -93,11 +93,11 @@ def _attend_chunk(
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Online softmax over slots first_slot .. end_slot - 1: m, l [BLOCK_M] and o [BLOCK_M, BLOCK_D], not normalised."""
+    """Online softmax over slots first_slot .. end_slot - 1: m, total [BLOCK_M], o [BLOCK_M, BLOCK_D] unnormalised."""
     d = tl.arange(0, BLOCK_D)
     has_d = (d < D)[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in tl.range(first_slot, end_slot, BLOCK_KV, num_stages=NUM_STAGES):
         slot = tile + tl.arange(0, BLOCK_KV)
@@ -126,11 +126,11 @@ def _attend_chunk(
         finite = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - finite[:, None])
         old_share = tl.exp2(m - finite)
-        l = l * old_share + tl.sum(p, axis=1)
+        total = total * old_share + tl.sum(p, axis=1)
         v = tl.load(pV, mask=written[:, None] & has_d, other=0.0).to(q.dtype)
         o = tl.dot(p.to(q.dtype), v, o * old_share[:, None], input_precision="ieee")
         m = new
-    return m, l, o
+    return m, total, o
 
 
 @triton.jit(do_not_specialize=["num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
@@ -228,10 +228,10 @@ def _attention_kernel(
     gPages = gPageTable + request.to(tl.int64) * stride_table
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for chunk in range(begin // CHUNK + tl.program_id(2), tl.cdiv(end, CHUNK), SPLITS):
-        m_chunk, l_chunk, o_chunk = _attend_chunk(
+        m_chunk, total_chunk, o_chunk = _attend_chunk(
             q,
             tail,
             i,
@@ -262,18 +262,18 @@ def _attention_kernel(
             NUM_STAGES,
         )
         if SPLITS == 1:
-            m, l, o = _fold(m, l, o, m_chunk, l_chunk, o_chunk)
+            m, total, o = _fold(m, total, o, m_chunk, total_chunk, o_chunk)
         else:
             place = (row * (HKV * GROUP) + head) * num_chunks + chunk
             tl.store(gChunkO + place[:, None] * D + d[None, :], o_chunk, mask=is_row[:, None] & has_d)
             tl.store(gChunkML + place * 2, m_chunk, mask=is_row)
-            tl.store(gChunkML + place * 2 + 1, l_chunk, mask=is_row)
+            tl.store(gChunkML + place * 2 + 1, total_chunk, mask=is_row)
     if SPLITS == 1:
-        y = _normalise(l, o, gVScale, HAS_V_SCALE)
+        y = _normalise(total, o, gVScale, HAS_V_SCALE)
         pOut = gOut + (row * stride_out_row + head * stride_out_head)[:, None] + d[None, :]
         tl.store(pOut, y.to(gOut.dtype.element_ty), mask=is_row[:, None] & has_d)
         if HAS_LSE:
-            lse = (m + tl.log2(l)) * 0.6931471805599453
+            lse = (m + tl.log2(total)) * 0.6931471805599453
             tl.store(gLse + row * stride_lse + head, lse, mask=is_row)
 
 
@@ -319,19 +319,19 @@ def _fold_chunks_kernel(
     is_head = g < GROUP
     inside = is_head[:, None] & (d < D)[None, :]
     m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_GROUP], tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
     o = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
     for chunk in tl.range(begin // CHUNK, tl.cdiv(end, CHUNK), num_stages=NUM_STAGES):
         place = (row * (HKV * GROUP) + head) * num_chunks + chunk
         m_chunk = tl.load(gChunkML + place * 2, mask=is_head, other=float("-inf"))
-        l_chunk = tl.load(gChunkML + place * 2 + 1, mask=is_head, other=0.0)
+        total_chunk = tl.load(gChunkML + place * 2 + 1, mask=is_head, other=0.0)
         o_chunk = tl.load(gChunkO + place[:, None] * D + d[None, :], mask=inside, other=0.0)
-        m, l, o = _fold(m, l, o, m_chunk, l_chunk, o_chunk)
-    y = _normalise(l, o, gVScale, HAS_V_SCALE)
+        m, total, o = _fold(m, total, o, m_chunk, total_chunk, o_chunk)
+    y = _normalise(total, o, gVScale, HAS_V_SCALE)
     pOut = gOut + row * stride_out_row + (head * stride_out_head)[:, None] + d[None, :]
     tl.store(pOut, y.to(gOut.dtype.element_ty), mask=inside)
     if HAS_LSE:
-        tl.store(gLse + row * stride_lse + head, (m + tl.log2(l)) * 0.6931471805599453, mask=is_head)
+        tl.store(gLse + row * stride_lse + head, (m + tl.log2(total)) * 0.6931471805599453, mask=is_head)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest access of a thread
@@ -33,18 +31,3 @@ def is_aligned(*tensors: Tensor | None) -> bool:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
-
-
-@triton.jit
-def aligned(pointers, ALIGNED: tl.constexpr):
-    """Tell the compiler that pointers [n], or each row of pointers [m, n], start at multiples of 16 bytes.
-
-    Kernels take this from a flag and not from Triton's own look at each argument: the layout of a reduction follows
-    from it, so it has to be a function of width and dtype alone.
-    """
-    if ALIGNED:
-        if len(pointers.shape) == 1:
-            pointers = tl.multiple_of(pointers, 16)
-        else:
-            pointers = tl.multiple_of(pointers, [1, 16])
-    return pointers

@@ -111,7 +111,7 @@ def _reduce_parts(gParts, n, t, num_rows, stride_part, N: tl.constexpr, SPLITS: 
     inside = (n < N)[:, None] & (t < num_rows)[None, :]
     pPart = gParts + t[None, :].to(tl.int64) * N + n[:, None]
     total = tl.load(pPart, mask=inside, other=0.0, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLITS):
+    for split in tl.range(1, SPLITS, num_stages=1):  # not unrolled: all parts at once would not fit into registers
         total += tl.load(pPart + split * stride_part, mask=inside, other=0.0, cache_modifier=".cg")
     return total
 
@@ -193,7 +193,19 @@ def _finish(
         if HAS_LORA:
             if tl.max(gated.to(tl.int32), axis=0) != 0:
                 update = _adapter_update(
-                    gB, gH, n, t, gated, n_first, stride_b, stride_h, SLICE_ENDS, RANK, BLOCK_RANK, BLOCK_N, BLOCK_T
+                    gB,
+                    gH,
+                    n,
+                    t,
+                    gated,
+                    n_first,
+                    stride_b,
+                    stride_h,
+                    SLICE_ENDS,
+                    RANK,
+                    BLOCK_RANK,
+                    BLOCK_N,
+                    BLOCK_T,
                 )
                 # Rows without the adapter keep what they had: selected, never added to.
                 y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)
@@ -479,16 +491,12 @@ def gated_lora_linear(
 ) -> Tensor:
     """See `idlm_kernels.gated_lora_linear`."""
     if torch.float64 in (x.dtype, lora_b.dtype, None if bias is None else bias.dtype) or x.shape[1] == 0:
-        return python_ref.gated_lora_linear(
-            x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out
-        )
+        return python_ref.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out)
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     if y.numel() == 0:
         return y
     h = x.new_empty(x.shape[0], lora_a.shape[0])
     _run(x, lora_a, h, gate=gate)
     widths = [weight.shape[0]] if slices is None else slices
-    _run(
-        x, prepare_weight(weight), y, bias=bias, gate=gate, h=h, lora_b=lora_b, slices=widths, scale=scale
-    )
+    _run(x, prepare_weight(weight), y, bias=bias, gate=gate, h=h, lora_b=lora_b, slices=widths, scale=scale)
     return y

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import VECTOR_BYTES, aligned, is_aligned, launch, next_power_of_2
+from idlm_kernels.triton.common import VECTOR_BYTES, is_aligned, launch, next_power_of_2
 
 kBlockColumns = 1024  # of the elementwise kernels: 16 bytes per thread and access at 4 warps
 kBlockHeads = 8
@@ -39,15 +39,15 @@ def _rms_norm_kernel(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_H)
     inside = column < H
-    x = tl.load(aligned(gX + row * stride_x + column, ALIGNED), mask=inside, other=0.0)
-    weight = tl.load(aligned(gWeight + column, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(tl.multiple_of(gX + row * stride_x + column, ALIGNMENT), mask=inside, other=0.0)
+    weight = tl.load(tl.multiple_of(gWeight + column, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        pResidual = aligned(gResidual + row * stride_residual + column, ALIGNED)
+        pResidual = tl.multiple_of(gResidual + row * stride_residual + column, ALIGNMENT)
         residual = tl.load(pResidual, mask=inside, other=0.0)
         # The norm sees the sum as it was stored, rounded.
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
@@ -56,7 +56,7 @@ def _rms_norm_kernel(
     mean_square = tl.div_rn(tl.sum(h * h, axis=0), H * 1.0)
     inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     y = h * inverse_rms * weight
-    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y.to(gOut.dtype.element_ty), mask=inside)
+    tl.store(tl.multiple_of(gOut + row * stride_out + column, ALIGNMENT), y.to(gOut.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_x", "stride_out"])
@@ -67,16 +67,16 @@ def _silu_and_mul_kernel(
     stride_out,
     F: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = column < F
     pGate = gX + row * stride_x + column
-    gate = tl.load(aligned(pGate, ALIGNED), mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(aligned(pGate + F, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(tl.multiple_of(pGate, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(tl.multiple_of(pGate + F, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
     y = tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
-    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y.to(gOut.dtype.element_ty), mask=inside)
+    tl.store(tl.multiple_of(gOut + row * stride_out + column, ALIGNMENT), y.to(gOut.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_ids", "stride_weight", "stride_out"])
@@ -92,7 +92,7 @@ def _embed_kernel(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HAS_MASK_EMBEDDING: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -105,11 +105,13 @@ def _embed_kernel(
         is_mask = tl.load(gIsMask + row) != 0
     if is_mask:
         if HAS_MASK_EMBEDDING:
-            y = tl.load(aligned(gMaskEmbedding + column, ALIGNED), mask=inside, other=0.0).to(gOut.dtype.element_ty)
+            y = tl.load(tl.multiple_of(gMaskEmbedding + column, ALIGNMENT), mask=inside, other=0.0).to(
+                gOut.dtype.element_ty
+            )
     elif is_valid:
-        pWeight = aligned(gWeight + token * stride_weight + column, ALIGNED)
+        pWeight = tl.multiple_of(gWeight + token * stride_weight + column, ALIGNMENT)
         y = tl.load(pWeight, mask=inside, other=0.0).to(gOut.dtype.element_ty)
-    tl.store(aligned(gOut + row * stride_out + column, ALIGNED), y, mask=inside)
+    tl.store(tl.multiple_of(gOut + row * stride_out + column, ALIGNMENT), y, mask=inside)
 
 
 @triton.jit
@@ -166,8 +168,8 @@ def _qk_norm_rope_append_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STORE_ALIGNED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    STORE_ALIGNMENT: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
@@ -179,8 +181,8 @@ def _qk_norm_rope_append_kernel(
 
     # Half-split pairs: x1 [heads, HALF] with x2 [heads, HALF].
     pX = gQkv + row * stride_qkv + head * D + i[None, :]
-    x1 = tl.load(aligned(pX, ALIGNED), mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(aligned(pX + HALF, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(tl.multiple_of(pX, [1, ALIGNMENT]), mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(tl.multiple_of(pX + HALF, [1, ALIGNMENT]), mask=inside, other=0.0).to(tl.float32)
     y1, y2 = x1, x2
     if HAS_NORM:
         q1 = tl.load(gQWeight + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
@@ -200,8 +202,8 @@ def _qk_norm_rope_append_kernel(
     r2 = y2 * cos + y1 * sin
 
     pOut = gOut + row * stride_out_row + head * stride_out_head + i[None, :]
-    tl.store(aligned(pOut, STORE_ALIGNED), r1.to(gOut.dtype.element_ty), mask=inside & is_q)
-    tl.store(aligned(pOut + HALF, STORE_ALIGNED), r2.to(gOut.dtype.element_ty), mask=inside & is_q)
+    tl.store(tl.multiple_of(pOut, [1, STORE_ALIGNMENT]), r1.to(gOut.dtype.element_ty), mask=inside & is_q)
+    tl.store(tl.multiple_of(pOut + HALF, [1, STORE_ALIGNMENT]), r2.to(gOut.dtype.element_ty), mask=inside & is_q)
 
     slot = tl.load(gSlots + row)
     written_half = tl.where((slot >= 0) & (slot < num_slots), HALF, 0)
@@ -209,11 +211,11 @@ def _qk_norm_rope_append_kernel(
     page, offset = slot // page_size, slot % page_size
     pK = gK + page * stride_k_page + offset * stride_k_slot + (head - HQ) * stride_k_head + i[None, :]
     is_k = written & (head >= HQ) & (head < HQ + HKV)
-    tl.store(aligned(pK, STORE_ALIGNED), r1.to(gK.dtype.element_ty), mask=is_k)
-    tl.store(aligned(pK + HALF, STORE_ALIGNED), r2.to(gK.dtype.element_ty), mask=is_k)
+    tl.store(tl.multiple_of(pK, [1, STORE_ALIGNMENT]), r1.to(gK.dtype.element_ty), mask=is_k)
+    tl.store(tl.multiple_of(pK + HALF, [1, STORE_ALIGNMENT]), r2.to(gK.dtype.element_ty), mask=is_k)
     pV = gV + page * stride_v_page + offset * stride_v_slot + (head - HQ - HKV) * stride_v_head + i[None, :]
-    tl.store(aligned(pV, STORE_ALIGNED), x1.to(gV.dtype.element_ty), mask=written & is_v)
-    tl.store(aligned(pV + HALF, STORE_ALIGNED), x2.to(gV.dtype.element_ty), mask=written & is_v)
+    tl.store(tl.multiple_of(pV, [1, STORE_ALIGNMENT]), x1.to(gV.dtype.element_ty), mask=written & is_v)
+    tl.store(tl.multiple_of(pV + HALF, [1, STORE_ALIGNMENT]), x2.to(gV.dtype.element_ty), mask=written & is_v)
 
 
 def _aligned_copy(x: Tensor) -> Tensor:
@@ -223,6 +225,15 @@ def _aligned_copy(x: Tensor) -> Tensor:
 
 def _fills_vectors(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % VECTOR_BYTES == 0
+
+
+def _alignment(vectors: bool) -> int:
+    """Bytes of which every row's address is a multiple, as kernels are told it.
+
+    They do not leave it to Triton's own look at each argument: the layout of a reduction follows from it, so it has to
+    be a function of width and dtype alone.
+    """
+    return VECTOR_BYTES if vectors else 1
 
 
 def rms_norm(
@@ -259,7 +270,7 @@ def rms_norm(
         H=width,
         BLOCK_H=block,
         HAS_RESIDUAL=residual is not None,
-        ALIGNED=vectors,
+        ALIGNMENT=_alignment(vectors),
         num_warps=min(max(block // 512, 1), 16),
     )
     return y
@@ -283,7 +294,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         y.stride(0),
         F=width,
         BLOCK_F=kBlockColumns,
-        ALIGNED=_fills_vectors(width, x.dtype) and is_aligned(x, y),
+        ALIGNMENT=_alignment(_fills_vectors(width, x.dtype) and is_aligned(x, y)),
         num_warps=4,
     )
     return y
@@ -301,9 +312,7 @@ def embed(
     """See `idlm_kernels.embed`."""
     dtype = weight.dtype if dtype is None else dtype
     if torch.float64 in (dtype, weight.dtype, None if mask_embedding is None else mask_embedding.dtype):
-        return python_ref.embed(
-            ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out
-        )
+        return python_ref.embed(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out)
     num_rows, width = ids.shape[0], weight.shape[1]
     y = weight.new_empty(num_rows, width, dtype=dtype) if out is None else out
     if num_rows == 0 or width == 0:
@@ -323,7 +332,7 @@ def embed(
         H=width,
         BLOCK_H=kBlockColumns,
         HAS_MASK_EMBEDDING=mask_embedding is not None,
-        ALIGNED=is_aligned(weight, mask_embedding, y),
+        ALIGNMENT=_alignment(is_aligned(weight, mask_embedding, y)),
         num_warps=4,
     )
     return y
@@ -343,7 +352,11 @@ def qk_norm_rope_append(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.qk_norm_rope_append`."""
-    if torch.float64 in (qkv.dtype, q_weight is not None and q_weight.dtype, k_weight is not None and k_weight.dtype):
+    if torch.float64 in (
+        qkv.dtype,
+        q_weight is not None and q_weight.dtype,
+        k_weight is not None and k_weight.dtype,
+    ):
         return python_ref.qk_norm_rope_append(
             qkv,
             positions,
@@ -395,8 +408,8 @@ def qk_norm_rope_append(
         BLOCK_HEADS=kBlockHeads,
         BLOCK_HALF=block_half,
         HAS_NORM=q_weight is not None,
-        ALIGNED=vectors,
-        STORE_ALIGNED=vectors and is_aligned(y, k_cache, v_cache),
+        ALIGNMENT=_alignment(vectors),
+        STORE_ALIGNMENT=_alignment(vectors and is_aligned(y, k_cache, v_cache)),
         num_warps=max(kBlockHeads * block_half * qkv.element_size() // (32 * VECTOR_BYTES), 1),
     )
     return y

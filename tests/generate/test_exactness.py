@@ -117,15 +117,6 @@ def test_a_request_does_not_depend_on_its_batch(bad_drafter: Generator) -> None:
         assert result.tokens == params.max_tokens
 
 
-@pytest.mark.parametrize("plan", ["chain", "branched"])
-def test_prefill_chunks_do_not_matter(plan: str, bad_drafter: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of(40, 3)
-    want = decode(bad_drafter, prompts, plan, 4, temperature=1.0)
-    for chunk in (1, 7, 39, 40):
-        monkeypatch.setattr("idlm_kernels.generate.generator.PREFILL_CHUNK_TOKENS", chunk)
-        assert decode(bad_drafter, prompts, plan, 4, temperature=1.0) == want
-
-
 @pytest.mark.parametrize("drafter", ["bad_drafter", "oracle"])
 @pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
 def test_contexts_filled_to_the_last_slot(drafter: str, plan: str, request: pytest.FixtureRequest) -> None:

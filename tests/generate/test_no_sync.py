@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from idlm_kernels.generate import Generator, SamplingParams, StepPlan
-from idlm_kernels.generate.generator import Batch
-from idlm_kernels.generate.step import decode_step, prefill
-from idlm_kernels.ops import attention, gemm, layers, sampling, state
+from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
+from idlm_kernels.generate.state import DecodeState
+from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
+from idlm_kernels.ops import _dispatch, attention, gemm, layers, sampling, state
 
 MakeGenerator = Callable[..., Generator]
 FORBIDDEN = {
@@ -45,37 +45,58 @@ class NoSync(TorchDispatchMode):
         return out
 
 
-def running_batch(generator: Generator, plan: str, verify: str, prompts: list[list[int]]) -> Batch:
-    params = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, seed=1, max_tokens=40)
-    batch = Batch(generator, prompts, params, StepPlan(plan, 4), verify)  # type: ignore[arg-type]
-    prefill(batch._decoder, batch._state, 0, [len(prompt) for prompt in prompts], 512)
-    return batch
+def engine_of(generator: Generator, plan: str, verify: str, step: Any, **options: Any) -> Engine:
+    policy = PlanPolicy.fixed(StepPlan(plan, 4))  # type: ignore[arg-type]
+    return Engine(generator.model, None, policy, verify, EngineOptions(max_batch=2, max_len=60, **options), step=step)
 
 
-@pytest.mark.parametrize("verify", ["match", "rejection"])
+PARAMS = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, seed=1, max_tokens=40)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"suffix_drafts": True},
+    {"logprobs": True},
+    {"synthetic_acceptance": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    ("verify", "options"), [("rejection", {}), *(("match", o) for o in OPTIONS)], ids=lambda x: str(x)
+)
 @pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
 @pytest.mark.parametrize("inside_ops", [True, False], ids=["references", "step"])
 def test_a_step_reads_nothing_on_the_host(
-    inside_ops: bool, plan: str, verify: str, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+    inside_ops: bool,
+    plan: str,
+    verify: str,
+    options: dict[str, Any],
+    make_generator: MakeGenerator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`references`: the mode looks inside the reference ops too. `step`: ops are opaque, in the default backend."""
     if inside_ops:
         monkeypatch.setenv("IDLM_BACKEND", "torch")
         for module in (attention, gemm, layers, sampling, state):
             monkeypatch.setattr(module, "traced", lambda x: False)
-    from idlm_kernels.ops import _dispatch
-
     monkeypatch.setattr(_dispatch, "_chosen", {})
     generator = make_generator()
-    traces = []
-    for lengths in ([3, 8], [8, 1]):
-        batch = running_batch(generator, plan, verify, [list(range(n)) for n in lengths])
-        batch._state.finish[0] = int(lengths[0] == 8)  # a finished request must not change the trace
+    traces: list[Any] = []
+
+    def guarded(decoder: Decoder, places: DecodeState) -> StepOutcome:
         with NoSync() as mode:
-            for _ in range(3):
-                decode_step(batch._decoder, batch._state)
-        traces.append(mode.trace)
-    assert len(traces[0]) > 100 and traces[0] == traces[1], "the ops and shapes of a step do not depend on data"
+            outcome = decode_step(decoder, places)
+            outcome.packed()
+        if places.batch == 2:
+            traces.append(mode.trace)
+        return outcome
+
+    engine = engine_of(generator, plan, verify, guarded, **options)
+    requests = [engine.submit(list(range(n)), PARAMS, n) for n in (3, 8)]
+    requests[0].limit = 20  # ends first: then its rows are no-ops until the edge of the epoch
+    for _ in engine.events():
+        pass
+    assert [request.output.error for request in requests] == [None, None]
+    assert len(traces) > 5 and len(traces[0]) > 100
+    assert all(trace == traces[0] for trace in traces), "the ops and shapes of a step do not depend on data"
 
 
 def test_the_guard_can_fail() -> None:
@@ -85,13 +106,15 @@ def test_the_guard_can_fail() -> None:
             sync()
 
 
-def test_a_step_can_be_traced_without_values(make_generator: MakeGenerator) -> None:
+@pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
+def test_a_step_can_be_traced_without_values(plan: str, make_generator: MakeGenerator) -> None:
     """torch.compile sees one whole graph: nothing in a step needs a value."""
-    generator = make_generator()
-    batch = running_batch(generator, "branched", "match", [[1, 2, 3], [4]])
-    other = running_batch(generator, "branched", "match", [[1, 2, 3], [4]])
-    compiled = torch.compile(decode_step, fullgraph=True, backend="eager")
-    for _ in range(2):
-        compiled(batch._decoder, batch._state)
-        decode_step(other._decoder, other._state)
-    assert torch.equal(batch._state.text, other._state.text)
+    tokens = []
+    for step in (torch.compile(decode_step, fullgraph=True, backend="eager"), decode_step):
+        engine = engine_of(make_generator(), plan, "match", step)
+        requests = [engine.submit(prompt, PARAMS, 5) for prompt in ([1, 2, 3], [4])]
+        for _ in engine.events():
+            pass
+        assert [request.output.error for request in requests] == [None, None]
+        tokens.append([request.output.token_ids for request in requests])
+    assert tokens[0] == tokens[1]

@@ -7,30 +7,22 @@ import random
 import pytest
 import torch
 
-from idlm_kernels.generate import SamplingParams, StepPlan
+from idlm_kernels.generate import StepPlan
 from idlm_kernels.generate.plan import plan_rows, prefill_rows
 from idlm_kernels.generate.state import LENGTH, DecodeState
+from tests.tiny import tiny_state
 
 MASK_ID = 60
 
 
 def make_state(lengths: list[int], num_drafts: list[int], stride: int, page_size: int, absent: set[int]) -> DecodeState:
-    batch, max_len = len(lengths), max(lengths) + 8
-    pages = -(-(max_len + 80) // page_size)
+    batch = len(lengths)
+    pages = -(-(max(lengths) + 80) // page_size)
     order = list(range(batch * pages))
     random.Random(1).shuffle(order)
-    state = DecodeState.create(
-        [[(7 * b + i) % 50 for i in range(n)] for b, n in enumerate(lengths)],
-        [SamplingParams()] * batch,
-        [0] * batch,
-        [[]] * batch,
-        torch.tensor(order, dtype=torch.int32).view(batch, pages),
-        max_len=max_len,
-        num_drafts=stride - 1,
-        mask_token_id=MASK_ID,
-        id_limit=61,
-        device=torch.device("cpu"),
-    )
+    state = tiny_state([[(7 * b + i) % 50 for i in range(n)] for b, n in enumerate(lengths)], pages, stride - 1)
+    state.page_table.copy_(torch.tensor(order).view(batch, pages))
+    state.mask_id = MASK_ID
     state.num_drafts.copy_(torch.tensor(num_drafts))
     for b, n in enumerate(num_drafts):
         state.drafts[b, :n] = torch.tensor([50 + i for i in range(n)])

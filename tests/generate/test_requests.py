@@ -39,7 +39,7 @@ def test_text_is_shown_as_soon_as_it_is_certain() -> None:
     assert out.take([1, 4], 3, 1, RUNNING).text == "llo", "half of a character waits"
     assert out.take([5, 6], 3, 1, RUNNING).text == "😀!"
     assert out.take([4], 3, 0, LENGTH).text == "\ufffd", "the end of the text shows what is left"
-    result = out.result("chain", 4, 0)
+    result = out.result("chain", 4)
     assert (result.text, result.finish_reason) == ("hello😀!\ufffd", "length")
     assert (result.tokens, result.forwards, result.tpf) == (6, 4, 1.5)
     assert result.acceptance == [2 / 3, 0.0, None]
@@ -67,7 +67,7 @@ def test_stop_strings(stop: tuple[str, ...], steps: list[list[int]], text: str, 
         shown += event.text
         if out.finish_reason is not None:
             break
-    result = out.result("chain", 4, 0)
+    result = out.result("chain", 4)
     assert shown == result.text == text
     assert result.token_ids == [t for step in steps for t in step][:kept] and result.finish_reason == "stop"
     assert not any(s in result.text for s in stop)
@@ -76,7 +76,7 @@ def test_stop_strings(stop: tuple[str, ...], steps: list[list[int]], text: str, 
 def test_figures_stop_at_a_stop_string() -> None:
     out = output(stop=("llo",))
     out.take([0, 1, 2, 3], 3, 3, RUNNING)  # all drafts stood, but the text ended with the second token
-    result = out.result("chain", 4, 0)
+    result = out.result("chain", 4)
     assert (result.tokens, result.forwards, result.acceptance) == (2, 1, [1.0, 1.0, None])
 
 
@@ -84,7 +84,7 @@ def test_a_cancelled_request_keeps_its_text() -> None:
     out = output(stop=("hex",))
     assert out.take([0], 0, 0, RUNNING).text == ""
     out.cancel()
-    result = out.result("chain", 4, 0)
+    result = out.result("chain", 4)
     assert (result.text, result.token_ids, result.finish_reason) == ("he", [0], "cancelled")
 
 
@@ -123,7 +123,7 @@ def test_one_stop_string_needs_no_list() -> None:
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ([], ValueError, "prompt 0 is empty"),
+        ([], ValueError, "prompt 0: the prompt is empty"),
         ([1] * 64, ValueError, "has 64 tokens, but the context is 64"),
         ([61], ValueError, "id 61, outside the vocabulary of 61"),
         ([-1], ValueError, "id -1, outside"),
@@ -181,9 +181,11 @@ def test_a_stream_can_be_left_and_asked(make_generator: MakeGenerator) -> None:
     assert generator.stream([1], SamplingParams(max_tokens=3)).result.tokens == 0
 
 
-def test_nan_logits_are_reported(make_generator: MakeGenerator) -> None:
+def test_nan_logits_end_the_request(make_generator: MakeGenerator) -> None:
     generator = make_generator()
     clean = generator.generate([[1, 2]], SamplingParams(max_tokens=4))[0]
     generator.model.norm.fill_(float("nan"))
     dirty = generator.generate([[1, 2]], SamplingParams(max_tokens=4))[0]
-    assert clean.status == 0 and dirty.status & 5 == 5 and dirty.token_ids == [0] * 4
+    assert (clean.status, clean.error) == (0, None)
+    assert dirty.status & 5 == 5 and dirty.finish_reason == "error" and "NaN" in str(dirty.error)
+    assert dirty.token_ids == []

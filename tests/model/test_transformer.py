@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from bench.peers import transformers_llama
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.plan import prefill_rows
-from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model import Transformer, load_adapter, load_checkpoint
-from tests.tiny import MemoryCheckpoint, oracle_checkpoint, tiny_config
+from tests.tiny import MemoryCheckpoint, oracle_checkpoint, tiny_config, tiny_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,18 +73,7 @@ def reference_model(family: str, changes: dict[str, Any], seed: int = 0) -> Any:
 
 
 def logits_of(model: Transformer, ids: list[int]) -> torch.Tensor:
-    state = DecodeState.create(
-        [ids],
-        [SamplingParams()],
-        [0],
-        [[]],
-        torch.arange(8, dtype=torch.int32).view(1, 8),
-        max_len=len(ids),
-        num_drafts=0,
-        mask_token_id=None,
-        id_limit=model.config.vocab_size,
-        device=torch.device("cpu"),
-    )
+    state = tiny_state([ids], 8)
     page_size = -(-len(ids) // 8)
     model.reserve_positions(len(ids))
     return model.forward(prefill_rows(state, [0], [len(ids)], 0, page_size), model.new_cache(8, page_size))
@@ -218,18 +206,7 @@ def test_adapter_rows_equal_a_merged_model(tmp_path: Path) -> None:
                 a, b = adapter.pair(i, name)  # type: ignore[misc]
                 merged.tensors[f"model.layers.{i}.{block}.{name}.weight"] += adapter.scale * b @ a
     adapted = Transformer(checkpoint, dtype="fp32", adapter=adapter)  # type: ignore[arg-type]
-    state = DecodeState.create(
-        [[7, 8, 9]],
-        [SamplingParams()],
-        [0],
-        [[]],
-        torch.zeros(1, 1, dtype=torch.int32),
-        max_len=3,
-        num_drafts=0,
-        mask_token_id=None,
-        id_limit=61,
-        device=torch.device("cpu"),
-    )
+    state = tiny_state([[7, 8, 9]], 1)
     rows = prefill_rows(state, [0], [3], 0, 8)
     gated = dataclasses.replace(rows, is_mask=torch.ones(3, dtype=torch.bool))
     adapted.mask_embedding = None  # embed the ids, so that both models read the same input

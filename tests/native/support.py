@@ -7,12 +7,14 @@ with the cuts of top-p and min-p moved by 1e-5 of mass either way. What is left 
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,7 +36,15 @@ class Toolkit:
     toolchain: Any
 
     def tool(self, name: str) -> str:
-        return str(self.toolchain.nvcc.resolve().with_name(name))
+        """A tool of the CUDA toolkit; Triton brings those that a minimal toolkit lacks."""
+        triton = importlib.util.find_spec("triton")
+        folders = [self.toolchain.nvcc.resolve().parent]
+        if triton is not None and triton.origin is not None:
+            folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+        for folder in folders:
+            if (folder / name).is_file():
+                return str(folder / name)
+        pytest.skip(f"{name} is neither in {' nor in '.join(map(str, folders))}")
 
     def nvcc(self, *args: str) -> None:
         command = [str(self.toolchain.nvcc), "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *args]
@@ -140,7 +150,7 @@ class Rows:
         return greedy | (margin & same)
 
     def _transformed(self, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.logits if self.logit_bias is None else self.logits + self.logit_bias
+        x = ref.add_bias(self.logits, self.logit_bias)
         z = ref.scale_by_temperature(ref.sanitise(x, self.id_limit, self.mask_id)[0], self.temperature)
         return z, ref.truncation_cut(z, self.top_k, top_p, min_p), self.temperature < ref.GREEDY_BELOW
 
@@ -245,8 +255,7 @@ class Step:
         seed = draw(-(2**63), 2**63 - 1, (batch,))
         positions = draw(0, 100_000, (batch,), torch.int32)
         id_limit, mask_id = vocab_size - 1, 2
-        widened = bias_dtype == torch.float32
-        q_logits = noisy(batch * num_k).to(torch.float32 if widened else dtype)
+        q_logits = noisy(batch * num_k).to(torch.float32 if bias_dtype else dtype)
         each = [x.repeat_interleave(num_k) for x in (temperature, top_k, top_p, min_p, seed)]
         where = (positions.long().unsqueeze(1) + 1 + torch.arange(num_k)).flatten()
         drafts = torch.zeros(batch, num_k, dtype=torch.int64)
@@ -282,7 +291,7 @@ class Step:
         return Outcome(*(x.cpu() for x in results), status.cpu(), q)
 
     def biased(self) -> Tensor:
-        return self.logits if self.logit_bias is None else self.logits + self.logit_bias
+        return ref.add_bias(self.logits, self.logit_bias)
 
 
 @dataclass

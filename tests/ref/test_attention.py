@@ -278,9 +278,7 @@ def test_fp8_cache():
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_dtypes_accumulate_in_fp32(dtype, tolerance):
     """The error is that of the one rounding of the result, in every dtype."""
     p = problem(RAGGED, dtype=dtype, padding_rows=1)

@@ -40,6 +40,8 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 def assert_rounded(got: Tensor, exact: Tensor) -> None:
     """got is the fp64 result rounded once to its dtype, give or take the error of the fp32 accumulator."""
+    if got.element_size() == 2:  # fp32 is so much finer that the rounded values are the same, but for a rare near-tie
+        assert (got != exact.to(got.dtype)).double().mean() <= 0.01
     tolerance = HALF_ULP[got.dtype]
     torch.testing.assert_close(got.double(), exact, rtol=1.01 * tolerance, atol=max(2e-6, tolerance / 8))
 
@@ -136,9 +138,7 @@ def test_gated_lora_linear(dtype, slices, has_bias):
     out = torch.full((6, 9), NAN, dtype=dtype)
     got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.5, bias=bias, slices=slices, out=out)
     assert got is out
-    # The update passes through fp32 only; its terms are some ten times the result.
-    tolerance = max(HALF_ULP[dtype], 2e-6)
-    torch.testing.assert_close(got.double(), exact, rtol=1.01 * HALF_ULP[dtype] + 1e-12, atol=tolerance * 1.5)
+    assert_rounded(got, exact)
     assert same_bits(got[gate == 0], linear(x, weight, bias=bias)[gate == 0])
 
 
@@ -263,12 +263,10 @@ def test_rms_norm_weight_of_another_dtype_and_strided_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(dtype):
-    x = randn(3, 14, dtype=dtype) * 4
-    exact = torch.tensor(
-        [[g / (1 + math.exp(-g)) * u for g, u in zip(row[:7], row[7:], strict=True)] for row in x.double().tolist()]
-    ).double()
-    exact = torch.nn.functional.sigmoid(x[:, :7].double()) * x[:, :7].double() * x[:, 7:].double()
-    out = torch.full((3, 7), NAN, dtype=dtype)
+    x = randn(30, 14, dtype=dtype) * 4
+    rows = [[g / (1 + math.exp(-g)) * u for g, u in zip(r[:7], r[7:], strict=True)] for r in x.double().tolist()]
+    exact = torch.tensor(rows, dtype=torch.float64)
+    out = torch.full((30, 7), NAN, dtype=dtype)
     assert silu_and_mul(x, out=out) is out
     assert_rounded(out, exact)
     assert same_bits(silu_and_mul(x), out)
@@ -292,7 +290,7 @@ def test_embed(is_mask_dtype, dtype):
     weight[0] = NAN  # the row that ids out of range must not read
     weight[4] = INF
     ids = torch.tensor([1, -1, 5, 3, 2**40, 2, -(2**40), 7])
-    is_mask = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1]).to(is_mask_dtype)
+    is_mask = torch.tensor([0, 0, 0, 255, 0, 0, 0, 1]).to(is_mask_dtype)  # any value but 0
     mask_embedding = randn(4, seed=1, dtype=torch.float32)
     wanted_dtype = dtype or torch.float16
     zero = torch.zeros(4, dtype=wanted_dtype)

@@ -166,7 +166,7 @@ def test_bits_of_the_uniform(word):
 
 
 def test_uniform_equals_a_slow_evaluation_bit_for_bit():
-    words = words_over_the_range()[:: 37]
+    words = words_over_the_range()[::37]
     slow = torch.tensor([slow_uniform(w) for w in words.tolist()], dtype=torch.float32)
     assert torch.equal(word_to_uniform(words), slow)
 

@@ -176,7 +176,7 @@ def test_a_stop_id_among_rejected_drafts_does_not_stop():
 
 
 def test_a_context_filled_to_the_last_entry():
-    r = request(length=10, text=list(range(100, 110)) + [0, 0], limit=12)
+    r = request(length=10, text=[*range(100, 110), 0, 0], limit=12)
     assert check([r]) == [2]
     assert r.text == [*range(100, 110), 21, 22]
 

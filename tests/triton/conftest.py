@@ -19,7 +19,6 @@ from tests.triton.support import INTERPRETED
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs the compiled kernel, the interpreter will not do")
-    config.addinivalue_line("markers", "slow: an extra that may take a minute")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,10 @@ from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
-SPLIT, TOGETHER = 264, 0  # values of kTargetCtas: chunks of these small problems in CTAs of their own, or in one
+SPLIT, TOGETHER = (
+    264,
+    0,
+)  # values of kTargetCtas: chunks of these small problems in CTAs of their own, or in one
 
 
 def branch_masks(num_drafts: int, stride: int) -> list[int]:
@@ -57,7 +60,9 @@ class Problem:
         if tail == "random":
             self.tail = torch.randint(-(2**63), 2**63 - 1, (self.q.shape[0],))
         elif tail == "branched":  # n = K drafts at this stride: stride^2 rows
-            masks = [m for count in rows for m in (branch_masks(math.isqrt(count) - 1, math.isqrt(count)) if count else [])]
+            masks = [
+                m for count in rows for m in (branch_masks(math.isqrt(count) - 1, math.isqrt(count)) if count else [])
+            ]
             self.tail = torch.tensor([*masks, 1, 1, 1])
 
     def caches(self, page_size: int | None = None, head_major: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +136,9 @@ def check(module: ModuleType, problem: Problem | None = None, target: int = SPLI
 
 @pytest.mark.parametrize("target", [SPLIT, TOGETHER])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, head_dim, page_size", [((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 64), ((6, 2), 48, 3)])
+@pytest.mark.parametrize(
+    "heads, head_dim, page_size", [((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 64), ((6, 2), 48, 3)]
+)
 def test_attention(heads: tuple[int, int], head_dim: int, page_size: int, dtype: torch.dtype, target: int) -> None:
     check(attention, Problem(heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype), target)
 
@@ -226,7 +233,13 @@ def check_row_bits(module: ModuleType) -> None:
             got, lse = problem.run(module.strided_attention, problem.caches(page_size, head_major))
             assert same_bits(got, whole) and same_bits(lse, whole_lse)
         # AR: the row alone, the cache ends at it. And prefill chunks, and other steps that hold it.
-        for b, rows in ((0, slice(39, 40)), (0, slice(0, 1)), (0, slice(17, 24)), (1, slice(2, 3)), (2, slice(1, 16))):
+        for b, rows in (
+            (0, slice(39, 40)),
+            (0, slice(0, 1)),
+            (0, slice(17, 24)),
+            (1, slice(2, 3)),
+            (2, slice(1, 16)),
+        ):
             length = problem.lengths[b] - problem.rows[b] + rows.stop
             part = rows_of(problem, b, rows, length)
             got, lse = part.run(module.strided_attention)
@@ -313,22 +326,70 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
 
 
 MUTANTS = {
-    "causal edge off by one": (check, "visible = step_slot <= i[:, None]", "visible = step_slot < i[:, None]"),
-    "own slot of the next row seen": (check_row_bits, "visible = step_slot <= i[:, None]", "visible = step_slot <= i[:, None] + 1"),
-    "window edge off by one": (check_window, "step_slot >= i[:, None] - WINDOW", "step_slot > i[:, None] - WINDOW"),
-    "window starts a chunk too late": (check_window, "tl.maximum(first_of_step + i - WINDOW, 0)", "tl.maximum(first_of_step + i - WINDOW + 256, 0)"),
-    "tail bit of the neighbour": (check_tail, "tl.maximum(step_slot, 0), 63)", "tl.maximum(step_slot - 1, 0), 63)"),
+    "causal edge off by one": (
+        check,
+        "visible = step_slot <= i[:, None]",
+        "visible = step_slot < i[:, None]",
+    ),
+    "own slot of the next row seen": (
+        check_row_bits,
+        "visible = step_slot <= i[:, None]",
+        "visible = step_slot <= i[:, None] + 1",
+    ),
+    "window edge off by one": (
+        check_window,
+        "step_slot >= i[:, None] - WINDOW",
+        "step_slot > i[:, None] - WINDOW",
+    ),
+    "window starts a chunk too late": (
+        check_window,
+        "tl.maximum(first_of_step + i - WINDOW, 0)",
+        "tl.maximum(first_of_step + i - WINDOW + 256, 0)",
+    ),
+    "tail bit of the neighbour": (
+        check_tail,
+        "tl.maximum(step_slot, 0), 63)",
+        "tl.maximum(step_slot - 1, 0), 63)",
+    ),
     "tail hides the context": (check_tail, "visible = (step_slot < 0) |", "visible = (step_slot < -1) |"),
-    "unwritten slots are read": (check_edges, "v = tl.load(pV, mask=written[:, None] & has_d, other=0.0)", "v = tl.load(pV, mask=has_d & (slot >= 0)[:, None], other=0.0)"),
-    "scale of K forgotten": (check_scales, "scale_log2 = scale_log2 * tl.load(gKScale)", "scale_log2 = scale_log2 * 1.0"),
+    "unwritten slots are read": (
+        check_edges,
+        "v = tl.load(pV, mask=written[:, None] & has_d, other=0.0)",
+        "v = tl.load(pV, mask=has_d & (slot >= 0)[:, None], other=0.0)",
+    ),
+    "scale of K forgotten": (
+        check_scales,
+        "scale_log2 = scale_log2 * tl.load(gKScale)",
+        "scale_log2 = scale_log2 * 1.0",
+    ),
     "scale of V forgotten": (check_scales, "y = y * tl.load(gVScale)", "y = y * 1.0"),
-    "sum not rescaled": (check, "l = l * old_share + tl.sum(p, axis=1)", "l = l + tl.sum(p, axis=1)"),
-    "chunks relative to the length": (check_row_bits, "            chunk * CHUNK,\n            tl.minimum((chunk + 1) * CHUNK, end),\n", "            tl.maximum(chunk * CHUNK - (CHUNK - end % CHUNK), 0),\n            tl.minimum((chunk + 1) * CHUNK - (CHUNK - end % CHUNK), end),\n"),
-    "fold forgets a rescaling": (check, "l = l * old_share + l_chunk * chunk_share", "l = l * old_share + l_chunk"),
+    "sum not rescaled": (check, "total = total * old_share + tl.sum(p, axis=1)", "total = total + tl.sum(p, axis=1)"),
+    "chunks relative to the length": (
+        check_row_bits,
+        "            chunk * CHUNK,\n            tl.minimum((chunk + 1) * CHUNK, end),\n",
+        "            tl.maximum((chunk - 1) * CHUNK + end % CHUNK, 0),\n            chunk * CHUNK + end % CHUNK,\n",
+    ),
+    "fold forgets a rescaling": (
+        check,
+        "total = total * old_share + total_chunk * chunk_share",
+        "total = total * old_share + total_chunk",
+    ),
     "a chunk is skipped": (check, "tl.cdiv(end, CHUNK), SPLITS)", "end // CHUNK, SPLITS)"),
-    "page table by physical page": (check, "tl.load(gPages + slot // PAGE_SIZE, mask=written, other=0)", "slot // PAGE_SIZE"),
-    "head of the wrong group": (check, "head = kv_head * GROUP + packed % GROUP", "head = kv_head + packed % GROUP * HKV"),
-    "padding left as it was": (check, "for first in range(row_start, num_rows,", "for first in range(row_start + 1, num_rows,"),
+    "page table by physical page": (
+        check,
+        "tl.load(gPages + slot // PAGE_SIZE, mask=written, other=0)",
+        "slot // PAGE_SIZE",
+    ),
+    "head of the wrong group": (
+        check,
+        "head = kv_head * GROUP + packed % GROUP",
+        "head = kv_head + packed % GROUP * HKV",
+    ),
+    "padding left as it was": (
+        check,
+        "for first in range(row_start, num_rows,",
+        "for first in range(row_start + 1, num_rows,",
+    ),
 }
 
 

@@ -54,7 +54,9 @@ def recorded_rows(generator: Generator) -> list[tuple[list[int], list[int], Tens
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qwen3"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qwen3"}]
+)
 @pytest.mark.parametrize("plan, stride", [("branched", 4), ("chain", 3)])
 def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: dict[str, Any]) -> None:
     prompt, params = PROMPTS[0], SamplingParams(max_tokens=8, temperature=0.9, seed=3)
@@ -67,7 +69,9 @@ def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: di
     tokens, ar_rows = runs["ar"]
     assert runs[plan][0] == tokens
     text = [*prompt, *tokens]
-    wanted = {position: row for positions, _, logits in ar_rows for position, row in zip(positions, logits, strict=True)}
+    wanted = {
+        position: row for positions, _, logits in ar_rows for position, row in zip(positions, logits, strict=True)
+    }
     compared = 0
     for positions, ids, logits in runs[plan][1]:
         for position, token, row in zip(positions, ids, logits, strict=True):

@@ -144,9 +144,7 @@ class Adapter:
 
     def exact(self) -> Tensor:
         inputs = (t.double() for t in (self.x, self.weight, self.a, self.b))
-        return python_ref.gated_lora_linear(
-            *inputs, self.gate, self.scale, bias=self.bias.double(), slices=self.slices
-        )
+        return python_ref.gated_lora_linear(*inputs, self.gate, self.scale, bias=self.bias.double(), slices=self.slices)
 
     def peer(self) -> Tensor:
         """What PyTorch computes in this dtype, each product rounded."""
@@ -166,9 +164,16 @@ def check_adapter(module: ModuleType, problem: Adapter | None = None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, k, slices, rank", [
-    (9, 320, (70, 40, 90), 40), (1, 64, (64,), 1), (7, 96, (64, 64), 128), (70, 1024, (1, 130), 16), (3, 77, (5,), 5)
-])
+@pytest.mark.parametrize(
+    "rows, k, slices, rank",
+    [
+        (9, 320, (70, 40, 90), 40),
+        (1, 64, (64,), 1),
+        (7, 96, (64, 64), 128),
+        (70, 1024, (1, 130), 16),
+        (3, 77, (5,), 5),
+    ],
+)
 def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
     check_adapter(gemm, Adapter(rows, k, slices, rank, dtype))
 
@@ -287,18 +292,42 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
 
 
 MUTANTS = {
-    "adapter added to every row": (check_ungated_rows_are_untouched, "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)", "y = (sums + scale * update).to(y.dtype)"),
-    "adapter multiplied by the gate": (check_ungated_rows_are_untouched, "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)", "y = (sums + tl.where(gated, scale, 0.0)[None, :] * update).to(y.dtype)"),
+    "adapter added to every row": (
+        check_ungated_rows_are_untouched,
+        "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)",
+        "y = (sums + scale * update).to(y.dtype)",
+    ),
+    "adapter multiplied by the gate": (
+        check_ungated_rows_are_untouched,
+        "y = tl.where(gated[None, :], (sums + scale * update).to(y.dtype), y)",
+        "y = (sums + tl.where(gated, scale, 0.0)[None, :] * update).to(y.dtype)",
+    ),
     "scale forgotten": (check_adapter, "sums + scale * update", "sums + update"),
     "every slice takes the first h": (check_adapter, "s * RANK + r", "r"),
-    "slice edge off by one": (check_adapter, "(n < end)\n            of_slice", "(n <= end)\n            of_slice"),
+    "slice edge off by one": (
+        check_adapter,
+        "(n < end)\n            of_slice",
+        "(n <= end)\n            of_slice",
+    ),
     "rank tail not masked": (check_adapter, "mask=in_slice[:, None] & (r < RANK)", "mask=in_slice[:, None]"),
-    "last part dropped": (check_linear, "tl.static_range(1, SPLITS)", "tl.static_range(1, SPLITS - 1)"),
-    "parts added in order of arrival": (check_schedule_bits, "split = tl.program_id(1)\n", "split = (tl.program_id(1) + tl.atomic_add(gArrivals + 300, 1)) % SPLITS\n"),
+    "last part dropped": (check_linear, "tl.range(1, SPLITS, num_stages=1)", "tl.range(1, SPLITS - 1, num_stages=1)"),
+    "parts added in order of arrival": (
+        check_schedule_bits,
+        "split = tl.program_id(1)\n",
+        "split = (tl.program_id(1) + tl.atomic_add(gArrivals + 300, 1)) % SPLITS\n",
+    ),
     "arrivals not counted anew": (check_linear, "            tl.store(gArrivals + tile, 0)\n", ""),
-    "last but one to arrive finishes": (check_schedule_bits, "if arrived != SPLITS - 1:", "if arrived != SPLITS - 2:"),
+    "last but one to arrive finishes": (
+        check_schedule_bits,
+        "if arrived != SPLITS - 1:",
+        "if arrived != SPLITS - 2:",
+    ),
     "arrival without order": (check_order_of_arrival, 'sem="acq_rel"', 'sem="relaxed"'),
-    "cut of K by row count": (check_row_bits, "config = gemm_config(n, k, x.dtype)", "config = gemm_config(n if num_rows < 65 else n * 100, k, x.dtype)"),
+    "cut of K by row count": (
+        check_row_bits,
+        "config = gemm_config(n, k, x.dtype)",
+        "config = gemm_config(n if num_rows < 65 else n * 100, k, x.dtype)",
+    ),
     "K tail not masked": (check_linear, "mask=has_n & has_k", "mask=has_n"),
     "row edge off by one": (check_linear, "    has_t = t < num_rows\n", "    has_t = t <= num_rows\n"),
     "bias forgotten": (check_linear, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),

@@ -81,8 +81,9 @@ def test_rms_norm_row_bits_do_not_depend_on_placement(width: int) -> None:
     sums = residual.clone()
     added = layers.rms_norm(x, weight, 1e-6, residual=sums)
     for first, stride in ((1, width + 1), (3, width + 5), (0, width + 3), (8, width + 64)):
-        view, sum_view = (torch.zeros(10, stride, dtype=BASE).flatten()[first:].as_strided((9, width), (stride, 1))
-                          for _ in range(2))
+        view, sum_view = (
+            torch.zeros(10, stride, dtype=BASE).flatten()[first:].as_strided((9, width), (stride, 1)) for _ in range(2)
+        )
         view.copy_(x)
         assert same_bits(layers.rms_norm(view, weight, 1e-6), whole)
         sum_view.copy_(residual)
@@ -123,7 +124,10 @@ def check_embed(module: ModuleType, dtype: torch.dtype = BASE, out_dtype: torch.
     ids = torch.tensor([0, 9, 3, -1, 10, 2**40, 5], dtype=torch.int64)
     weight, mask_embedding = torch.randn(10, 1100).to(dtype), torch.randn(1100)
     mask_embedding[7] = torch.nan  # stays where it is
-    for is_mask in (torch.tensor([0, 0, 1, 0, 1, 0, 0], dtype=torch.bool), torch.tensor([0, 0, 2, 0, 0, 1, 256])):
+    for is_mask in (
+        torch.tensor([0, 0, 1, 0, 1, 0, 0], dtype=torch.bool),
+        torch.tensor([0, 0, 2, 0, 0, 1, 256]),
+    ):
         gate = is_mask if is_mask.dtype == torch.bool else is_mask.to(torch.int32)
         for mask in (None, mask_embedding):
             got = module.embed(ids, weight, is_mask=gate, mask_embedding=mask, dtype=out_dtype)
@@ -170,7 +174,11 @@ class Rope:
         return torch.full(self.cache_shape, torch.nan).to(self.cache_dtype)
 
     def run(
-        self, function: Callable[..., Tensor], rows: slice = slice(None), k: Tensor | None = None, v: Tensor | None = None
+        self,
+        function: Callable[..., Tensor],
+        rows: slice = slice(None),
+        k: Tensor | None = None,
+        v: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         k = self.cache() if k is None else k
         v = self.cache() if v is None else v
@@ -182,7 +190,11 @@ class Rope:
         k, v = self.cache().double(), self.cache().double()
         q_weight, k_weight = to64(*self.weights)
         inputs = (self.qkv.double(), self.positions, self.rotary, self.slots)
-        return python_ref.qk_norm_rope_append(*inputs, k, v, q_weight=q_weight, k_weight=k_weight, eps=1e-6), k, v
+        return (
+            python_ref.qk_norm_rope_append(*inputs, k, v, q_weight=q_weight, k_weight=k_weight, eps=1e-6),
+            k,
+            v,
+        )
 
 
 def check_rope(module: ModuleType, problem: Rope | None = None) -> None:
@@ -195,7 +207,9 @@ def check_rope(module: ModuleType, problem: Rope | None = None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("heads, head_dim, page_size", [((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 3), ((3, 1), 80, 64)])
+@pytest.mark.parametrize(
+    "heads, head_dim, page_size", [((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 3), ((3, 1), 80, 64)]
+)
 def test_rope(heads: tuple[int, int], head_dim: int, page_size: int, norm: bool, dtype: torch.dtype) -> None:
     check_rope(layers, Rope(5, heads, head_dim, page_size, dtype, norm))
 
@@ -276,18 +290,46 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
 
 
 MUTANTS = {
-    "eps forgotten": (check_rms_norm, "tl.sqrt_rn(mean_square + eps))\n    y = h", "tl.sqrt_rn(mean_square))\n    y = h"),
-    "norm of the unrounded sum's input": (check_rms_norm, "h = x.to(tl.float32)\n", "h = tl.load(gX + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)\n"),
-    "mean over the padded width": (check_rms_norm, "tl.sum(h * h, axis=0), H * 1.0", "tl.sum(h * h, axis=0), BLOCK_H * 1.0"),
-    "row edge off by one": (check_rms_norm, "column = tl.arange(0, BLOCK_H)\n    inside = column < H\n", "column = tl.arange(0, BLOCK_H)\n    inside = column < H - 1\n"),
-    "gate and up exchanged": (check_silu_and_mul, "tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up", "tl.div_rn(up, 1.0 + tl.exp(-up)) * gate"),
+    "eps forgotten": (
+        check_rms_norm,
+        "tl.sqrt_rn(mean_square + eps))\n    y = h",
+        "tl.sqrt_rn(mean_square))\n    y = h",
+    ),
+    "norm of the unrounded sum's input": (
+        check_rms_norm,
+        "h = x.to(tl.float32)\n",
+        "h = tl.load(gX + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)\n",
+    ),
+    "mean over the padded width": (
+        check_rms_norm,
+        "tl.sum(h * h, axis=0), H * 1.0",
+        "tl.sum(h * h, axis=0), BLOCK_H * 1.0",
+    ),
+    "row edge off by one": (
+        check_rms_norm,
+        "column = tl.arange(0, BLOCK_H)\n    inside = column < H\n",
+        "column = tl.arange(0, BLOCK_H)\n    inside = column < H - 1\n",
+    ),
+    "gate and up exchanged": (
+        check_silu_and_mul,
+        "tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up",
+        "tl.div_rn(up, 1.0 + tl.exp(-up)) * gate",
+    ),
     "reads past the row": (check_silu_and_mul, "column < F\n", "column < F + 1\n"),
     "id bound off by one": (check_embed, "(token < num_ids)", "(token <= num_ids)"),
     "MASK by equality to 1": (check_embed, "tl.load(gIsMask + row) != 0", "tl.load(gIsMask + row) == 1"),
     "k takes the weight of q": (check_rope, "tl.where(is_q, q1, k1)", "tl.where(is_q, q1, q1)"),
     "rotation turns the wrong way": (check_rope, "r2 = y2 * cos + y1 * sin", "r2 = y2 * cos - y1 * sin"),
-    "slot -1 is written": (check_rope, "(slot >= 0) & (slot < num_slots)", "(slot >= -1) & (slot < num_slots)"),
-    "v is rotated": (check_rope, "tl.store(aligned(pV, STORE_ALIGNED), x1", "tl.store(aligned(pV, STORE_ALIGNED), r1"),
+    "slot -1 is written": (
+        check_rope,
+        "(slot >= 0) & (slot < num_slots)",
+        "(slot >= -1) & (slot < num_slots)",
+    ),
+    "v is rotated": (
+        check_rope,
+        "tl.store(tl.multiple_of(pV, [1, STORE_ALIGNMENT]), x1",
+        "tl.store(tl.multiple_of(pV, [1, STORE_ALIGNMENT]), r1",
+    ),
     "rotation by slot, not position": (check_rope, "tl.load(gPositions + row)", "tl.load(gSlots + row)"),
 }
 

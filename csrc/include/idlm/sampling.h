@@ -26,9 +26,9 @@ struct Logits {
   int32_t vocab_size = 0;           // at most 262,144
   int32_t id_limit = 0;             // ids from here on are never sampled
   int32_t mask_id = -1;             // nor is this one; -1: none
-  const void* bias = nullptr;       // [num_rows, vocab_size], added to the logits; nullptr: none
+  const void* bias = nullptr;       // [num_rows, vocab_size], added to the logits in fp32; nullptr: none
   int64_t bias_row_stride = 0;
-  DType bias_dtype = DType::kFloat32;  // of the logits, or fp32
+  DType bias_dtype = DType::kFloat32;
 };
 
 // One entry per row in sample_rows, per request in verify_accept.
@@ -63,7 +63,7 @@ struct DraftLaws {
   void* logits = nullptr;  // [batch, num_k, vocab_size]; forbidden ids and NaN are stored as -inf
   int64_t stride_request = 0;
   int64_t stride_draft = 0;
-  DType dtype = DType::kBFloat16;  // of the logits, or fp32
+  DType dtype = DType::kBFloat16;  // of the logits, or fp32; fp32 if there is a bias
   float* cut = nullptr;            // [batch, num_k]: an id is kept iff logit / T >= cut
   int64_t cut_stride = 0;
   float* log_norm = nullptr;  // [batch, num_k]

@@ -1,0 +1,240 @@
+"""What the Triton kernels ask of the machine at the shapes of Qwen3-8B, counted by softgpu: no GPU, no time.
+
+    SOFTGPU_DIR=... python -m bench.counters [--full] [--write]
+
+For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
+of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
+conflict-free count; warp instructions; registers, spills and shared memory from ptxas. The default cases are cut in N,
+which changes no ratio; --full takes whole layers and longer contexts (some minutes). --write records registers,
+spills, shared memory and the ratios of the default cases in bench/budgets/triton.json, which a test holds.
+
+Limits: softgpu knows no time, no caches and nothing of what ptxas makes of the PTX; the registers are those of ptxas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bench.ptx import Launch, recorded_launches, resources
+from idlm_kernels.triton import attention, gemm, layers, sampling
+
+BUDGET = Path(__file__).parent / "budgets" / "triton.json"
+ROOT = Path(__file__).resolve().parents[1]
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 12288, 32, 8, 128, 151_936  # Qwen3-8B
+LAYERS = {
+    "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    "o": (HIDDEN, HEADS * HEAD_DIM),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A name, what to run, and the floor in bytes (weights or KV, each once) of the launch that reads them."""
+
+    name: str
+    run: Callable[[], object]
+    main: str
+    floor_bytes: int
+    model_bytes: int  # the other global reads that the main launch makes, as its docstring models them
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0) -> Case:
+    x, weight = bf16(rows, k), bf16(n, k)
+    config = gemm.gemm_config(n, k, x.dtype)
+    tiles = -(-n // config.block_n)
+    groups = -(-rows // (config.block_t * 2))
+    apart = config.splits if tiles * groups * config.splits <= gemm.kMaxCtasApart and config.splits > 1 else 0
+    model = tiles * rows * k * 2 + apart * rows * n * 4
+    floor = groups * n * k * 2
+    if not rank:
+        return Case(f"linear {name} rows={rows}", lambda: gemm.linear(x, weight), "linear", floor, model)
+    a, b, gate = bf16(rank, k), bf16(n, rank), torch.arange(rows) % 7 > 3
+    # h of the gated rows, once per weight tile; the gate, once per lane; B again for further tiles of 64 rows.
+    model += tiles * int(gate.sum()) * rank * 2 + tiles * 128 * 4 + (-(-rows // 64) - 1) * n * rank * 2
+    run = lambda: gemm.gated_lora_linear(x, weight, a, b, gate, 1.0)  # noqa: E731
+    return Case(f"gated_lora_linear {name} rows={rows} rank={rank}", run, "linear", floor + n * rank * 2, model)
+
+
+def attention_case(batch: int, rows: int, context: int, branched: bool = False) -> Case:
+    page_size = 64
+    pages = -(-(context + rows) // page_size)
+    cache = [bf16(batch * pages, page_size, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    table = torch.randperm(batch * pages).view(batch, pages).to(torch.int32)
+    lengths = torch.full((batch,), context + rows, dtype=torch.int32)
+    start = torch.arange(batch + 1, dtype=torch.int32) * rows
+    q = bf16(batch * rows, HEADS, HEAD_DIM)
+    tail = torch.randint(0, 1 << rows, (batch * rows,)) if branched else None
+
+    def run() -> Tensor:
+        return attention.strided_attention(q, *cache, table, lengths, start, max_query_len=rows, tail_mask=tail)
+
+    # A tile of 64 packed rows reads what its last row sees, once.
+    rows_per_tile = 64 * KV_HEADS // HEADS
+    last_rows = [min(first + rows_per_tile, rows) for first in range(0, rows, rows_per_tile)]
+    seen = sum(context + (rows if branched else last) for last in last_rows)
+    floor = batch * seen * KV_HEADS * HEAD_DIM * 2 * 2
+    # q once per chunk where each chunk is a CTA's own, else once.
+    chunks = -(-(context + rows) // attention.kChunk)
+    is_split = 2 * len(last_rows) * batch * KV_HEADS <= attention.kTargetCtas
+    model = batch * (chunks if is_split else 1) * rows * HEADS * HEAD_DIM * 2
+    name = f"attention batch={batch} rows={rows} context={context}{' branched' if branched else ''}"
+    return Case(name, run, "attention", floor, model)
+
+
+def sampling_case(rows: int, top_p: float, spread: float = 3.0) -> Case:
+    logits = bf16(rows, VOCAB) * spread
+    logits[:, ::1000] += 4 * spread  # a few likely tokens, as a trained model has them
+    ones = torch.ones(rows)
+    zeros = torch.zeros(rows, dtype=torch.int32)
+    arguments = (logits, zeros, ones, zeros, ones * top_p, ones * 0, torch.arange(rows), VOCAB, -1)
+
+    def run() -> Tensor:
+        return sampling.sample_rows(*arguments)
+
+    # The row's seven parameters, once per lane: 28 bytes.
+    slices = triton.cdiv(
+        VOCAB, triton.cdiv(VOCAB, sampling.kMaxSlices * sampling.kBlockPerturb) * sampling.kBlockPerturb
+    )
+    return Case(
+        f"sample_rows rows={rows} top_p={top_p} spread={spread}",
+        run,
+        "perturb",
+        rows * VOCAB * 2,
+        rows * slices * 128 * 28,
+    )
+
+
+def layer_cases(rows: int) -> Iterator[Case]:
+    x, residual, weight = bf16(rows, HIDDEN), bf16(rows, HIDDEN), bf16(HIDDEN)
+    floor = 2 * rows * HIDDEN * 2
+    run = lambda: layers.rms_norm(x, weight, 1e-6, residual=residual)  # noqa: E731
+    yield Case(f"rms_norm rows={rows}", run, "rms_norm", floor, rows * HIDDEN * 2)
+    wide = bf16(rows, 2 * INTERMEDIATE)
+    yield Case(f"silu_and_mul rows={rows}", lambda: layers.silu_and_mul(wide), "silu_and_mul", wide.numel() * 2, 0)
+    qkv, table = bf16(rows, LAYERS["qkv"][0]), torch.randn(64, HEAD_DIM)
+    cache = [bf16(2, 64, KV_HEADS, HEAD_DIM) for _ in range(2)]
+    norm = [bf16(HEAD_DIM) for _ in range(2)]
+    where = torch.arange(rows)
+
+    def rope() -> Tensor:
+        return layers.qk_norm_rope_append(qkv, where, table, where, *cache, q_weight=norm[0], k_weight=norm[1])
+
+    # Every warp reads the row of the rotary table and both weights: 1 KB.
+    warps = rows * -(-(HEADS + 2 * KV_HEADS) // layers.kBlockHeads) * 2
+    yield Case(f"qk_norm_rope_append rows={rows}", rope, "qk_norm_rope_append", qkv.numel() * 2, warps * 1024)
+
+
+def cases(full: bool) -> Iterator[Case]:
+    for rows in (7, 16, 56, 128) if full else (7, 128):
+        for name, (n, k) in LAYERS.items():
+            if full:
+                yield linear_case(name, rows, n, k)
+            elif name in ("o", "gate_up"):
+                n_cut = 512 if name == "o" else 16384
+                yield linear_case(f"{name} cut to {n_cut}", rows, n_cut, k if name == "o" else 512)
+    for rows in (16, 128):
+        yield linear_case(
+            "o" if full else "o cut to 512", rows, LAYERS["o"][0] if full else 512, LAYERS["o"][1], rank=128
+        )
+    for batch, rows, context in (
+        [(b, r, c) for b in (1, 8) for r in (7, 16) for c in (1024, 4096)] if full else [(1, 7, 1024), (1, 16, 1024)]
+    ):
+        yield attention_case(batch, rows, context)
+    yield attention_case(1, 320, 1)  # a prefill chunk: chunks of a row tile in one CTA
+    yield attention_case(1, 16, 256, branched=True)
+    yield from layer_cases(7)
+    yield sampling_case(7 if full else 2, 1.0)
+    yield sampling_case(7 if full else 2, 0.9)
+    yield sampling_case(7 if full else 2, 0.9, spread=1.0)
+
+
+def measure(case: Case, softgpu: ModuleType) -> list[dict[str, Any]]:
+    """One entry per launch of the case; the ratio to the floor for the launch that the floor belongs to."""
+    with recorded_launches(softgpu) as launches:
+        case.run()
+    return [_entry(case, launch, is_main) for launch, is_main in _with_main(launches, case.main)]
+
+
+def _with_main(launches: list[Launch], main: str) -> list[tuple[Launch, bool]]:
+    last = max(i for i, launch in enumerate(launches) if launch.name == main)
+    return [(launch, i == last) for i, launch in enumerate(launches)]
+
+
+def _entry(case: Case, launch: Launch, is_main: bool) -> dict[str, Any]:
+    c, used = launch.counters, resources(launch.ptx)
+    entry = {
+        "case": case.name,
+        "kernel": launch.name,
+        "ctas": c["ctas"],
+        "registers": used.registers,
+        "spill_bytes": used.spill_bytes,
+        "shared_bytes": launch.shared_bytes,
+        "read_kb": round(c["global_load_bytes"] / 1e3, 1),
+        "written_kb": round(c["global_store_bytes"] / 1e3, 1),
+        "load_efficiency": c["global_load_efficiency"],
+        "store_efficiency": c["global_store_efficiency"],
+        "shared_waves_over_ideal": round(launch.shared_waves / max(launch.ideal_shared_waves, 1), 3),
+        "warp_instructions": c["warp_instructions"],
+    }
+    if is_main:
+        entry["bytes_over_floor"] = round((c["global_load_bytes"] - case.model_bytes) / case.floor_bytes, 3)
+    return entry
+
+
+def load_softgpu() -> ModuleType:
+    """softgpu as Triton's driver."""
+    root = Path(os.environ.get("SOFTGPU_DIR") or ROOT.parent / "shared" / "softgpu")
+    sys.path.insert(0, str(root / "python"))
+    try:
+        import softgpu
+        import softgpu.triton_driver
+    except ImportError as error:
+        raise SystemExit(f"bench.counters needs softgpu, which is not usable at {root}: {error}") from error
+    softgpu.triton_driver.activate()
+    return softgpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="whole layers and longer contexts")
+    parser.add_argument("--write", action="store_true", help="record the default cases as the budget")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    softgpu = load_softgpu()
+    columns: list[str] = []
+    entries = []
+    for case in cases(arguments.full):
+        for entry in measure(case, softgpu):
+            if not columns:
+                columns = [*entry, "bytes_over_floor"] if "bytes_over_floor" not in entry else list(entry)
+                print("\t".join(columns))
+            entries.append(entry)
+            print("\t".join(str(entry.get(column, "")) for column in columns), flush=True)
+    if arguments.write:
+        if arguments.full:
+            raise SystemExit("the budget is of the default cases: leave --full away")
+        BUDGET.write_text(json.dumps({"triton": triton.__version__, "launches": entries}, indent=1) + "\n")
+        print(f"wrote {BUDGET.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

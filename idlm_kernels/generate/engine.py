@@ -1,0 +1,446 @@
+"""The engine: a stationary batch that decodes many requests, with the host beside the steps and not inside them.
+
+Time runs in epochs. At an epoch's edge the host retires what has ended, chooses the plan, finds pages for the steps ahead
+(preempting the youngest requests where there are too few), admits waiting requests and prefills within a token budget.
+Then the batch runs a number of steps unchanged; their results are read one step late on a GPU, so that no step waits
+for the host. In `match` the output of a request is a function of (model, prompt, parameters, seed) alone: nothing that
+is decided here can change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.generate.graphs import GraphedSteps, StepFunction, bucket_of
+from idlm_kernels.generate.output import RequestOutput, StreamEvent
+from idlm_kernels.generate.pages import PagePool
+from idlm_kernels.generate.params import SamplingParams
+from idlm_kernels.generate.policy import PlanPolicy
+from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
+from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
+from idlm_kernels.model.tokenizer import Tokenizer
+from idlm_kernels.model.transformer import Transformer
+from idlm_kernels.ops.sampling import MODES
+from python_ref import QState
+
+_T = TypeVar("_T")
+MAX_STOP_IDS = 64  # of a request
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs. None of it changes the output of a request in `match`.
+
+    max_batch: requests decoded together. max_len: the most tokens of a request, prompt included. num_pages: pages of
+    the KV cache; enough for max_batch full requests when None. prefill_tokens: the budget of an epoch, and of one
+    forward. epoch_steps: the most steps of an epoch. lag: steps after which the host reads a result; when None, 1 on a
+    GPU and 0 elsewhere. suffix_drafts, logprobs, synthetic_acceptance: see Decoder.
+    """
+
+    max_batch: int = 8
+    max_len: int = 2048
+    page_size: int = 64
+    num_pages: int | None = None
+    prefill_tokens: int = 512
+    epoch_steps: int = 16
+    lag: int | None = None
+    suffix_drafts: bool = False
+    logprobs: bool = False
+    synthetic_acceptance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "page_size", "prefill_tokens", "epoch_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
+        if self.max_len < 2:
+            raise ValueError(f"max_len is {self.max_len}, wanted at least 2")
+        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
+            raise ValueError(f"synthetic_acceptance is {self.synthetic_acceptance}, wanted 0 to 1")
+
+
+@dataclass(eq=False)
+class Request:
+    """A request as the host knows it. Its text and figures are in `output`, with a finish_reason once it has ended."""
+
+    arrival: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: list[int]
+    limit: int  # largest L
+    output: RequestOutput
+    place: int | None = None  # in the state, while it holds pages
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose KV is known to be in the cache; meaningful until the first step
+    decoding: bool = False  # its prefill has ended
+
+    @property
+    def tokens(self) -> list[int]:
+        """Committed text: what a prefill has to compute, after a preemption too."""
+        return self.prompt + self.output.token_ids
+
+    @property
+    def ended(self) -> bool:
+        return self.output.finish_reason is not None
+
+
+class Engine:
+    """Decodes requests; see the module. Not thread-safe: submit, cancel and run from one thread."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        policy: PlanPolicy,
+        verify: str = "match",
+        options: EngineOptions = EngineOptions(),
+        *,
+        step: StepFunction = decode_step,
+    ):
+        if verify not in MODES:
+            raise ValueError(f"verify is {verify!r}, wanted one of {', '.join(MODES)}")
+        if options.suffix_drafts and verify != "match":
+            raise ValueError("suffix drafts have no law q: use verify='match'")
+        self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
+        self._lag = (1 if model.device.type == "cuda" else 0) if options.lag is None else options.lag
+        self._id_limit = model.config.vocab_size
+        if tokenizer is not None:
+            self._id_limit = min(self._id_limit, tokenizer.vocab_size)
+        num_slots = options.max_len - 1 + policy.widest.max_rows
+        model.reserve_positions(num_slots)
+        per_request = -(-num_slots // options.page_size)
+        self.pool = PagePool(options.num_pages or options.max_batch * per_request, options.page_size)
+        self._state = DecodeState.empty(
+            options.max_batch,
+            options.max_len,
+            per_request,
+            policy.num_drafts,
+            MAX_STOP_IDS,
+            mask_token_id=model.config.mask_token_id,
+            id_limit=self._id_limit,
+            device=model.device,
+        )
+        q_state = None
+        if verify == "rejection":
+            vocab_size = model.config.vocab_size
+            q_state = QState.empty(options.max_batch, policy.num_drafts, vocab_size, model.dtype, model.device)
+        self._decoder = Decoder(
+            model,
+            model.new_cache(self.pool.num_pages, options.page_size),
+            policy.widest,
+            verify,
+            q_state,
+            suffix=options.suffix_drafts,
+            logprobs=options.logprobs,
+            synthetic_acceptance=options.synthetic_acceptance,
+        )
+        self._steps = GraphedSteps(step)
+        self._waiting: list[Request] = []
+        self._active: list[Request] = []  # those with a place, by arrival
+        self._free_places = list(range(options.max_batch))  # a heap
+        self._arrivals = 0
+
+    # Requests
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
+        """Queue a request. ValueError or TypeError if it cannot run; nothing is queued then."""
+        prompt = self._checked_prompt(prompt)
+        limit = min(self.options.max_len, len(prompt) + params.max_tokens)
+        needed = self.pool.pages_for(limit - 1 + self.policy.widest.max_rows)
+        if needed > self.pool.num_pages:
+            raise ValueError(
+                f"the request may need {needed} pages of {self.options.page_size} tokens, but the cache has "
+                f"{self.pool.num_pages}: lower max_tokens or give the engine more pages"
+            )
+        stop_ids = self._stop_ids(params)
+        output = RequestOutput(len(prompt), params, seed, self.tokenizer, self.policy.num_drafts, self.options.logprobs)
+        request = Request(self._arrivals, prompt, params, seed, stop_ids, limit, output)
+        self._arrivals += 1
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request here, with the text so far. Its place is free from the next edge on."""
+        request.output.cancel()
+        if request.place is not None:
+            self._state.finish[request.place].fill_(STOPPED)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting or self._active)
+
+    # Time
+
+    def events(self) -> Iterator[tuple[Request, StreamEvent]]:
+        """Run until nothing waits and nothing runs, yielding what each step gave to each request."""
+        while self.busy:
+            yield from self.epoch()
+
+    def epoch(self) -> Iterator[tuple[Request, StreamEvent]]:
+        """One edge and the steps after it. The host's view is complete again when the iterator is exhausted."""
+        self._retire()
+        plan = self.policy.choose(max(1, min(self.options.max_batch, len(self._active) + len(self._waiting))))
+        self._decoder = dataclasses.replace(self._decoder, plan=plan)
+        steps = self._epoch_length()
+        self._reserve(steps)
+        self._admit(steps)
+        self._compact()
+        self._write_tables()
+        yield from self._prefill()
+        yield from self._run_steps(steps)
+        self._retire()
+
+    def _epoch_length(self) -> int:
+        """Few steps while requests wait for a place that a short one may soon leave; many in a steady state."""
+        return max(1, self.options.epoch_steps // 4) if self._waiting else self.options.epoch_steps
+
+    # The edge of an epoch
+
+    def _retire(self) -> None:
+        for request in [r for r in self._active if r.ended]:
+            self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request from its place and give its pages back."""
+        assert request.place is not None
+        self._state.finish[request.place] = IDLE
+        heapq.heappush(self._free_places, request.place)
+        self.pool.release(request.pages)
+        request.place, request.pages, request.decoding, request.cached = None, [], False, 0
+        self._active.remove(request)
+
+    def _pages_ahead(self, request: Request, steps: int) -> int:
+        """Pages that a request may touch in the steps ahead, and one of slack for the step that is read late."""
+        plan = self._decoder.plan
+        reach = min(request.limit, len(request.tokens) + (steps + 1) * plan.stride)
+        return self.pool.pages_for(reach - 1 + plan.max_rows)
+
+    def _reserve(self, steps: int) -> None:
+        """Pages for the epoch ahead, oldest request first; the youngest ones make room where there are too few."""
+        for request in list(self._active):
+            while request.place is not None:
+                pages = self.pool.take(self._pages_ahead(request, steps) - len(request.pages))
+                if pages is not None:
+                    request.pages += pages
+                    break
+                self._preempt(self._active[-1])
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue, in order of arrival; its prompt is then all that it has committed."""
+        self._leave(request)
+        self._waiting.append(request)
+        self._waiting.sort(key=lambda r: r.arrival)
+
+    def _admit(self, steps: int) -> None:
+        """Give waiting requests a place and pages, strictly in order of arrival."""
+        while self._waiting and len(self._active) < self.options.max_batch:
+            request = self._waiting[0]
+            tokens = request.tokens
+            shared = self.pool.share(tokens)
+            pages = self.pool.take(max(0, self._pages_ahead(request, steps) - len(shared)))
+            if pages is None:
+                self.pool.release(shared)
+                return
+            self._waiting.pop(0)
+            request.pages = shared + pages
+            request.cached = len(shared) * self.pool.page_size
+            request.place = heapq.heappop(self._free_places)
+            self._active.append(request)
+            self._active.sort(key=lambda r: r.arrival)
+            self._state.place(request.place, tokens, request.params, request.seed, request.limit, request.stop_ids)
+
+    def _compact(self) -> None:
+        """Move requests down to the first places, so that a step runs no more of them than there are requests."""
+        for request in [r for r in self._active if r.place is not None and r.place >= len(self._active)]:
+            assert request.place is not None
+            free = heapq.heappushpop(self._free_places, request.place)
+            self._state.move(request.place, free)
+            if self._decoder.q_state is not None:
+                q = self._decoder.q_state
+                for x in (q.logits, q.cut, q.log_norm):
+                    x[free] = x[request.place]
+            request.place = free
+
+    def _write_tables(self) -> None:
+        """Page tables, and drafts within the plan of the epoch."""
+        width = self._state.page_table.shape[1]
+        tables = [[0] * width for _ in range(len(self._active))]
+        for request in self._active:
+            assert request.place is not None
+            tables[request.place] = (request.pages + [0] * width)[:width]
+        if tables:
+            self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
+        self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
+
+    # Prefill
+
+    def _prefill(self) -> Iterator[tuple[Request, StreamEvent]]:
+        """Prefill within the budget, oldest first. The first step of a request rides on its last chunk."""
+        budget = self.options.prefill_tokens
+        ready: list[Request] = []
+        for request in self._active:
+            if request.decoding or request.ended:
+                continue
+            length = len(request.tokens)
+            assert request.place is not None
+            if length - request.cached <= budget:
+                budget -= length - request.cached
+                ready.append(request)
+            elif budget > 0:
+                state = self._state.requests(request.place, request.place + 1)
+                stop = request.cached + budget
+                if self._guarded([request], partial(prefill_chunk, self._decoder, state, request.cached, stop)):
+                    request.cached, budget = stop, 0
+        for group in _neighbours(ready):
+            yield from self._first_step(group)
+
+    def _first_step(self, group: list[Request]) -> Iterator[tuple[Request, StreamEvent]]:
+        first, last = group[0].place, group[-1].place
+        assert first is not None and last is not None
+        state = self._state.requests(first, last + 1)
+        q_state = self._decoder.q_state
+        decoder = self._narrowed(first, last + 1) if q_state is not None else self._decoder
+        state.finish.fill_(RUNNING)
+        starts, lengths = [r.cached for r in group], [len(r.tokens) for r in group]
+        view = state.with_drafts(decoder.plan.num_drafts)
+        outcome = self._guarded(group, partial(first_step, decoder, view, starts, lengths))
+        if outcome is not None:
+            for request in group:
+                request.decoding = True
+                self.pool.publish(request.tokens, request.pages)
+            yield from self._read(outcome.packed().tolist(), dict(enumerate(group)))
+
+    def _narrowed(self, first: int, last: int) -> Decoder:
+        """The decoder with the q_state of some places and of the drafts of the plan."""
+        q, num_k = self._decoder.q_state, self._decoder.plan.num_drafts
+        assert q is not None
+        part = QState(q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k])
+        return dataclasses.replace(self._decoder, q_state=part)
+
+    # Steps
+
+    def _run_steps(self, steps: int) -> Iterator[tuple[Request, StreamEvent]]:
+        """Run the batch, unchanged; read each result `lag` steps late."""
+        decoding = {r.place: r for r in self._active if r.decoding and r.place is not None}
+        if not decoding:
+            return
+        bucket = bucket_of(max(decoding) + 1, self.options.max_batch, self.model.device)
+        state = self._state.requests(0, bucket).with_drafts(self._decoder.plan.num_drafts)
+        decoder = self._decoder if self._decoder.q_state is None else self._narrowed(0, bucket)
+        unread: deque[_Readback] = deque()
+        for _ in range(steps):
+            if all(request.ended for request in decoding.values()):
+                break
+            running = [r for r in decoding.values() if not r.ended]
+            outcome = self._guarded(running, partial(self._steps.run, decoder, state))
+            if outcome is None:
+                break
+            unread.append(_Readback(outcome))
+            if len(unread) > self._lag:
+                yield from self._read(unread.popleft().wait(), decoding)
+        while unread:
+            yield from self._read(unread.popleft().wait(), decoding)
+
+    def _guarded(self, requests: list[Request], run: Callable[[], _T]) -> _T | None:
+        """Run something on the device; an exception ends the requests that it was for, and no others: None then."""
+        try:
+            return run()
+        except Exception as error:  # whatever a backend may raise: the other requests go on
+            for request in requests:
+                request.output.fail(f"{type(error).__name__}: {error}")
+                if request.place is not None:
+                    self._state.finish[request.place].fill_(STOPPED)
+            return None
+
+    def _read(self, rows: list[list[int]], requests: dict[int, Request]) -> Iterator[tuple[Request, StreamEvent]]:
+        """Hand a step's results to its requests. In a run of steps the host waits nowhere else."""
+        verified = accepted = 0
+        for place, request in requests.items():
+            if request.ended:
+                continue
+            num_drafts, num_accepted, *_ = rows[place]
+            event = request.output.read(rows[place], self._decoder.plan.stride)
+            verified += min(num_drafts, num_accepted + 1)
+            accepted += num_accepted
+            if request.ended and request.place is not None:
+                self._state.finish[request.place].clamp_(min=STOPPED)  # a stop string is known to the host alone
+            yield request, event
+        self.policy.observe(verified, accepted)
+
+    # Checks
+
+    def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
+        ids, vocab_size, max_len = list(prompt), self.model.config.vocab_size, self.options.max_len
+        if not ids:
+            raise ValueError("the prompt is empty, wanted at least one token")
+        if len(ids) >= max_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, but the context is {max_len}: wanted at most {max_len - 1}, so "
+                "that one can be added"
+            )
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"the prompt holds a {type(token).__name__}, wanted token ids (int)")
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"the prompt holds the id {token}, outside the vocabulary of {vocab_size}")
+        return ids
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        vocab_size = self.model.config.vocab_size
+        for token in params.stop_token_ids:
+            if token >= vocab_size:
+                raise ValueError(f"stop_token_ids holds {token}, outside the vocabulary of {vocab_size}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and there is none")
+        ends: set[int] = set()
+        if not params.ignore_eos:
+            ends = set(self.model.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
+        ends |= set(params.stop_token_ids)
+        if len(ends) > MAX_STOP_IDS:
+            raise ValueError(f"{len(ends)} stop ids with the end tokens, wanted at most {MAX_STOP_IDS}")
+        return sorted(ends)
+
+
+class _Readback:
+    """The outcome of a step on its way to the host; on a GPU through pinned memory, without stopping the device."""
+
+    def __init__(self, outcome: StepOutcome):
+        packed = outcome.packed()
+        self._event: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            self._host: Tensor = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = packed
+
+    def wait(self) -> list[list[int]]:
+        if self._event is not None:
+            self._event.synchronize()
+        rows: list[list[int]] = self._host.tolist()
+        return rows
+
+
+def _neighbours(requests: list[Request]) -> Iterator[list[Request]]:
+    """Groups of requests whose places follow each other: one forward, and one view of the state, serves a group."""
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda r: r.place or 0):
+        if group and request.place != (group[-1].place or 0) + 1:
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group

@@ -1,0 +1,102 @@
+"""What nvcc made of the kernels: resources, instructions, and the order around programmatic dependent launch."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench.native_counters import collect
+from tests.native.support import ROOT, Toolkit
+
+BUDGET = json.loads((ROOT / "bench" / "budgets" / "native.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def library(module: ModuleType) -> Path:
+    return Path(str(module.__file__))
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path, toolkit: Toolkit) -> dict[str, str]:
+    """PTX by kernel."""
+    text = subprocess.run([toolkit.tool("cuobjdump"), "-ptx", str(library)], check=True, capture_output=True, text=True).stdout
+    pieces = re.split(r"\.entry (\S+?)\(", text)[1:]
+    found = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    assert found, "the module holds no PTX"
+    return found
+
+
+def test_resources(library: Path, toolkit: Toolkit) -> None:
+    command = [toolkit.tool("cuobjdump"), "-res-usage", str(library)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert {name for name, *_ in usage} == set(BUDGET["kernels"])
+    for name, registers, stack, shared, local in usage:
+        budget = BUDGET["kernels"][name]
+        assert int(registers) <= budget["registers"], name
+        assert int(shared) <= budget["static_shared_bytes"], name
+        assert int(stack) == int(local) == 0, f"{name} spills"
+
+
+def test_instructions(kernels: dict[str, str]) -> None:
+    assert set(kernels) == set(BUDGET["kernels"])
+    for name, text in kernels.items():
+        for wanted in BUDGET["instructions"]:
+            assert wanted in text, f"{name}: no {wanted}"
+        for unwanted in BUDGET["forbidden_instructions"]:
+            assert unwanted not in text, f"{name}: {unwanted}"
+
+
+GLOBAL_ACCESS = re.compile(r"\b(?:ld|st|atom|red|cp)\.(?:\w+\.|async\.)*(?:global)|\bld\.(?:v\d\.)?[bsuf]\d+\b|\bst\.(?:v\d\.)?[bsuf]\d+\b")
+
+
+def test_nothing_is_touched_before_the_previous_kernel_has_ended(kernels: dict[str, str]) -> None:
+    """griddepcontrol.wait stands in the straight line from the entry, before any access to global memory and before any
+    branch: all paths, those that leave early too, pass it first. (softgpu runs launches one after the other, so this is
+    not checked dynamically.)"""
+    for name, text in kernels.items():
+        before, wait, after = text.partition("griddepcontrol.wait;")
+        assert wait and "griddepcontrol.wait" not in after, name
+        assert not GLOBAL_ACCESS.search(before), f"{name}: memory is accessed before the wait"
+        assert not re.search(r"^\s*(?:@!?%p\d+\s+)?(?:bra|ret|exit)\b|^\$L", before, re.M), f"{name}: a branch comes first"
+        assert GLOBAL_ACCESS.search(after), f"{name}: the pattern matches nothing"
+
+
+def test_the_next_kernel_is_let_in_after_the_row_is_read(kernels: dict[str, str]) -> None:
+    for name, text in kernels.items():
+        assert text.index("ld.global.L1::no_allocate") < text.index("griddepcontrol.launch_dependents"), name
+
+
+def test_memory_traffic(softgpu: ModuleType, module: ModuleType) -> None:
+    limits = BUDGET["counters"]
+    for name, launches in collect().items():
+        for i, launch in enumerate(launches):
+            label = f"{name}, launch {i}: {launch}"
+            assert launch["bytes_over_floor"] <= limits["bytes_over_floor"], label
+            if "wide_sector_efficiency" in launch:
+                assert launch["wide_sector_efficiency"] >= limits["wide_sector_efficiency"], label
+                assert launch["shared_waves_over_ideal"] <= limits["shared_waves_over_ideal"], label
+        most = limits["warp_instructions_per_id"].get(name)
+        if most is not None:
+            assert launches[-1]["warp_instructions_per_id"] <= most, f"{name}: {launches[-1]}"
+
+
+def test_cluster_sizes(module: ModuleType) -> None:
+    choose = module.choose_cluster_size
+    row = 2 * 151_936  # bytes, bf16
+    assert choose(7, row) == 8  # batch 1: as much of the chip as a row can use
+    assert choose(448, row) == 4  # batch 64: two CTAs per SM, one loads while the other computes
+    assert choose(448, 2 * row) == 8
+    assert choose(10_000, 16) == 1 and choose(1, 16) == 1
+    assert choose(1, 4 * 262_144) == 8
+    assert choose(1, 8 * 230 * 1024) == 0  # does not fit
+    for rows in (1, 8, 64, 4096):
+        for vocab_size in (1, 1000, 32_000, 151_936, 262_144):
+            for width in (2, 4):
+                size = choose(rows, width * vocab_size)
+                assert size in (1, 2, 4, 8) and width * vocab_size / size <= 223 * 1024

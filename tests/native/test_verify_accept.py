@@ -1,0 +1,285 @@
+"""verify_accept of backend `cuda` against the reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+import python_ref
+from idlm_kernels.native import backend
+from python_ref import QState
+from python_ref.sampling import STATUS_BAD_DRAFT
+from tests.native.support import MIXES, Mix, Step, Tally, check_laws, check_step, decided_requests
+from tests.softgpu_support import SCHEDULES
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+MODES = ["match", "rejection"]
+
+
+@pytest.fixture(autouse=True)
+def built(module: ModuleType) -> None:
+    """Every test here launches kernels."""
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("branched", [True, False], ids=["branched", "chain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_batches(
+    mode: str, branched: bool, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    tally = Tally()
+    for num_k, vocab_size in ((3, 37), (1, 8), (0, 64), (7, 256), (2, 1000), (3, 5003)):
+        for closeness in (0.05, 0.5):
+            step = Step.make(
+                16, num_k, vocab_size, dtype, generator, branched=branched, mode=mode, closeness=closeness
+            )
+            check_step(step, backend, device, tally, f"K={num_k} V={vocab_size} closeness={closeness}")
+    tally.hold()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_full_vocabulary(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    tally = Tally()
+    mixes = (Mix(), Mix(0.8, top_p=0.9))
+    step = Step.make(
+        2, 3, 151_936, torch.bfloat16, generator, branched=True, mode=mode, closeness=0.1, mixes=mixes, kinds=(2,)
+    )
+    check_step(step, backend, device, tally)
+    tally.hold()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bias(mode: str, bias_dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    tally = Tally()
+    for dtype in DTYPES:
+        step = Step.make(20, 3, 300, dtype, generator, branched=True, mode=mode, bias_dtype=bias_dtype)
+        check_step(step, backend, device, tally, str(dtype))
+    tally.hold()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_longest_chain(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    tally = Tally()
+    step = Step.make(8, 31, 64, torch.float32, generator, branched=False, mode=mode, closeness=0.0)
+    check_step(step, backend, device, tally)
+    tally.hold(0.15)  # 31 decisions each
+    too_long = Step.make(2, 32, 64, torch.float32, generator, branched=False, mode=mode)
+    with pytest.raises(ValueError, match="32 columns"):
+        too_long.run(backend, device)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_full_acceptance(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    """Perfect drafts stand: every request commits all of them."""
+    step = Step.make(
+        12, 3, 100, torch.float32, generator, branched=True, mode="match", closeness=0.0, mixes=(Mix(), Mix(0.6)), kinds=(2,)
+    )
+    laws = QState.empty(12, 3, 100, torch.float32, torch.device("cpu"))
+    if mode == "rejection":
+        for b in range(12):
+            start = int(step.query_start_loc[b])
+            rows = step.logits[start : start + 3]
+            laws.logits[b, : len(rows)] = rows
+            z = rows.masked_fill(torch.arange(100) >= step.id_limit, -math.inf)
+            z[:, step.mask_id] = -math.inf
+            laws.cut[b, : len(rows)] = -math.inf
+            laws.log_norm[b, : len(rows)] = torch.logsumexp(z / step.temperature[b], -1)
+        step = replace(step, mode="rejection", q_state=laws)
+    got = step.run(backend, device)
+    assert torch.equal(got.num_accepted, step.num_drafts)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bad_drafts_and_counts(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    tally = Tally()
+    step = Step.make(
+        16, 3, 64, torch.float32, generator, branched=True, mode=mode, closeness=0.0, kinds=(2,), mixes=(Mix(), Mix(0.5))
+    )
+    step.num_drafts[:8] = torch.tensor([-1, 4, 100, -(2**31), 2**31 - 1, 3, 0, 1])
+    step.drafts[8:, 0] = torch.tensor([-1, 64, 2**31, 2**32 + 5, -(2**63), 63, 2, 2**63 - 1])
+    check_step(step, backend, device, tally)
+    tally.hold(0.1)
+    flagged = step.run(backend, device).status & STATUS_BAD_DRAFT
+    assert flagged[:5].bool().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_faulty_rows(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    tally = Tally()
+    for dtype in DTYPES:
+        for round_ in range(4):
+            step = Step.make(10, 2, 50, dtype, generator, branched=True, mode=mode, mixes=(Mix(), Mix(0.7), Mix(0.0)))
+            for row in range(round_, len(step.logits), 4):
+                kind = row % 5
+                if kind == 0:
+                    step.logits[row] = math.nan
+                elif kind == 1:
+                    step.logits[row, 7] = math.inf
+                elif kind == 2:
+                    step.logits[row] = -math.inf
+                elif kind == 3:
+                    step.logits[row, 3::5] = math.nan
+                else:
+                    step.logits[row] = 0.25
+            got, expected = step.run(backend, device), step.run(python_ref)  # type: ignore[arg-type]
+            assert torch.equal(got.status, expected.status)
+            tally.add(f"{dtype} {round_}", got.equal(expected), decided_requests(step))
+    tally.hold(0.1)
+
+
+def test_laws_of_empty_rows_are_point_masses(device: torch.device, generator: torch.Generator) -> None:
+    step = Step.make(3, 2, 20, torch.float32, generator, branched=True, mode="rejection", kinds=(2,), mixes=(Mix(),))
+    step.logits.fill_(math.nan)
+    step.num_drafts.zero_()
+    got = step.run(backend, device)
+    assert got.q_state is not None
+    law = python_ref.sampling.law(
+        python_ref.sampling.sanitise(got.q_state.logits, step.id_limit, step.mask_id)[0],
+        got.q_state.cut,
+        got.q_state.log_norm,
+        torch.zeros(3, 1, dtype=torch.bool),
+    )
+    complete = got.next_num_drafts > 0
+    assert complete.any()
+    assert torch.equal(law[complete].argmax(-1), torch.zeros(int(complete.sum()), 2, dtype=torch.int64))
+    assert torch.equal(law[complete].amax(-1), torch.ones(int(complete.sum()), 2))
+
+
+def test_laws_carry_over_steps(device: torch.device, generator: torch.Generator) -> None:
+    """What one step stores the next one judges by, in both dtypes that it may be stored in, as the reference does."""
+    for law_dtype in (torch.bfloat16, torch.float32):
+        step = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, mode="rejection", kinds=(2,))
+        assert step.q_state is not None
+        step.q_state.logits = step.q_state.logits.to(law_dtype)
+        first, wanted = step.run(backend, device), step.run(python_ref)  # type: ignore[arg-type]
+        check_laws(step, first, wanted, decided_requests(step))
+        following = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, mode="rejection", kinds=(2,))
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        following = replace(following, **{n: getattr(step, n) for n in names}, q_state=first.q_state)
+        following = replace(following, drafts=first.next_drafts.clamp(min=0))
+        tally = Tally()
+        check_step(following, backend, device, tally)
+        tally.hold(0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_requests_do_not_see_each_other(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    step = Step.make(8, 3, 2000, torch.bfloat16, generator, branched=True, mode=mode, kinds=(2,))
+    whole = step.run(backend, device)
+    for b in (0, 3, 7):
+        rows = slice(int(step.query_start_loc[b]), int(step.query_start_loc[b + 1]))
+        names = ("num_drafts", "drafts", "positions", "temperature", "top_k", "top_p", "min_p", "seed")
+        q = step.q_state and QState(*(x[b : b + 1] for x in (step.q_state.logits, step.q_state.cut, step.q_state.log_norm)))
+        alone = replace(
+            step,
+            **{n: getattr(step, n)[b : b + 1] for n in names},
+            logits=step.logits[rows],
+            query_start_loc=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+            q_state=q,
+        ).run(backend, device)
+        assert alone.equal(replace(whole, **{
+            n: getattr(whole, n)[b : b + 1] for n in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")
+        })).all()  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cluster_size_does_not_show(
+    mode: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step.make(len(MIXES), 3, 3001, torch.float32, generator, branched=True, mode=mode)
+    outcomes = []
+    for size in (0, 1, 2, 4, 8):
+        monkeypatch.setattr(backend, "cluster_size", size)
+        outcomes.append(step.run(backend, device))
+    assert all(outcomes[0].same_bits(other) for other in outcomes[1:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(
+    mode: str, schedule: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "cluster_size", 2)
+    step = Step.make(6, 3, 1501, torch.bfloat16, generator, branched=True, mode=mode, mixes=MIXES[3:])
+    expected = step.run(backend)
+    with softgpu.configured(**SCHEDULES[schedule]):
+        assert step.run(backend).same_bits(expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_go_where_they_are_asked_for(mode: str, device: torch.device, generator: torch.Generator) -> None:
+    """Strided outputs, drafts and laws; what lies between them stays."""
+    step = Step.make(5, 3, 101, torch.bfloat16, generator, branched=True, mode=mode, kinds=(2,))
+    expected = step.run(backend, device)
+
+    def padded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, -77, dtype=dtype, device=device)
+
+    tokens, drafts = padded(5, 9, dtype=torch.int64), padded(5, 6, dtype=torch.int64)
+    out = (padded(5, dtype=torch.int32), tokens[:, 2:6], drafts[:, 1:4], padded(5, dtype=torch.int32))
+    given = padded(5, 8, dtype=torch.int64)
+    given[:, 4:7] = step.drafts
+    if step.q_state is not None:
+        logits = padded(5, 4, 120, dtype=torch.bfloat16)
+        logits[:, :3, 3:104] = step.q_state.logits
+        cut, norm = padded(5, 7, dtype=torch.float32), padded(5, 7, dtype=torch.float32)
+        cut[:, :3], norm[:, :3] = step.q_state.cut, step.q_state.log_norm
+        q = QState(logits[:, :3, 3:104], cut[:, :3], norm[:, :3])
+    else:
+        q = None
+
+    class Redirected:
+        @staticmethod
+        def verify_accept(*args: object, **options: object) -> object:
+            positional = [*args[:3], given[:, 4:7], *args[4:]]
+            return backend.verify_accept(*positional, **{**options, "out": out, "q_state": q})  # type: ignore[arg-type]
+
+    got = step.run(Redirected, device)  # type: ignore[arg-type]
+    assert got.equal(expected).all()
+    assert (tokens[:, :2] == -77).all() and (tokens[:, 6:] == -77).all()
+    assert (drafts[:, :1] == -77).all() and (drafts[:, 4:] == -77).all()
+    if q is not None and expected.q_state is not None:
+        assert torch.equal(q.logits.cpu(), expected.q_state.logits) and torch.equal(q.cut.cpu(), expected.q_state.cut)
+        assert (logits[:, 3] == -77).all() and (logits[:, :, :3] == -77).all() and (logits[:, :, 104:] == -77).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strict_bounds(
+    mode: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With only the tensors of the call known, nothing outside them is read or written."""
+    allocate = backend._empty
+    monkeypatch.setattr(backend, "_empty", lambda *args: softgpu.register(allocate(*args)))
+    with softgpu.configured(strict=1):
+        for vocab_size, dtype in ((37, torch.bfloat16), (64, torch.float32), (1003, torch.float16)):
+            step = Step.make(6, 3, vocab_size, dtype, generator, branched=True, mode=mode)
+            expected = step.run(python_ref)  # type: ignore[arg-type]
+
+            class Registered:
+                @staticmethod
+                def verify_accept(*args: object, **options: object) -> object:
+                    kept = []
+                    q = options["q_state"]
+                    laws = [q.logits, q.cut, q.log_norm] if isinstance(q, QState) else []
+                    for x in (*args, options["status"], *laws):
+                        if isinstance(x, torch.Tensor) and x.numel():
+                            writable = x is options["status"] or any(x is y for y in laws)
+                            kept.append(softgpu.register(x, writable=writable))
+                    try:
+                        return backend.verify_accept(*args, **options)  # type: ignore[arg-type]
+                    finally:
+                        for x in kept:
+                            softgpu.unregister(x)
+
+            got = step.run(Registered)  # type: ignore[arg-type]
+            assert got.equal(expected)[decided_requests(step)].all()

@@ -1,0 +1,243 @@
+"""Valid arguments of every public op, for tests that run over all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import idlm_kernels
+import python_ref
+from idlm_kernels import QState
+from idlm_kernels.ops import OPS
+
+Arguments = dict[str, Any]
+
+# `prepare_weight` runs once, at load, and may return its argument: it is no registered op and takes no `out`.
+STEP_OPS = tuple(op for op in OPS if op != "prepare_weight")
+
+
+def public(op: str) -> Callable[..., Any]:
+    return getattr(idlm_kernels, op)
+
+
+def reference(op: str) -> Callable[..., Any]:
+    return getattr(python_ref, op)
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _attention(variant: str) -> Arguments:
+    """Requests of 3 and 2 rows with 5 and 2 tokens, a padded request, a padding row. `other`: 1 and 4 rows."""
+    rows = (1, 4) if variant == "other" else (3, 2)
+    args: Arguments = {
+        "q": _randn(6, 4, 8),
+        "k_cache": _randn(5, 3, 2, 8, seed=1),
+        "v_cache": _randn(5, 3, 2, 8, seed=2),
+        "page_table": torch.tensor([[3, 1], [4, 2], [0, 0]], dtype=torch.int32),
+        "seq_lens": _int32(5, 4, 0) if variant == "other" else _int32(5, 2, 0),
+        "query_start_loc": _int32(0, rows[0], sum(rows), sum(rows)),
+        "max_query_len": 4,
+    }
+    if variant == "tail_mask":
+        args |= {"tail_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor(0.5)}
+        args |= {"v_scale": torch.tensor(2.0), "lse": torch.zeros(6, 4)}
+        args |= {"workspace": torch.zeros(16, dtype=torch.uint8)}
+    if variant == "window":
+        args |= {"window": 2}
+    return args
+
+
+def _parameters(count: int) -> Arguments:
+    return {
+        "temperature": torch.tensor([1.0, 0.0, 0.7, 2.0])[:count].clone(),
+        "top_k": _int32(0, 3, 5, 1)[:count].clone(),
+        "top_p": torch.tensor([0.9, 1.0, 0.5, 1.0])[:count].clone(),
+        "min_p": torch.tensor([0.0, 0.1, 0.0, 0.2])[:count].clone(),
+        "seed": torch.tensor([1, -2, 3, 2**62])[:count].clone(),
+    }
+
+
+def _sample_rows(variant: str) -> Arguments:
+    args = {"logits": _randn(4, 9), "positions": torch.tensor([3, 1, 4, 1]), **_parameters(4)}
+    args |= {"id_limit": 8, "mask_id": 2}
+    if variant == "full":
+        args |= {"stream": 1, "logit_bias": _randn(4, 9, seed=1), "status": torch.zeros(4, dtype=torch.int32)}
+    if variant == "other":
+        args["logits"] = torch.full((4, 9), float("nan"))
+    return args
+
+
+def _verify_accept(variant: str) -> Arguments:
+    """K = 2, branched: requests with 2, 0 and no drafts and no rows; 9 + 3 + 0 rows and a padding row."""
+    other = variant == "other"
+    args: Arguments = {
+        "logits": _randn(13, 9),
+        "query_start_loc": _int32(0, 3, 9, 13) if other else _int32(0, 9, 12, 12),
+        "num_drafts": _int32(0, 1, 0) if other else _int32(2, 0, 0),
+        "drafts": torch.tensor([[3, 5], [0, 0], [-1, -1]]),
+        "positions": _int32(6, 0, 0),
+        **_parameters(3),
+        "id_limit": 8,
+        "mask_id": 2,
+        "branched": True,
+        "mode": "match",
+    }
+    if variant in ("rejection", "full"):
+        q_state = QState.empty(3, 2, 9, torch.float32, torch.device("cpu"))
+        q_state.logits.copy_(_randn(3, 2, 9, seed=4))
+        q_state.cut.fill_(-9.0)
+        q_state.log_norm.fill_(3.0)
+        args |= {"mode": "rejection", "q_state": q_state, "branched": variant == "full"}
+    if variant == "full":
+        args |= {"logit_bias": _randn(13, 9, seed=5), "status": torch.zeros(3, dtype=torch.int32)}
+    return args
+
+
+def _advance(variant: str) -> Arguments:
+    other = variant == "other"
+    return {
+        "num_accepted": _int32(0, 0, 1) if other else _int32(2, 0, 0),
+        "tokens": torch.tensor([[3, 5, 1], [7, -1, -1], [4, 4, -1]]),
+        "next_drafts": torch.tensor([[1, 2], [-1, -1], [3, 3]]),
+        "next_num_drafts": _int32(2, 0, 2),
+        "text": torch.zeros(3, 8, dtype=torch.int64),
+        "lengths": _int32(3, 8, 1) if other else _int32(2, 5, 1),
+        "drafts": torch.zeros(3, 2, dtype=torch.int64),
+        "num_drafts": _int32(2, 2, 2),
+        "length_limits": _int32(8, 8, 8),
+        "stop_ids": torch.tensor([[5, -1], [-1, -1], [-1, 4]]),
+        "finish": _int32(0, 0, 1) if other else _int32(0, 0, 0),
+    }
+
+
+def _linear(variant: str) -> Arguments:
+    args = {"x": _randn(3, 6), "weight": _randn(5, 6, seed=1)}
+    return args | {"bias": _randn(5, seed=2)} if variant == "full" else args
+
+
+def _gated_lora_linear(variant: str) -> Arguments:
+    slices = [2, 3] if variant == "full" else None
+    args: Arguments = {
+        "x": _randn(3, 6),
+        "weight": _randn(5, 6, seed=1),
+        "lora_a": _randn(4 if slices else 2, 6, seed=3),
+        "lora_b": _randn(5, 2, seed=4),
+        "gate": torch.tensor([False, True, True] if variant == "other" else [True, False, False]),
+        "scale": 0.5,
+    }
+    if variant == "full":
+        args |= {"bias": _randn(5, seed=2), "slices": slices, "workspace": torch.zeros(16, dtype=torch.uint8)}
+    return args
+
+
+def _rms_norm(variant: str) -> Arguments:
+    args = {"x": _randn(3, 6), "weight": _randn(6, seed=1), "eps": 1e-6}
+    return args | {"residual": _randn(3, 6, seed=2)} if variant == "full" else args
+
+
+def _silu_and_mul(variant: str) -> Arguments:
+    return {"x": _randn(3, 6)}
+
+
+def _embed(variant: str) -> Arguments:
+    args = {"ids": torch.tensor([4, 0, -1]), "weight": _randn(5, 6), "is_mask": torch.tensor([False, True, False])}
+    if variant == "full":
+        args |= {"mask_embedding": _randn(6, seed=1), "dtype": torch.bfloat16}
+    if variant == "other":
+        args |= {"ids": torch.tensor([9, 9, 9]), "is_mask": torch.tensor([True, True, True])}
+    return args
+
+
+def _qk_norm_rope_append(variant: str) -> Arguments:
+    args: Arguments = {
+        "qkv": _randn(3, 8 * 4),
+        "positions": torch.tensor([2, 0, 6]),
+        "rotary": python_ref.rotary_table(torch.tensor([1.0, 0.1]), 7),
+        "slot_mapping": torch.tensor([-1, -1, -1]) if variant == "other" else torch.tensor([4, -1, 0]),
+        "k_cache": torch.zeros(4, 3, 2, 4),
+        "v_cache": torch.zeros(4, 3, 2, 4),
+    }
+    if variant == "full":
+        args |= {"q_weight": _randn(4, seed=1), "k_weight": _randn(4, seed=2), "eps": 1e-5}
+    return args
+
+
+def _prepare_weight(variant: str) -> Arguments:
+    return {"weight": _randn(5, 6)}
+
+
+_BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
+    "strided_attention": (_attention, ("plain", "tail_mask", "window")),
+    "sample_rows": (_sample_rows, ("plain", "full")),
+    "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
+    "advance": (_advance, ("plain",)),
+    "linear": (_linear, ("plain", "full")),
+    "gated_lora_linear": (_gated_lora_linear, ("plain", "full")),
+    "rms_norm": (_rms_norm, ("plain", "full")),
+    "silu_and_mul": (_silu_and_mul, ("plain",)),
+    "embed": (_embed, ("plain", "full")),
+    "qk_norm_rope_append": (_qk_norm_rope_append, ("plain", "full")),
+    "prepare_weight": (_prepare_weight, ("plain",)),
+}
+
+
+def arguments(op: str, variant: str = "plain") -> Arguments:
+    """Fresh, valid arguments. `other` has the shapes of `plain` but other data: lengths, gates, skips, faults."""
+    return _BUILDERS[op][0](variant)
+
+
+def variants(ops: tuple[str, ...] = STEP_OPS) -> list[tuple[str, str]]:
+    """(op, variant) of all cases; together they use every optional argument."""
+    return [(op, variant) for op in ops for variant in _BUILDERS[op][1]]
+
+
+def with_all_arguments(op: str) -> Arguments:
+    """The variant that gives every tensor argument, with `out` where the op takes one."""
+    args = arguments(op, _BUILDERS[op][1][1 if op == "strided_attention" else -1])
+    return args if op == "prepare_weight" else args | {"out": new_out(op, args)}
+
+
+def new_out(op: str, args: Arguments) -> Any:
+    """Tensors of the shape of the results, filled with a value that no op gives."""
+    results = reference(op)(**copy.deepcopy(args))
+    if isinstance(results, tuple):
+        return tuple(torch.full_like(x, -77) for x in results)
+    return torch.full_like(results, -77)
+
+
+def tensors(args: Arguments) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor argument by the name that errors give it: also q_state.logits, out[0]."""
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, QState):
+            yield from ((f"{name}.{part}", getattr(value, part)) for part in ("logits", "cut", "log_norm"))
+        elif isinstance(value, tuple):
+            yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))
+
+
+def replaced(args: Arguments, name: str, value: Any) -> Arguments:
+    """A shallow copy of the arguments with one tensor, named as in `tensors`, replaced."""
+    args = dict(args)
+    if "." in name:
+        outer, part = name.split(".")
+        args[outer] = copy.copy(args[outer])
+        setattr(args[outer], part, value)
+    elif "[" in name:
+        outer, index = name.rstrip("]").split("[")
+        parts = list(args[outer])
+        parts[int(index)] = value
+        args[outer] = tuple(parts)
+    else:
+        args[name] = value
+    return args

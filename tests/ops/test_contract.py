@@ -1,0 +1,470 @@
+"""Every op refuses what its docstring does not allow, with an error that names the argument."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import python_ref
+from idlm_kernels import use_backend
+from idlm_kernels.ops import OPS
+from tests.ops.cases import (
+    STEP_OPS,
+    arguments,
+    new_out,
+    public,
+    reference,
+    replaced,
+    tensors,
+    variants,
+    with_all_arguments,
+)
+
+
+@pytest.fixture(autouse=True)
+def _references():
+    with use_backend("torch"):
+        yield
+
+
+def all_tensors() -> list[tuple[str, str]]:
+    return [(op, name) for op in OPS for name, _ in tensors(with_all_arguments(op))]
+
+
+def refused(op: str, args: dict[str, Any], kind: type[Exception] | tuple, name: str) -> str:
+    """The op raises `kind`, and the message begins with the op and names the argument."""
+    with pytest.raises(kind) as caught:
+        public(op)(**args)
+    message = str(caught.value)
+    assert message.startswith(f"{op}: "), message
+    assert name in message, message
+    return message
+
+
+def leads(op: str, name: str) -> bool:
+    """Arguments that the shapes of others are compared with: they are not to blame for a mismatch."""
+    return (
+        name
+        in {
+            "strided_attention": ("q", "k_cache", "seq_lens"),
+            "sample_rows": ("logits",),
+            "verify_accept": ("logits", "drafts"),
+            "advance": ("tokens",),
+            "linear": ("x", "weight"),
+            "gated_lora_linear": ("x", "weight", "lora_b"),
+            "rms_norm": ("x",),
+            "silu_and_mul": ("x",),
+            "embed": ("ids", "weight"),
+            "qk_norm_rope_append": ("qkv", "k_cache"),
+            "prepare_weight": ("weight",),
+        }[op]
+    )
+
+
+# (op, argument, dimension) whose size nothing else fixes
+FREE_SIZES = {
+    ("strided_attention", "page_table", 1),
+    ("strided_attention", "workspace", 0),
+    ("gated_lora_linear", "workspace", 0),
+    ("advance", "text", 1),
+    ("advance", "stop_ids", 1),
+    ("embed", "weight", 0),
+    ("qk_norm_rope_append", "rotary", 0),
+    ("prepare_weight", "weight", 0),
+    ("prepare_weight", "weight", 1),
+}
+
+
+# Signatures
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signature_is_that_of_the_reference(op):
+    """Names, order, kinds and defaults: either can stand in for the other."""
+
+    def shape(function: Any) -> list[tuple[str, Any, Any]]:
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert shape(public(op)) == shape(reference(op))
+    annotations = {name: str(a) for name, a in inspect.get_annotations(public(op)).items()}
+    assert annotations == {name: str(a) for name, a in inspect.get_annotations(reference(op)).items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_docstring_names_every_argument_and_the_errors(op):
+    text = inspect.getdoc(public(op)) or ""
+    for name in inspect.signature(public(op)).parameters:
+        assert name in text, f"{op} does not explain {name}"
+    if op != "prepare_weight":
+        assert "Raises:" in text and "Returns:" in text and "Args:" in text
+    assert reference(op).__doc__
+
+
+def test_every_op_has_a_reference_and_a_case():
+    assert set(OPS) <= set(python_ref.__all__)
+    for op in OPS:
+        given = set(with_all_arguments(op))
+        parameters = set(inspect.signature(public(op)).parameters)
+        # what the fullest case leaves out is covered by another one
+        for _, variant in variants((op,)):
+            given |= set(arguments(op, variant))
+        assert parameters - given <= set(), f"{op}: no case gives {parameters - given}"
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_not_a_tensor(op, name):
+    for value in ([1.0], 3, "a"):
+        refused(op, replaced(with_all_arguments(op), name, value), TypeError, name)
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_wrong_rank(op, name):
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    message = refused(op, replaced(args, name, x.unsqueeze(0)), ValueError, name)
+    assert str([1, *x.shape]) in message and "wanted" in message
+    if x.dim():
+        refused(op, replaced(args, name, x[0]), ValueError, name)
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_wrong_size(op, name):
+    """One more along each dimension; where others are compared with this argument the error may name them."""
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    for d in range(x.dim()):
+        larger = replaced(args, name, torch.cat([x, x.narrow(d, 0, 1)], dim=d))
+        if (op, name, d) in FREE_SIZES:
+            public(op)(**larger)
+        else:
+            refused(op, larger, ValueError, "" if leads(op, name) else name)
+
+
+def wrong_dtypes(x: torch.Tensor) -> list[torch.dtype]:
+    swap = {torch.int32: [torch.int16], torch.int64: [torch.int16], torch.uint8: [torch.int8]}
+    return [torch.complex64, *swap.get(x.dtype, [])]
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_wrong_dtype(op, name):
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    for dtype in wrong_dtypes(x):
+        message = refused(op, replaced(args, name, x.to(dtype)), TypeError, name)
+        assert str(dtype).removeprefix("torch.") in message and "wanted" in message
+
+
+EXACT_DTYPES = [
+    (op, name, dtype)
+    for op, name in all_tensors()
+    for dtype in (torch.int32, torch.int64, torch.float64)
+    if dict(tensors(with_all_arguments(op)))[name].dtype in (torch.int32, torch.int64, torch.float32)
+    and dict(tensors(with_all_arguments(op)))[name].dtype != dtype
+    and dict(tensors(with_all_arguments(op)))[name].is_floating_point() == dtype.is_floating_point
+    and (op, name) not in {("sample_rows", "positions"), ("qk_norm_rope_append", "positions")}  # either integer
+]
+
+
+@pytest.mark.parametrize(("op", "name", "dtype"), EXACT_DTYPES)
+def test_almost_the_right_dtype(op, name, dtype):
+    """int32 for int64 and the reverse; fp64 among fp32, where the op does not take any float."""
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name].to(dtype)
+    any_float = {
+        "linear": ("bias",),
+        "gated_lora_linear": ("bias",),
+        "rms_norm": ("weight",),
+        "embed": ("weight", "mask_embedding"),
+        "qk_norm_rope_append": ("q_weight", "k_weight"),
+        "sample_rows": ("logits", "logit_bias"),
+        "verify_accept": ("logit_bias",),
+        "prepare_weight": ("weight",),
+    }
+    if dtype == torch.float64 and name in any_float.get(op, ()):
+        public(op)(**replaced(args, name, x))
+        return
+    refused(op, replaced(args, name, x), TypeError, "" if leads(op, name) else name)
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_mixed_devices(op, name):
+    args = with_all_arguments(op)
+    if len(list(tensors(args))) == 1:
+        return
+    x = dict(tensors(args))[name].to("meta")
+    message = refused(op, replaced(args, name, x), ValueError, "" if leads(op, name) else name)
+    assert "meta" in message and "cpu" in message
+
+
+@pytest.mark.parametrize(("op", "name"), all_tensors())
+def test_inner_stride(op, name):
+    """The last dimension must be dense; a weight is exempt, as handles of prepare_weight are expanded tensors."""
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    if not x.dim() or x.shape[-1] < 2:
+        return
+    strided = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    assert strided.shape == x.shape and strided.stride(-1) == 2 and torch.equal(strided, x)
+    if op in ("linear", "gated_lora_linear") and name == "weight":
+        public(op)(**replaced(args, name, strided))
+        return
+    message = refused(op, replaced(args, name, strided), ValueError, name)
+    assert "stride 2" in message
+
+
+WRITTEN = {
+    "strided_attention": ("lse", "workspace"),
+    "sample_rows": ("status",),
+    "verify_accept": ("q_state.logits", "q_state.cut", "q_state.log_norm", "status"),
+    "advance": ("text", "lengths", "drafts", "num_drafts", "finish"),
+    "gated_lora_linear": ("workspace",),
+    "rms_norm": ("residual",),
+    "qk_norm_rope_append": ("k_cache", "v_cache"),
+}
+
+
+def written(op: str) -> list[str]:
+    outs = [name for name, _ in tensors(with_all_arguments(op)) if name.startswith("out")]
+    return [*WRITTEN.get(op, ()), *outs]
+
+
+def all_written() -> list[tuple[str, str]]:
+    return [(op, name) for op in STEP_OPS for name in written(op)]
+
+
+@pytest.mark.parametrize(("op", "name"), all_written())
+def test_expanded_output(op, name):
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    expanded = x[:1].expand(x.shape)
+    if x.dim() == 1:  # a stride of 0 in the only dimension is refused as an inner stride already
+        refused(op, replaced(args, name, expanded), ValueError, name)
+    else:
+        message = refused(op, replaced(args, name, expanded), ValueError, name)
+        assert "expanded" in message
+
+
+@pytest.mark.parametrize(("op", "name"), all_written())
+def test_outputs_share_no_memory(op, name):
+    """With no other tensor argument of the same dtype; out = x of rms_norm is the one documented exception."""
+    args = with_all_arguments(op)
+    x = dict(tensors(args))[name]
+    for other_name, other in tensors(args):
+        same_kind = other.dtype == x.dtype and other.numel() >= x.numel()
+        if other_name == name or not same_kind:
+            continue
+        view = other.flatten()[: x.numel()].view(x.shape) if other.is_contiguous() else None
+        if view is None or (op, {name, other_name}) == ("rms_norm", {"out", "x"}):
+            continue
+        with pytest.raises(ValueError, match=rf"^{op}: .* shares its memory"):
+            public(op)(**replaced(args, name, view))
+
+
+def test_rms_norm_out_may_be_x():
+    args = arguments("rms_norm")
+    want = public("rms_norm")(**args)
+    assert torch.equal(public("rms_norm")(**args, out=args["x"]), want)
+
+
+# Numbers, options and their combinations
+
+NOT_INTS = (2.5, "3", None, True, torch.tensor(2))
+NOT_NUMBERS = ("a", True, torch.tensor(1.0), [1.0])
+BAD_OPTIONS = [
+    ("strided_attention", "max_query_len", NOT_INTS, TypeError),
+    ("strided_attention", "max_query_len", (0, -1), ValueError),
+    ("strided_attention", "window", NOT_INTS, TypeError),
+    ("strided_attention", "window", (-2,), ValueError),
+    ("strided_attention", "sm_scale", NOT_NUMBERS, TypeError),
+    ("sample_rows", "id_limit", NOT_INTS, TypeError),
+    ("sample_rows", "id_limit", (0, -1, 10), ValueError),
+    ("sample_rows", "mask_id", NOT_INTS, TypeError),
+    ("sample_rows", "mask_id", (-2, 9), ValueError),
+    ("sample_rows", "stream", (-1, 3, "0", None), ValueError),
+    ("verify_accept", "id_limit", NOT_INTS, TypeError),
+    ("verify_accept", "id_limit", (0, -1, 10), ValueError),
+    ("verify_accept", "mask_id", NOT_INTS, TypeError),
+    ("verify_accept", "mask_id", (-2, 9), ValueError),
+    ("verify_accept", "branched", (1, None, "chain", torch.tensor(True)), TypeError),
+    ("verify_accept", "mode", ("greedy", None, 0), ValueError),
+    ("verify_accept", "q_state", ((1, 2, 3), "q"), TypeError),
+    ("gated_lora_linear", "scale", (*NOT_NUMBERS, None), TypeError),
+    ("gated_lora_linear", "slices", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
+    ("rms_norm", "eps", (*NOT_NUMBERS, None), TypeError),
+    ("embed", "dtype", (torch.int64, torch.complex64, "float32"), TypeError),
+    ("qk_norm_rope_append", "eps", (*NOT_NUMBERS, None), TypeError),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "values", "kind"), BAD_OPTIONS)
+def test_bad_options(op, name, values, kind):
+    for value in values:
+        args = with_all_arguments(op)
+        if name == "window":
+            args = arguments(op, "window")
+        refused(op, args | {name: value}, kind, name)
+
+
+def test_bad_combinations():
+    attention = arguments("strided_attention", "tail_mask")
+    assert "tail_mask" in refused("strided_attention", attention | {"window": 3}, ValueError, "window")
+    refused("strided_attention", attention | {"max_query_len": 65}, ValueError, "max_query_len")
+    public("strided_attention")(**attention | {"max_query_len": 64})
+    odd_heads = arguments("strided_attention")
+    odd_heads["q"] = torch.zeros(6, 3, 8)
+    refused("strided_attention", odd_heads, ValueError, "heads")
+    no_pages = arguments("strided_attention")
+    no_pages |= {"k_cache": torch.zeros(0, 3, 2, 8), "v_cache": torch.zeros(0, 3, 2, 8)}
+    refused("strided_attention", no_pages, ValueError, "k_cache")
+
+    for op in ("sample_rows", "verify_accept"):
+        refused(op, arguments(op) | {"id_limit": 1, "mask_id": 0}, ValueError, "id_limit")
+    rejection = arguments("verify_accept", "rejection")
+    refused("verify_accept", rejection | {"q_state": None}, ValueError, "q_state")
+    refused("verify_accept", rejection | {"mode": "match"}, ValueError, "q_state")
+    narrow = arguments("verify_accept", "full")
+    narrow["q_state"].logits = narrow["q_state"].logits.to(torch.bfloat16)
+    narrow["logits"] = narrow["logits"].to(torch.bfloat16)
+    refused("verify_accept", narrow, TypeError, "q_state.logits")  # a bias needs fp32
+    del narrow["logit_bias"]
+    public("verify_accept")(**narrow)
+    refused("verify_accept", narrow | {"out": new_out("verify_accept", narrow)[:3]}, ValueError, "out")
+
+    refused("linear", arguments("linear") | {"weight": torch.zeros(5, 6).double()}, TypeError, "weight")
+    half = arguments("linear") | {"x": torch.zeros(3, 6).half(), "weight": torch.zeros(5, 6).bfloat16()}
+    refused("linear", half, TypeError, "weight")
+    empty_rank = arguments("gated_lora_linear") | {"lora_a": torch.zeros(0, 6), "lora_b": torch.zeros(5, 0)}
+    refused("gated_lora_linear", empty_rank, ValueError, "lora_b")
+    refused("silu_and_mul", {"x": torch.zeros(2, 5)}, ValueError, "x")
+    refused("embed", arguments("embed") | {"weight": torch.zeros(0, 6)}, ValueError, "weight")
+
+    one_norm = arguments("qk_norm_rope_append") | {"q_weight": torch.ones(4)}
+    refused("qk_norm_rope_append", one_norm, ValueError, "k_weight")
+    no_query = arguments("qk_norm_rope_append") | {"qkv": torch.zeros(3, 4 * 4)}
+    refused("qk_norm_rope_append", no_query, ValueError, "qkv")
+    odd = arguments("qk_norm_rope_append")
+    odd |= {"k_cache": torch.zeros(4, 3, 2, 3), "v_cache": torch.zeros(4, 3, 2, 3), "qkv": torch.zeros(3, 24)}
+    refused("qk_norm_rope_append", odd, ValueError, "k_cache")
+
+
+def test_vocabulary_limit():
+    largest = 262_144
+    args = arguments("sample_rows") | {"logits": torch.zeros(4, largest), "id_limit": largest}
+    public("sample_rows")(**args)
+    refused("sample_rows", args | {"logits": torch.zeros(4, largest + 1)}, ValueError, "logits")
+    refused("sample_rows", args | {"logits": torch.zeros(4, 0)}, ValueError, "logits")
+
+
+# Results
+
+
+@pytest.mark.parametrize(("op", "variant"), variants())
+def test_out_is_written_and_returned(op, variant):
+    """The same numbers as without out, and the same effects on the state that is updated in place."""
+    plain_args, out_args = arguments(op, variant), arguments(op, variant)
+    want = public(op)(**plain_args)
+    out = new_out(op, out_args)
+    got = public(op)(**out_args, out=out)
+    assert got is out
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (want, got)), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    for (name, a), (_, b) in zip(tensors(plain_args), tensors(out_args), strict=True):
+        if name != "workspace":
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("op", "variant"), variants())
+def test_only_documented_arguments_are_written(op, variant):
+    args = arguments(op, variant)
+    before = copy.deepcopy(args)
+    public(op)(**args)
+    for (name, a), (_, b) in zip(tensors(before), tensors(args), strict=True):
+        assert torch.equal(a, b) or name in WRITTEN.get(op, ()), f"{op} changed {name}"
+
+
+@pytest.mark.parametrize(("op", "variant"), variants())
+def test_strided_out(op, variant):
+    """Rows of out may lie apart."""
+    args = arguments(op, variant)
+    out = new_out(op, args)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() < 2:
+            return x
+        return torch.stack([x, x], dim=1)[:, 1]
+
+    strided = tuple(apart(x) for x in out) if isinstance(out, tuple) else apart(out)
+    want = public(op)(**arguments(op, variant))
+    got = public(op)(**args, out=strided)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (want, got)), strict=True):
+        assert torch.equal(a, b)
+
+
+def no_rows(op: str) -> dict[str, Any]:
+    """The plain case with no rows (T = 0) and no requests, or with requests that have none."""
+    args = arguments(op, "plain")
+    per_row = {
+        "strided_attention": ("q",),
+        "sample_rows": ("logits", "positions", "temperature", "top_k", "top_p", "min_p", "seed"),
+        "verify_accept": (),
+        "advance": tuple(args),
+        "linear": ("x",),
+        "gated_lora_linear": ("x", "gate"),
+        "rms_norm": ("x",),
+        "silu_and_mul": ("x",),
+        "embed": ("ids", "is_mask"),
+        "qk_norm_rope_append": ("qkv", "positions", "slot_mapping"),
+    }[op]
+    args |= {name: args[name][:0] for name in per_row}
+    if op == "strided_attention":
+        args["query_start_loc"] = torch.zeros_like(args["query_start_loc"])
+        args["seq_lens"] = torch.zeros_like(args["seq_lens"])
+    return args
+
+
+@pytest.mark.parametrize("op", [op for op in STEP_OPS if op != "verify_accept"])
+def test_no_rows(op):
+    args = no_rows(op)
+    caches = [args[name].clone() for name in ("k_cache",) if name in args]
+    result = public(op)(**args)
+    assert result.shape[0] == 0
+    out = torch.empty_like(result)
+    assert public(op)(**args, out=out) is out
+    for before in caches:
+        assert torch.equal(args["k_cache"], before)
+
+
+@pytest.mark.parametrize("variant", ["plain", "rejection", "full"])
+def test_no_rows_verify_accept(variant):
+    """Requests without rows work, no requests work; requests without a single logits row are refused."""
+    padded = arguments("verify_accept", variant)
+    padded["query_start_loc"].zero_()
+    a, tokens, drafts, n = public("verify_accept")(**padded)
+    assert (a.tolist(), n.tolist()) == ([0] * 3, [0] * 3)
+    assert (tokens == -1).all() and (drafts == -1).all()
+
+    nobody = {}
+    for name, value in arguments("verify_accept", variant).items():
+        if name in ("logits", "logit_bias"):
+            nobody[name] = value[:0]
+        elif name == "query_start_loc":
+            nobody[name] = value[:1]
+        elif name == "q_state":
+            nobody[name] = type(value)(value.logits[:0], value.cut[:0], value.log_norm[:0])
+        else:
+            nobody[name] = value[:0] if isinstance(value, torch.Tensor) else value
+    shapes = [x.shape for x in public("verify_accept")(**nobody)]
+    assert shapes == [(0,), (0, 3), (0, 2), (0,)]
+
+    rowless = arguments("verify_accept", variant)
+    rowless["logits"] = rowless["logits"][:0]
+    if "logit_bias" in rowless:
+        rowless["logit_bias"] = rowless["logit_bias"][:0]
+    refused("verify_accept", rowless, ValueError, "logits")

@@ -1,0 +1,398 @@
+"""verify_accept against a plain Python reading of the contract, one request after the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from idlm_kernels import QState, use_backend, verify_accept
+from python_ref import STATUS_BAD_DRAFT, STATUS_NAN, STREAM_DRAFT, gumbel, uniform
+from tests.ref.laws import transformed_law
+from tests.ref.steps import ID_LIMIT, MASK_ID, VOCAB, Step, parameters_of, verify
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _references():
+    with use_backend("torch"):
+        yield
+
+
+def match_in_python(step: Step, num_k: int, branched: bool) -> tuple[int, list[int], list[int], int]:
+    """The decision of one request in `match`, sentence by sentence from the design."""
+    limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+    m, n, length = len(step.logits), len(step.drafts), step.position + 1
+    if m == 0:
+        return 0, [-1] * (num_k + 1), [-1] * num_k, 0
+    y = [step.sampled(i, length + i, **limits) for i in range(n + 1)]
+    a = 0
+    while a < n and y[a] == step.drafts[a]:
+        a += 1
+    tokens = [*step.drafts[:a], y[a]]
+    branches = range(n + 1) if branched else [n]
+    first_row = {b: 1 + n + k * num_k for k, b in enumerate(branches)}
+    next_drafts: list[int] = []
+    if num_k and a in first_row and first_row[a] + num_k <= m:
+        new_length = length + a + 1
+        next_drafts = [step.sampled(first_row[a] + j, new_length + j, **limits) for j in range(num_k)]
+    padding = [-1] * (num_k + 1 - len(tokens))
+    return a, tokens + padding, next_drafts or [-1] * num_k, len(next_drafts)
+
+
+def random_steps(generator: np.random.Generator, num_k: int, plan: str, dtype: torch.dtype) -> list[Step]:
+    """A ragged batch; most drafts are right, so that every number of accepted drafts occurs."""
+    steps = []
+    for _ in range(generator.integers(1, 6)):
+        n = 0 if plan == "ar" else int(generator.integers(0, num_k + 1))
+        rows = {"ar": 1, "chain": 1 + n + num_k, "branched": 1 + n + (n + 1) * num_k}[plan]
+        if generator.random() < 0.15:
+            n = rows = 0  # a padded request
+        step = Step(
+            torch.tensor(generator.normal(size=(rows, VOCAB)) * 3, dtype=dtype),
+            [],
+            int(generator.integers(0, 5000)),
+            float(generator.choice([0.0, 0.5, 1.0, 1.7])),
+            int(generator.choice([0, 1, 3, 50])),
+            float(generator.choice([1.0, 0.9, 0.3])),
+            float(generator.choice([0.0, 0.2])),
+            int(generator.integers(-(2**63), 2**63 - 1)),
+        )
+        for i in range(n):
+            right = step.sampled(i, step.position + 1 + i, id_limit=ID_LIMIT, mask_id=MASK_ID)
+            wrong = int(generator.integers(0, ID_LIMIT))
+            step.drafts.append(right if generator.random() < 0.8 else wrong)
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("plan", "num_k"), [("ar", 0), ("ar", 3), ("chain", 1), ("chain", 4), ("branched", 3)])
+def test_match_against_python(plan, num_k, dtype):
+    generator = np.random.default_rng(num_k)
+    accepted = set()
+    for _ in range(25):
+        steps = random_steps(generator, num_k, plan, dtype)
+        a, tokens, next_drafts, next_n, status = verify(steps, num_k, branched=plan == "branched")
+        for b, step in enumerate(steps):
+            want = match_in_python(step, num_k, plan == "branched")
+            assert (a[b], tokens[b], next_drafts[b], next_n[b]) == want
+            accepted.add(a[b])
+        assert status == [0] * len(steps)
+    assert accepted == (set(range(num_k + 1)) if plan != "ar" else {0})
+
+
+def test_match_gives_the_ar_token_at_every_position():
+    """Row i and the first row of a later step give the same token for the same position."""
+    generator = np.random.default_rng(0)
+    for step in random_steps(generator, 3, "chain", torch.float32) * 2:
+        if not len(step.logits):
+            continue
+        y = [step.sampled(i, step.position + 1 + i, id_limit=ID_LIMIT, mask_id=MASK_ID) for i in range(4)]
+        for i in range(4):
+            later = replace(step, logits=step.logits[i : i + 1], drafts=[], position=step.position + i)
+            assert verify([later], 3, branched=False)[1] == [[y[i], -1, -1, -1]]
+
+
+def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch.float32) -> list[Step]:
+    """A batch whose requests all have rows and K drafts at temperature > 0 or 0."""
+    generator = np.random.default_rng(seed)
+    rows = 1 + num_k + (num_k + 1 if plan == "branched" else 1) * num_k
+    return [
+        Step(
+            torch.tensor(generator.normal(size=(rows, VOCAB)) * 2, dtype=dtype),
+            [],
+            int(generator.integers(0, 5000)),
+            float(generator.choice([0.0, 0.6, 1.0, 1.4])),
+            int(generator.choice([0, 4])),
+            float(generator.choice([1.0, 0.8])),
+            float(generator.choice([0.0, 0.1])),
+            int(generator.integers(-(2**63), 2**63 - 1)),
+        )
+        for _ in range(6)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("branched", [False, True])
+def test_requests_do_not_affect_each_other(mode, branched):
+    """Any request alone, or in another order, decides the same."""
+    num_k, plan = 3, "branched" if branched else "chain"
+    steps = rejection_steps(5, plan, num_k)
+
+    def two_steps(chosen: list[Step]) -> list[tuple]:
+        """Drafts proposed by a first step, verified in a second one."""
+        q_state = QState.empty(len(chosen), num_k, VOCAB, torch.float32, torch.device("cpu"))
+        options = {"branched": branched, "mode": mode, "q_state": q_state if mode == "rejection" else None}
+        first = [replace(s, logits=s.logits[: 1 + num_k]) for s in chosen]
+        _, _, drafts, n, _ = verify(first, num_k, **options)
+        assert n == [num_k] * len(chosen)
+        second = [replace(s, drafts=d, position=s.position + 1) for s, d in zip(chosen, drafts, strict=True)]
+        results = verify(second, num_k, **options)
+        laws = (q_state.logits.tolist(), q_state.cut.tolist(), q_state.log_norm.tolist())
+        return list(zip(*results, *(laws if mode == "rejection" else ()), strict=True))
+
+    together = two_steps(steps)
+    order = [4, 0, 5, 2]
+    assert two_steps([steps[b] for b in order]) == [together[b] for b in order]
+    for b, step in enumerate(steps):
+        assert two_steps([step]) == [together[b]]
+
+
+def law_in_python(row: Tensor, step: Step) -> list[float]:
+    temperature = float(np.float32(step.temperature))
+    truncation = (step.top_k, step.top_p, step.min_p)
+    return transformed_law(row.tolist(), temperature, *truncation, id_limit=ID_LIMIT, mask_id=MASK_ID)
+
+
+def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | None:
+    """(a, emitted tokens) by the paper's rule in fp64; None where fp32 may decide otherwise."""
+    length, margin, emitted = step.position + 1, 1e-5, []
+    for i in range(len(step.drafts) + 1):
+        at = torch.tensor([step.seed]), torch.tensor([length + i])
+        target = law_in_python(step.logits[i], step)
+        if i < len(step.drafts):
+            p, q, x = target, law_in_python(q_rows[i], step), step.drafts[i]
+            u = float(uniform(*at))
+            if abs(u * q[x] - p[x]) < margin:
+                return None
+            if u * q[x] < p[x]:
+                emitted.append(x)
+                continue
+            target = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
+        noise = gumbel(*at, VOCAB)[0].tolist()
+        # At T = 0 the law is a point mass, which no noise moves.
+        score = [math.log(r) + g if r > 1e-12 else -INF for r, g in zip(target, noise, strict=True)]
+        second, first = sorted(score)[-2:]
+        return None if first - second < margin else (i, [*emitted, score.index(first)])
+    raise AssertionError("every request emits a token")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("plan", ["chain", "branched"])
+def test_rejection_against_python(plan, dtype):
+    """Acceptance u q(x) < p(x), the residual max(0, p - q), the bonus token of p, drafts of q with stream 1."""
+    num_k, accepted, skipped = 3, [], 0
+    limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+    for trial in range(12):
+        steps = rejection_steps(trial, plan, num_k, dtype)
+        proposing = rejection_steps(trial + 1000, plan, num_k, dtype)
+        for step, other in zip(steps, proposing, strict=True):
+            other.logits = other.logits[: 1 + num_k]
+            if trial % 2:  # laws close to p, so that drafts are often accepted
+                other.logits[1:] = step.logits[:num_k] + 0.2 * other.logits[1:]
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+                setattr(other, name, getattr(step, name))
+            other.position = step.position - 1
+        q_state = QState.empty(len(steps), num_k, VOCAB, dtype, torch.device("cpu"))
+        options = {"branched": plan == "branched", "mode": "rejection", "q_state": q_state}
+        _, _, drafts, _, _ = verify(proposing, num_k, **options)
+        for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
+            first = step.position + 1
+            assert drafts[b] == [other.sampled(1 + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
+            assert torch.equal(q_state.logits[b], other.logits[1:])
+            step.drafts = drafts[b]
+        a, tokens, next_drafts, next_n, status = verify(steps, num_k, **options)
+        for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
+            want = rejection_in_python(step, other.logits[1:])
+            if want is None:
+                skipped += 1
+            else:
+                assert (a[b], tokens[b]) == (want[0], want[1] + [-1] * (num_k - want[0]))
+            accepted.append(a[b])
+            if plan == "chain" and a[b] < num_k:
+                assert (next_drafts[b], next_n[b]) == ([-1] * num_k, 0)
+                assert torch.equal(q_state.logits[b], other.logits[1:])
+                continue
+            row = 1 + num_k + (a[b] * num_k if plan == "branched" else 0)
+            first = step.position + a[b] + 2
+            assert next_drafts[b] == [step.sampled(row + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
+            assert next_n[b] == num_k
+            assert torch.equal(q_state.logits[b], step.logits[row : row + num_k])
+        assert status == [0] * len(steps)
+    assert set(accepted) == {0, 1, 2, 3}
+    assert skipped < len(accepted) / 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_q_state_keeps_the_law_as_it_was_sampled(dtype):
+    """The kept ids of the stored law are those of the row, the last kept one included; the masses add up to 1."""
+    steps = rejection_steps(77, "chain", 3, dtype)
+    for step in steps:
+        step.temperature, step.top_k, step.top_p, step.min_p, step.logits = 0.7, 5, 0.95, 0.01, step.logits[:4]
+    q_state = QState.empty(len(steps), 3, VOCAB, dtype, torch.device("cpu"))
+    verify(steps, 3, branched=False, mode="rejection", q_state=q_state)
+    for b, step in enumerate(steps):
+        for j in range(3):
+            law = torch.tensor(law_in_python(step.logits[1 + j], step), dtype=torch.float64)
+            z = q_state.logits[b, j].to(q_state.cut.dtype) / torch.tensor(0.7, dtype=torch.float32)
+            z[[MASK_ID, *range(ID_LIMIT, VOCAB)]] = -INF
+            kept = z >= q_state.cut[b, j]
+            assert torch.equal(kept, law > 0)
+            stored = torch.exp(z - q_state.log_norm[b, j])[kept].double()
+            torch.testing.assert_close(stored, law[kept], rtol=1e-5, atol=1e-7)
+
+
+def test_a_request_without_rows_keeps_its_drafts_law():
+    """A paused request has drafts that a later step judges: its q_state must survive the steps in between."""
+    steps = rejection_steps(3, "chain", 2)
+    for step in steps:
+        step.logits = step.logits[:3]
+    q_state = QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu"))
+    verify(steps, 2, branched=False, mode="rejection", q_state=q_state)
+    before = [x.clone() for x in (q_state.logits, q_state.cut, q_state.log_norm)]
+    steps[1].logits = steps[1].logits[:0]
+    for step in steps:
+        step.logits = step.logits * -1
+    results = verify(steps, 2, branched=False, mode="rejection", q_state=q_state)
+    assert [x[1] for x in results] == [0, [-1, -1, -1], [-1, -1], 0, 0]
+    for old, new in zip(before, (q_state.logits, q_state.cut, q_state.log_norm), strict=True):
+        assert torch.equal(new[1], old[1])
+        assert not torch.equal(new[0], old[0])
+
+
+def test_rejection_logit_bias_is_part_of_p_and_q():
+    """With logits bf16 and q_state fp32; equal to biasing the logits beforehand."""
+    steps = rejection_steps(8, "branched", 2, torch.bfloat16)
+    bias = torch.randn(sum(len(s.logits) for s in steps) + 2, VOCAB, generator=torch.Generator().manual_seed(0))
+    biased, row = [], 0
+    for step in steps:
+        step.drafts = [3, 5]
+        biased.append(replace(step, logits=step.logits.float() + bias[row : row + len(step.logits)]))
+        row += len(step.logits)
+    results, states = [], []
+    for chosen, options in ((steps, {"logit_bias": bias}), (biased, {})):
+        states.append(QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu")))
+        results.append(verify(chosen, 2, branched=True, mode="rejection", q_state=states[-1], **options))
+    assert results[0] == results[1]
+    assert torch.equal(states[0].logits, states[1].logits)
+    match = [verify(c, 2, branched=True, **o) for c, o in ((steps, {"logit_bias": bias}), (biased, {}))]
+    assert match[0] == match[1]
+
+
+def plain_law(q_state: QState, logits: Tensor) -> None:
+    """Make softmax(logits [K, V]) over the allowed ids the law of the drafts of request 0."""
+    allowed = logits.clone()
+    allowed[:, [MASK_ID, *range(ID_LIMIT, VOCAB)]] = -INF
+    q_state.logits[0] = logits
+    q_state.cut.fill_(-INF)
+    q_state.log_norm[0] = allowed.logsumexp(-1)
+
+
+@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("bad", [-1, VOCAB, 2**40, -(2**40)])
+def test_bad_draft_ids(mode, bad):
+    """A draft id out of range is refused and flagged; its token is the sample of p, and earlier drafts stand."""
+    (step, *_) = rejection_steps(1, "branched", 3)
+    limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+    step.temperature, step.top_k, step.top_p, step.min_p = 1.0, 0, 1.0, 0.0
+    y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
+    step.drafts = [y[0], bad, y[2]]
+    q_state = None
+    if mode == "rejection":
+        q_state = QState.empty(1, 3, VOCAB, torch.float32, torch.device("cpu"))
+        q = step.logits[:3].clone()  # q = p: a draft that p can give is accepted
+        q[1, y[1]] += 20.0  # but the residual of the bad one would never give the sample of p
+        plain_law(q_state, q)
+    a, tokens, _, next_n, status = verify([step], 3, branched=True, mode=mode, q_state=q_state)
+    assert (a, tokens, next_n, status) == ([1], [[y[0], y[1], -1, -1]], [3], [STATUS_BAD_DRAFT])
+
+
+@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("forbidden", [MASK_ID, ID_LIMIT, VOCAB - 1])
+def test_forbidden_drafts_are_never_accepted(mode, forbidden):
+    """An id beyond the tokenizer or MASK has p = 0. With q = p the residual is empty: the token is a sample of p."""
+    for seed in range(5):
+        (step, *_) = rejection_steps(seed, "chain", 1)
+        step.temperature, step.top_k, step.top_p, step.min_p = 1.0, 0, 1.0, 0.0
+        step.drafts = [forbidden]
+        step.logits[:, forbidden] = 40.0
+        q_state = None
+        if mode == "rejection":
+            q_state = QState.empty(1, 1, VOCAB, torch.float32, torch.device("cpu"))
+            plain_law(q_state, step.logits[:1])
+        y = step.sampled(0, step.position + 1, id_limit=ID_LIMIT, mask_id=MASK_ID)
+        a, tokens, *_ = verify([step], 1, branched=False, mode=mode, q_state=q_state)
+        assert (a, tokens) == ([0], [[y, -1]])
+
+
+@pytest.mark.parametrize(("count", "used"), [(7, 3), (-2, 0), (2**31 - 1, 3)])
+def test_bad_draft_counts(count, used):
+    """A count beyond K or below 0 is flagged and cut to what there is."""
+    (step, *_) = rejection_steps(4, "branched", 3)
+    limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+    y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
+    step.drafts, step.count = y[:3], count
+    a, tokens, _, _, status = verify([step], 3, branched=True)
+    assert (a, status) == ([used], [STATUS_BAD_DRAFT])
+    assert tokens == [y[: used + 1] + [-1] * (3 - used)]
+
+
+def test_a_count_beyond_the_rows():
+    """More drafts than rows: only drafts that have a clean row are verified."""
+    (step, *_) = rejection_steps(4, "chain", 3)
+    limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+    y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
+    step.drafts, step.logits = y[:3], step.logits[:2]
+    a, tokens, next_drafts, next_n, status = verify([step], 3, branched=False)
+    assert (a, tokens, status) == ([1], [[y[0], y[1], -1, -1]], [STATUS_BAD_DRAFT])
+    assert (next_drafts, next_n) == ([[-1, -1, -1]], [0])
+
+
+def test_status_covers_the_rows_that_are_used():
+    """Clean rows 0..n and the MASK rows of the accepted branch; a bad row elsewhere is no fault. Bits are added."""
+    num_k = 2
+    for row in range(9):  # 3 clean rows, then branches 0, 1, 2
+        (step, *_) = rejection_steps(6, "branched", num_k)
+        limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
+        y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(3)]
+        step.drafts = [y[0], (y[1] + 1) % 4]  # a = 1
+        clean = verify([step], num_k, branched=True)
+        assert (clean[0], clean[4]) == ([1], [0])
+        step.logits[row, 0] = NAN
+        status = torch.tensor([32], dtype=torch.int32)
+        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, branched=True, mode="match", status=status)
+        used = row < 3 or row in (5, 6)
+        assert status.tolist() == [32 + (STATUS_NAN if used else 0)], f"row {row}"
+
+
+def test_status_is_that_of_the_request():
+    """A bad row of the first request, whose row 0 stands in for rows that others lack, marks the first alone."""
+    first, second, third = rejection_steps(6, "chain", 2)[:3]
+    first.logits[0, 0], second.logits = NAN, second.logits[:1]
+    third.logits = third.logits[:0]
+    assert verify([first, second, third], 2, branched=False)[4] == [STATUS_NAN, 0, 0]
+
+
+def test_padded_requests_change_nothing_and_have_no_status():
+    (step, other, *_) = rejection_steps(9, "chain", 2)
+    for s in (step, other):
+        s.logits = s.logits[:3]
+    empty = Step(step.logits[:0], [], 0, 0.0, 0, 1.0, 0.0, 0, count=5)
+    alone = verify([step, other], 2, branched=False)
+    a, tokens, next_drafts, next_n, status = verify([empty, step, empty, other, empty], 2, branched=False)
+    for b in (0, 2, 4):
+        assert (a[b], tokens[b], next_drafts[b], next_n[b], status[b]) == (0, [-1, -1, -1], [-1, -1], 0, 0)
+    picked = tuple([x[1], x[3]] for x in (a, tokens, next_drafts, next_n, status))
+    assert picked == alone
+
+
+def test_greedy_rejection_equals_greedy_match():
+    """At T = 0 both rules accept a draft iff it is the argmax, and commit the argmax otherwise."""
+    for trial in range(20):
+        steps = rejection_steps(trial, "branched", 3)
+        for step in steps:
+            step.temperature = 0.0
+            best = [step.sampled(i, 0, id_limit=ID_LIMIT, mask_id=MASK_ID) for i in range(3)]
+            wrong = int(torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(trial)))
+            step.drafts = [best[0], wrong, best[2]] if trial % 3 else best
+        q_state = QState.empty(len(steps), 3, VOCAB, torch.float32, torch.device("cpu"))
+        for b, step in enumerate(steps):
+            q_state.logits[b] = torch.nn.functional.one_hot(torch.tensor(step.drafts), VOCAB)
+        rejection = verify(steps, 3, branched=True, mode="rejection", q_state=q_state)
+        assert rejection == verify(steps, 3, branched=True)

@@ -1,0 +1,92 @@
+"""advance on backend `triton`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import python_ref
+from idlm_kernels.triton import state
+from tests.softgpu_support import SCHEDULES
+from tests.triton.support import caught, mutant
+
+
+def check_advance(module: ModuleType) -> None:
+    batch, width, max_len = 40, 4, 30
+    results = (
+        torch.randint(0, width, (batch,), dtype=torch.int32),
+        torch.randint(-1, 12, (batch, width)),
+        torch.randint(0, 12, (batch, width - 1)),
+        torch.randint(0, width, (batch,), dtype=torch.int32),
+    )
+    results[1][:30, 0] = results[1][:30, 0].clamp(min=0)
+    state = {
+        "text": torch.randint(0, 12, (batch, max_len)),
+        "lengths": torch.randint(1, max_len + 1, (batch,), dtype=torch.int32),
+        "drafts": torch.randint(0, 12, (batch, width - 1)),
+        "num_drafts": torch.randint(0, width, (batch,), dtype=torch.int32),
+        "length_limits": torch.full((batch,), max_len, dtype=torch.int32),
+        "stop_ids": torch.stack([torch.randint(0, 12, (batch,)), torch.full((batch,), -1)], 1),
+        "finish": (torch.arange(batch) % 7 == 0).to(torch.int32) * 2,
+    }
+    other = {k: v.clone() for k, v in state.items()}
+    assert torch.equal(module.advance(*results, **state), python_ref.advance(*results, **other))
+    for name, value in state.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_advance() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        check_advance(state)
+
+
+def test_advance_of_plain_decoding() -> None:
+    """AR: one token a step, no drafts and no stop ids."""
+    empty = torch.empty(2, 0, dtype=torch.int64)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    text, lengths = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([1, 4], dtype=torch.int32)
+    finish = zeros.clone()
+    emitted = state.advance(
+        zeros,
+        torch.tensor([[7], [8]]),
+        empty,
+        zeros,
+        text=text,
+        lengths=lengths,
+        drafts=empty.clone(),
+        num_drafts=zeros.clone(),
+        length_limits=torch.full((2,), 5, dtype=torch.int32),
+        stop_ids=empty,
+        finish=finish,
+    )
+    assert emitted.tolist() == [1, 1] and lengths.tolist() == [2, 5] and finish.tolist() == [0, 2]
+    assert text.tolist() == [[0, 7, 0, 0, 0], [0, 0, 0, 0, 8]]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str, softgpu: ModuleType) -> None:
+    with softgpu.configured(**SCHEDULES[schedule]):
+        check_advance(state)
+
+
+MUTANTS = {
+    "tokens after a stop": ("tl.where(is_stop, i + 1, WIDTH + 1)", "tl.where(is_stop, i + 2, WIDTH + 1)"),
+    "drafts after the end": ("tl.where(finish == kRunning, num_next, 0)", "num_next"),
+    "stop id before its place": (
+        "committed = tl.load(gNumAccepted + b) + 1",
+        "committed = tl.load(gNumAccepted + b) + 2",
+    ),
+    "runs past the limit": ("tl.maximum(limit - length, 0)", "tl.maximum(limit - length + 1, 0)"),
+    "finished requests go on": ("(finish != kRunning) | ", "(finish == kStopped) | "),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
+    assert caught(check_advance, mutant(state, *MUTANTS[name], tmp_path))
