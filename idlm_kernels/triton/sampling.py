@@ -606,6 +606,7 @@ def _sampled_slices(
     temperature, top_k, top_p, min_p, seed = parameters
     batch = temperature.shape[0]
     by_request = query_start_loc is not None
+    block = min(kBlockCut, max(next_power_of_2(id_limit), 256))
     common = {
         "BY_REQUEST": by_request,
         "BLOCK_BATCH": next_power_of_2(batch) if by_request else 1,
@@ -632,8 +633,8 @@ def _sampled_slices(
         id_limit,
         mask_id,
         MAX_NEAR=kMaxNear,
-        BLOCK=min(kBlockCut, max(next_power_of_2(id_limit), 512)),
-        num_warps=16,
+        BLOCK=block,
+        num_warps=block // 256,  # 16 bytes of bf16 per lane, and no lane without any
         **common,
     )
     launch(

@@ -38,6 +38,21 @@ def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch)
     assert all(len(ids) == 8 for ids in tokens["triton"])
 
 
+@pytest.mark.parametrize("with_adapter, most", [(False, 9), (True, 13)])
+def test_launches_of_a_layer(with_adapter: bool, most: int, softgpu: ModuleType) -> None:
+    """Per layer of a decode step whose context fits one KV chunk; a longer one adds the fold of the chunks."""
+    counts = []
+    for num_layers in (1, 2):
+        config = tiny_config(num_layers=num_layers)
+        adapter = random_adapter(config) if with_adapter else None
+        model = Transformer(MemoryCheckpoint(config), dtype=torch.bfloat16, adapter=adapter)  # type: ignore[arg-type]
+        model.dtype = torch.bfloat16
+        with idlm_kernels.use_backend("triton"), recorded_launches(softgpu) as launches:
+            Generator(model).generate(PROMPTS[:1], SamplingParams(max_tokens=1), plan="chain", stride=2)
+        counts.append(len(launches))
+    assert counts[1] - counts[0] == most
+
+
 def recorded_rows(generator: Generator) -> list[tuple[list[int], list[int], Tensor]]:
     """Positions, ids and logits of the ordinary rows of every forward, from now on."""
     found: list[tuple[list[int], list[int], Tensor]] = []

@@ -176,6 +176,16 @@ def test_logit_bias_and_streams() -> None:
         compare_rows(sampling, rows_of(logits, logit_bias=bias, stream=stream))
 
 
+def test_cut_far_below_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose kept values are not all listed as near the largest: too far from it, or too many."""
+    compare_rows(sampling, rows_of(torch.randn(28, 700) * 100, temperature=torch.ones(28)))
+    spread = torch.linspace(-400, 400, 700)[torch.randperm(700)].expand(7, -1)
+    compare_rows(sampling, rows_of(spread, top_k=torch.full((7,), 300, dtype=torch.int32)))
+    monkeypatch.setattr(sampling, "kMaxNear", 64)
+    check_rows(sampling)
+    check_ties(sampling)
+
+
 def check_row_alone(module: ModuleType) -> None:
     """A row's token does not depend on the row, the batch, or the width of the table that the row is part of."""
     arguments = rows_of(torch.randn(28, 700))
