@@ -118,6 +118,45 @@ void py_verify_accept(const LogitsTuple& logits, const SamplingTuple& sampling, 
   raise_unless_ok(s);
 }
 
+// (number accepted, tokens, their stride, next drafts, their stride, their number)
+using ResultsTuple = std::tuple<Address, Address, int64_t, Address, int64_t, Address>;
+// (text, its stride, max_len, lengths, drafts, their stride, their number, finish)
+using StateTuple = std::tuple<Address, int64_t, int, Address, Address, int64_t, Address, Address>;
+// (length limits, stop ids, their stride, their number)
+using LimitsTuple = std::tuple<Address, Address, int64_t, int>;
+
+void py_advance(int batch, int num_k, const ResultsTuple& results, const StateTuple& state, const LimitsTuple& limits,
+                Address num_emitted, const OptionsTuple& options) {
+  AdvanceParams p;
+  p.batch = batch;
+  p.num_k = num_k;
+  p.num_accepted = pointer<const int32_t>(std::get<0>(results));
+  p.tokens = pointer<const int64_t>(std::get<1>(results));
+  p.tokens_stride = std::get<2>(results);
+  p.next_drafts = pointer<const int64_t>(std::get<3>(results));
+  p.next_drafts_stride = std::get<4>(results);
+  p.next_num_drafts = pointer<const int32_t>(std::get<5>(results));
+  p.text = pointer<int64_t>(std::get<0>(state));
+  p.text_stride = std::get<1>(state);
+  p.max_len = std::get<2>(state);
+  p.lengths = pointer<int32_t>(std::get<3>(state));
+  p.drafts = pointer<int64_t>(std::get<4>(state));
+  p.drafts_stride = std::get<5>(state);
+  p.num_drafts = pointer<int32_t>(std::get<6>(state));
+  p.finish = pointer<int32_t>(std::get<7>(state));
+  p.length_limits = pointer<const int32_t>(std::get<0>(limits));
+  p.stop_ids = pointer<const int64_t>(std::get<1>(limits));
+  p.stop_ids_stride = std::get<2>(limits);
+  p.num_stop_ids = std::get<3>(limits);
+  p.num_emitted = pointer<int32_t>(num_emitted);
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = advance(p, make(options));
+  }
+  raise_unless_ok(s);
+}
+
 // "NAME, compute capability X.Y", or the reason why there is no device.
 std::string device() {
   int id = 0;
@@ -141,4 +180,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("verify_accept_workspace_bytes", &verify_accept_workspace_bytes);
   m.def("sample_rows", &py_sample_rows);
   m.def("verify_accept", &py_verify_accept);
+  m.def("advance", &py_advance);
 }

@@ -3,9 +3,9 @@
     python csrc/build.py                 # into idlm_kernels/native, objects in build/native; repeats are incremental
     python csrc/build.py --check         # only says what would be used, or what is missing
 
-IDLM_CUDART=shared|static chooses the CUDA runtime: shared (default) is what torch's own wheels load and what an emulator
-can stand in for; static is for wheels that are given away. CUDA_HOME chooses the toolkit. Needs the Python packages
-pybind11, ninja and cmake (the extra `native-build`).
+IDLM_CUDART=shared|static chooses the CUDA runtime: shared (default) is what torch's own wheels load and what an
+emulator can stand in for; static is for wheels that are given away. CUDA_HOME chooses the toolkit. Needs the Python
+packages pybind11, ninja and cmake (the extra `native-build`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def find_toolchain() -> Toolchain:
             break
         too_old.append(f"{nvcc} ({'.'.join(map(str, version)) if version else 'does not run'})")
     else:
-        why = f"found only {', '.join(too_old)}" if too_old else "looked at CUDA_HOME, PATH, /usr/local/cuda and nvidia-cuda-nvcc"
+        why = "looked at CUDA_HOME, PATH, /usr/local/cuda and nvidia-cuda-nvcc"
+        if too_old:
+            why = f"found only {', '.join(too_old)}"
         raise CannotBuild(f"no nvcc of CUDA {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer: {why}")
     try:
         import pybind11
@@ -126,7 +128,7 @@ def main() -> int:
         print(f"cannot build the native module: {reason}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"building the native module failed: {error.cmd[0]} ended with status {error.returncode}", file=sys.stderr)
+        print(f"the native build failed: {error.cmd[0]} ended with status {error.returncode}", file=sys.stderr)
         return 1
     return 0
 

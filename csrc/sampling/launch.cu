@@ -1,7 +1,5 @@
 // Host side of sampling: checks, and the launches.
-#include <cstdarg>
-#include <cstdio>
-
+#include "common/host.h"
 #include "sampling/heuristics.h"
 #include "sampling/rows.h"
 
@@ -10,16 +8,6 @@ namespace {
 
 constexpr int32_t kMaxVocab = 262144;
 constexpr int32_t kMaxDrafts = 31;  // a warp decides a request, one lane per draft and one for the token after them
-
-__attribute__((format(printf, 2, 3))) Status failure(Code code, const char* format, ...) {
-  Status s;
-  s.code = code;
-  va_list args;
-  va_start(args, format);
-  vsnprintf(s.message, sizeof s.message, format, args);
-  va_end(args);
-  return s;
-}
 
 int64_t bytes_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
@@ -89,9 +77,7 @@ Status launch(const char* op, KernelParams p, int64_t num_tasks, int64_t num_row
     void* arguments[] = {&p};
     error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   }
-  if (error != cudaSuccess)
-    return failure(Code::kCuda, "%s: CUDA error %d: %s", op, static_cast<int>(error), cudaGetErrorString(error));
-  return {};
+  return launch_status(op, error);
 }
 
 }  // namespace

@@ -45,9 +45,7 @@ def doctor() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kept = (_rows_keep_their_bits(device_type, dtype) for device_type in device_types)
         name = str(dtype).removeprefix("torch.")
-        ops.add_row(
-            f"rows of a {name} linear", *("keep their bits" if k else "depend on other rows" for k in kept)
-        )
+        ops.add_row(f"rows of a {name} linear", *("keep their bits" if k else "depend on other rows" for k in kept))
 
     console = Console()
     console.print(facts)

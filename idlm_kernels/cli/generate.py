@@ -7,10 +7,12 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from idlm_kernels.cli.batch import generate_file
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from idlm_kernels.model import Tokenizer
 
 
-PlanName = Literal["ar", "chain", "branched"]
+PlanName = Literal["ar", "chain", "branched", "auto"]
 Unsupported = Annotated[str | None, typer.Option(hidden=True)]
 
 
@@ -43,7 +45,13 @@ def generate(
     ] = "default",
     adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter for the MASK rows.")] = None,
     stride: Annotated[int, typer.Option("--stride", "-n", help="Tokens that one forward may commit.")] = 4,
-    plan: Annotated[PlanName, typer.Option(help="Which rows a forward has.")] = "branched",
+    plan: Annotated[
+        PlanName, typer.Option(help="Which rows a forward has; auto: what pays on this machine, up to --stride.")
+    ] = "branched",
+    row_budget: Annotated[int | None, typer.Option(help="The most rows per request in a forward.")] = None,
+    suffix_drafts: Annotated[
+        bool, typer.Option("--suffix-drafts", help="Draft from repetitions in the text too.")
+    ] = False,
     verify: Annotated[
         Literal["match", "rejection"],
         typer.Option(help="match: the tokens of AR sampling; rejection: their distribution."),
@@ -59,17 +67,22 @@ def generate(
     ] = None,
     max_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
     page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64,
-    dtype: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")
-    ] = "auto",
+    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a device.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
-    ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="JSON lines with a prompt or messages each; resumable. Needs --output."),
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--output", help="Where --input is answered, line by line.")] = None,
+    max_batch: Annotated[int, typer.Option(help="With --input: prompts that are decoded together.")] = 8,
+    memory_fraction: Annotated[
+        float, typer.Option(help="With --input: the most of the free memory that the KV cache takes.")
+    ] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
     ] = False,
@@ -91,11 +104,13 @@ def generate(
         raise ValueError("--check compares tokens, but --verify rejection is exact in distribution only")
     if system is not None and chat is False:
         raise ValueError("--system needs a chat template: leave out --raw")
-    text = _prompt_text(prompt)
+    if (source is None) != (target is None):
+        raise ValueError("--input and --output belong together")
+    if source is not None and (prompt is not None or as_json or check):
+        raise ValueError("--input answers a file: it goes without --prompt, --json and --check")
+    text = "" if source is not None else _prompt_text(prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that cannot show a character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 
     import torch
 
@@ -114,7 +129,7 @@ def generate(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    StepPlan(plan, stride)  # a wrong stride is said before a model is fetched or read
+    StepPlan("branched" if plan == "auto" else plan, stride)  # a wrong stride is said before a model is read
     generator = Generator.from_pretrained(
         model,
         adapter=adapter,
@@ -125,19 +140,40 @@ def generate(
         page_size=page_size,
     )
     assert generator.tokenizer is not None  # from_pretrained brings one
+    if source is not None and target is not None:
+        progress = generate_file(
+            generator,
+            source,
+            target,
+            params,
+            generator.policy(plan, stride, row_budget),
+            verify=verify,
+            chat=chat,
+            system=system,
+            max_batch=max_batch,
+            memory_fraction=memory_fraction,
+            suffix_drafts=suffix_drafts,
+            model_name=model,
+        )
+        print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
+        raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
 
     show = _ignore if as_json else _show
-    result, interrupted = _decode(generator, prompt_ids, params, plan, stride, verify, show)
+    how: dict[str, Any] = {"plan": plan, "stride": stride, "verify": verify}
+    how |= {"row_budget": row_budget, "suffix_drafts": suffix_drafts}
+    result, interrupted = _decode(generator, prompt_ids, params, how, show)
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
         print(_figures(result, seed_drawn=seed is None and temperature > 0), file=sys.stderr)
-    if result.status:
+    if result.error is not None:
+        print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
+    elif result.status:
         print(f"idlm: warning: some logits were not finite (status {result.status})", file=sys.stderr)
     if check and not interrupted:
         same_seed = dataclasses.replace(params, seed=result.seed)
-        ar, interrupted = _decode(generator, prompt_ids, same_seed, "ar", stride, verify, _ignore)
+        ar, interrupted = _decode(generator, prompt_ids, same_seed, {"plan": "ar"}, _ignore)
         if interrupted:
             ar = None
     if as_json:
@@ -191,13 +227,11 @@ def _decode(
     generator: Generator,
     prompt_ids: list[int],
     params: SamplingParams,
-    plan: PlanName,
-    stride: int,
-    verify: str,
+    how: dict[str, Any],
     show: Callable[[str], None],
 ) -> tuple[GenerationResult, bool]:
     """Decode to the end or to Ctrl-C; returns the result so far and whether it was interrupted."""
-    stream = generator.stream(prompt_ids, params, plan=plan, stride=stride, verify=verify)
+    stream = generator.stream(prompt_ids, params, **how)
     shown, interrupted = 0, False
     try:
         for event in stream:

@@ -1,7 +1,7 @@
 """The engine: a stationary batch that decodes many requests, with the host beside the steps and not inside them.
 
-Time runs in epochs. At an epoch's edge the host retires what has ended, chooses the plan, finds pages for the steps ahead
-(preempting the youngest requests where there are too few), admits waiting requests and prefills within a token budget.
+Time runs in epochs. At an epoch's edge the host retires what has ended, chooses the plan, finds pages for the steps
+ahead (preempting the youngest requests where there are too few), admits waiting requests and prefills within a budget.
 Then the batch runs a number of steps unchanged; their results are read one step late on a GPU, so that no step waits
 for the host. In `match` the output of a request is a function of (model, prompt, parameters, seed) alone: nothing that
 is decided here can change it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose KV is known to be in the cache; meaningful until the first step
     decoding: bool = False  # its prefill has ended
+    tag: object = None  # the caller's
 
     @property
     def tokens(self) -> list[int]:
@@ -411,6 +413,26 @@ class Engine:
         if len(ends) > MAX_STOP_IDS:
             raise ValueError(f"{len(ends)} stop ids with the end tokens, wanted at most {MAX_STOP_IDS}")
         return sorted(ends)
+
+
+def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPolicy, fraction: float) -> int:
+    """Pages for max_batch full requests, or as many as fit a share of the free memory if those are fewer."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction is {fraction}, wanted above 0 and at most 1")
+    config = model.config
+    per_request = -(-(options.max_len - 1 + policy.widest.max_rows) // options.page_size)
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting = int(free * fraction) // (per_token * options.page_size)
+    if fitting < per_request:
+        raise ValueError(
+            f"{fraction:.0%} of the free memory holds {fitting} pages of {options.page_size} tokens, but a request of "
+            f"{options.max_len} tokens needs {per_request}: lower max_len or raise the memory fraction"
+        )
+    return min(options.max_batch * per_request, fitting)
 
 
 class _Readback:

@@ -108,7 +108,7 @@ class Generator:
         each, seeds = _spread(params, len(prompts))
         if not prompts:
             return []
-        policy = self._policy(plan, stride, row_budget)
+        policy = self.policy(plan, stride, row_budget)
         engine = self._engine(prompts, each, policy, verify, suffix_drafts, logprobs)
         requests = []
         for i, (prompt, p, seed) in enumerate(zip(prompts, each, seeds, strict=True)):
@@ -137,7 +137,7 @@ class Generator:
         Iterate (`for` or `async for`) for StreamEvents; `.result` holds text and figures at any time.
         """
         (one,), (seed,) = _spread(params, 1)
-        policy = self._policy(plan, stride, row_budget)
+        policy = self.policy(plan, stride, row_budget)
         engine = self._engine([prompt], [one], policy, verify, suffix_drafts, logprobs)
         return Stream(engine, engine.submit(prompt, one, seed), policy, stride)
 
@@ -162,7 +162,8 @@ class Generator:
         )
         return Engine(self.model, self.tokenizer, policy, verify, options)
 
-    def _policy(self, plan: Plan, stride: int, row_budget: int | None) -> PlanPolicy:
+    def policy(self, plan: Plan, stride: int, row_budget: int | None = None) -> PlanPolicy:
+        """The choice among plans that these arguments leave; see `generate`."""
         if plan != "auto":
             chosen = StepPlan(plan, stride) if row_budget is None else StepPlan.within(row_budget, plan, stride)
             return PlanPolicy.fixed(chosen)

@@ -1,6 +1,7 @@
 """The compiled half: loads the module `_native` at first use and says in one sentence why it cannot.
 
-Build it with `make native` (or `python csrc/build.py`); it needs nvcc 12.4 or newer. Nothing else in the package needs it.
+Build it with `make native` (or `python csrc/build.py`), which needs nvcc 12.4 or newer. Nothing else in the package
+needs it.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def _load() -> ModuleType | str:
         if "libcudart" in str(error):
             hint = " (the CUDA runtime it was linked with is not installed; torch's CUDA wheels bring it)"
         return f"the native module does not load: {error}{hint}"
-    if module.VERSION != __version__:
+    if __version__ != module.VERSION:
         return f"the native module is of version {module.VERSION}, the package of {__version__}; run `make native`"
     wanted = source_hash()
-    if wanted is not None and module.SOURCE_HASH != wanted:
+    if wanted is not None and wanted != module.SOURCE_HASH:
         return "the native module was built from other sources than those in csrc; run `make native`"
     return module
 

@@ -184,3 +184,53 @@ def verify_accept(
         options,
     )
     return out
+
+
+def advance(
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+    *,
+    text: Tensor,
+    lengths: Tensor,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    length_limits: Tensor,
+    stop_ids: Tensor,
+    finish: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `idlm_kernels.advance`; K up to 31."""
+    op, device = "advance", tokens.device
+    options = _options(op, device)
+    batch, num_k = drafts.shape
+    if num_k > MAX_DRAFTS:
+        raise ValueError(f"{op}: drafts have {num_k} columns, backend 'cuda' takes at most {MAX_DRAFTS}")
+    emitted = _empty((batch,), torch.int32, device) if out is None else out
+    load().advance(
+        batch,
+        num_k,
+        (
+            num_accepted.data_ptr(),
+            tokens.data_ptr(),
+            tokens.stride(0),
+            next_drafts.data_ptr(),
+            next_drafts.stride(0),
+            next_num_drafts.data_ptr(),
+        ),
+        (
+            text.data_ptr(),
+            text.stride(0),
+            text.shape[1],
+            lengths.data_ptr(),
+            drafts.data_ptr(),
+            drafts.stride(0),
+            num_drafts.data_ptr(),
+            finish.data_ptr(),
+        ),
+        (length_limits.data_ptr(), stop_ids.data_ptr(), stop_ids.stride(0), stop_ids.shape[1]),
+        emitted.data_ptr(),
+        options,
+    )
+    return emitted

@@ -70,8 +70,10 @@ class Stream:
         params: Params,
         *,
         plan: str,
-        stride: int,
-        verify: str,
+        stride: int = 4,
+        verify: str = "match",
+        row_budget: int | None = None,
+        suffix_drafts: bool = False,
     ) -> None:
         self.generator, self.prompt_ids, self.params, self.plan, self.stride = (
             generator,
@@ -110,6 +112,7 @@ class Stream:
             plan=self.plan,
             stride=self.stride,
             status=self.generator.status,
+            error=None,
         )
 
 
@@ -155,7 +158,8 @@ def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator])
     options = {"adapter": None, "device": "cpu", "dtype": "auto", "backend": None}
     assert fake.calls[0] == ("load", "default", {**options, "max_len": None, "page_size": 64})
     _, params, options = streamed(fake)
-    assert params == Params() and options == {"plan": "branched", "stride": 4, "verify": "match"}
+    more = {"row_budget": None, "suffix_drafts": False}
+    assert params == Params() and options == {"plan": "branched", "stride": 4, "verify": "match", **more}
 
 
 def test_every_flag_reaches_the_generator(
@@ -167,6 +171,7 @@ def test_every_flag_reaches_the_generator(
         "--prompt x --raw --model m.gguf --adapter folder --stride 6 --plan chain --verify rejection"
         " --temperature 0.8 --top-k 5 --top-p 0.9 --min-p 0.1 --seed 3 --max-tokens 9 --stop A --stop B"
         " --max-len 99 --page-size 3 --dtype fp16 --device cuda --threads 2 --backend torch"
+        " --row-budget 11 --suffix-drafts"
     )
     assert idlm(*flags.split()).exit_code == 0
     options = {"adapter": "folder", "device": "cuda", "dtype": "fp16", "backend": "torch"}
@@ -174,7 +179,7 @@ def test_every_flag_reaches_the_generator(
     assert streamed(fake) == (
         [1, ord("x")],
         Params(0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3, max_tokens=9, stop=("A", "B")),
-        {"plan": "chain", "stride": 6, "verify": "rejection"},
+        {"plan": "chain", "stride": 6, "verify": "rejection", "row_budget": 11, "suffix_drafts": True},
     )
     assert threads == [2]
 

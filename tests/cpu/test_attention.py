@@ -398,10 +398,12 @@ def test_a_product_that_depends_on_its_shape_is_not_used(fresh_verdicts: None, m
     assert attention._product(12, 12, 128, 64, transposed=False) is attention._product_by_tree
 
 
-def test_sums_over_leaves_are_in_order() -> None:
+@pytest.mark.parametrize("inner", [(4, 8), (3, 7), (1, 1)], ids=str)
+def test_sums_over_leaves_are_in_order(inner: tuple[int, int]) -> None:
     for leaves in [*range(1, 40), 100]:
-        x = randn(2, 1, leaves, 4, 8)
-        padded = torch.cat([x, torch.zeros(2, 1, 21, 4, 8)], 2)
-        want = attention._leaf_sum(leaves, 32)(x)
-        torch.testing.assert_close(want, x.sum(2))
-        assert torch.equal(attention._leaf_sum(leaves + 21, 32)(padded), want)
+        x = randn(2, 1, leaves, *inner)
+        want = attention._leaf_sum(leaves, math.prod(inner))(x)
+        torch.testing.assert_close(want, x.sum(2), rtol=1e-5, atol=1e-5)
+        for more in (1, 3, 21):
+            padded = torch.cat([x, torch.zeros(2, 1, more, *inner)], 2)
+            assert torch.equal(attention._leaf_sum(leaves + more, math.prod(inner))(padded), want), (leaves, more)

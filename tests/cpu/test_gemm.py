@@ -15,7 +15,7 @@ from idlm_kernels.cpu import gemm
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, prepare_weight, strategy_of
 
 STRATEGIES = [pytest.param(s, id=s.strategy) for s in gemm.STRATEGIES]
-SHAPES = [(96, 64), (960, 576), (33, 37), (1, 8)]
+SHAPES = [(96, 64), (960, 576), (576, 1536), (33, 37), (1, 8)]  # oneDNN: at K = 1536 one row has bits of its own
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -42,11 +42,9 @@ def make(strategy: type[gemm.Product], weight: Tensor) -> gemm.Product:
 def test_error_is_that_of_fp32_sums(strategy: type[gemm.Product], shape: tuple[int, int]) -> None:
     weight, x = randn(*shape).half(), randn(70, shape[1], seed=1)
     want = x.double() @ weight.double().T
-
-    def error(y: Tensor) -> float:
-        return float((y - want).square().mean().sqrt())
-
-    assert error(make(strategy, weight)(x)) <= 2 * error(x @ weight.float().T)
+    error = (make(strategy, weight)(x) - want).square().mean().sqrt()
+    # The longest way to sum is one chain: partial sums of size sqrt(k), each rounded to 24 bits, k = 1 .. K.
+    assert error <= shape[1] / math.sqrt(6) * 2**-24
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -47,7 +47,8 @@ class Toolkit:
         pytest.skip(f"{name} is neither in {' nor in '.join(map(str, folders))}")
 
     def nvcc(self, *args: str) -> None:
-        command = [str(self.toolchain.nvcc), "-std=c++17", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *args]
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+        command = [str(self.toolchain.nvcc), "-std=c++17", *includes, *args]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -331,8 +332,8 @@ def check_step(step: Step, backend: ModuleType, device: torch.device, tally: Tal
 
 
 def decided_requests(step: Step) -> Tensor:
-    """Requests [B] whose outcome stays the same in fp64, with scores moved by up to 1e-4 against each other and with the
-    cuts moved by 1e-5 of mass."""
+    """Requests [B] whose outcome stays the same in fp64, with scores moved by up to 1e-4 against each other and with
+    the cuts moved by 1e-5 of mass."""
     expected = step.run(python_ref)  # type: ignore[arg-type]
     same = torch.ones(len(step.positions), dtype=torch.bool)
     generator = torch.Generator().manual_seed(1)
@@ -371,6 +372,6 @@ def check_laws(step: Step, got: Outcome, expected: Outcome, which: Tensor) -> No
         (z, kept, norm), (want_z, want_kept, want_norm) = laws
         assert torch.equal(z, want_z), f"request {b}: the stored logits differ"
         stray = (kept != want_kept).double() * torch.exp(want_z.double() - want_norm.double().unsqueeze(1))
-        assert float(stray.sum(1).max()) <= 3 * MASS or torch.equal(kept, want_kept), f"request {b}: the kept ids differ"
+        assert float(stray.sum(1).max()) <= 3 * MASS, f"request {b}: the kept ids differ"
         if torch.equal(kept, want_kept):
             assert torch.allclose(norm, want_norm, atol=4e-6, rtol=1e-6), f"request {b}: {norm} instead of {want_norm}"

@@ -1,6 +1,7 @@
 """Planted faults: each must be caught by the same checks that the kernels pass.
 
-A mutant is the fp32 kernels compiled from a changed copy of the sources (PTX only), linked with the objects of the build.
+A mutant is the fp32 kernels compiled from a changed copy of the sources (PTX only), linked with the objects of the
+build.
 """
 
 from __future__ import annotations
@@ -34,14 +35,34 @@ class Mutant:
 
 MUTANTS = (
     Mutant("ties of the k-th are cut", "threshold.cuh", "t = lowest_equal(search<false>(t,", "t = (search<false>(t,"),
-    Mutant("ties go to the highest id", "kernel.cuh", "static_cast<uint32_t>(~id);", "static_cast<uint32_t>(id ^ 0xFF);"),
+    Mutant(
+        "greedy ties go to a higher id",
+        "row.cuh",
+        "for (int e = kVector - 1; e >= 0; --e)",
+        "for (int e = 0; e < kVector; ++e)",
+    ),
     Mutant("top-p of the whole row", "threshold.cuh", "search<true>(t, 0, top_p)", "search<true>(lowest(), 0, top_p)"),
     Mutant("candidates are left out too early", "kernel.cuh", "bias = (1e-3f - score_of", "bias = (-2.0f - score_of"),
-    Mutant("mail is read before it is there", "cluster_reduce.cuh", "cluster_arrive();\n    cluster_wait();", "__syncthreads();"),
-    Mutant("drafts of the wrong branch", "kernel.cuh", "(p.branched ? accepted * p.num_k : 0)", "(p.branched ? r.num_drafts * p.num_k : 0)"),
-    Mutant("q is left out of the residual", "kernel.cuh", "- probability_if_kept(q_logit[e], q_cut, q_log_norm)", "- 0 * q_logit[e]"),
+    Mutant(
+        "mail is read before it is there",
+        "cluster_reduce.cuh",
+        "cluster_arrive();\n    cluster_wait();",
+        "__syncthreads();",
+    ),
+    Mutant(
+        "drafts of the wrong branch",
+        "kernel.cuh",
+        "(p.branched ? accepted * p.num_k : 0)",
+        "(p.branched ? r.num_drafts * p.num_k : 0)",
+    ),
+    Mutant(
+        "q is left out of the residual",
+        "kernel.cuh",
+        "- probability_if_kept(q_logit[e], q_cut, q_log_norm)",
+        "- 0 * q_logit[e]",
+    ),
     Mutant("vectors reach beyond the row", "row.cuh", "if (aligned && valid >= kCount)", "if (aligned)"),
-)  # fmt: skip
+)
 
 
 def battery(softgpu: ModuleType) -> None:
@@ -86,10 +107,9 @@ def build_mutant(module: ModuleType, toolkit: Toolkit, tmp_path: Path) -> Callab
         assert text.count(mutant.old) == 1, f"{mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.file}"
         changed.write_text(text.replace(mutant.old, mutant.new))
         kernels = tmp_path / "rows_fp32.o"
-        flags = ["-std=c++17", f"-I{sources}", f"-I{sources / 'include'}", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr"]
-        code = "arch=compute_90a,code=compute_90a"
-        command = [str(toolkit.toolchain.nvcc), *flags, "-gencode", code, "-c", str(sources / "sampling" / "rows_fp32.cu")]
-        done = subprocess.run([*command, "-o", str(kernels)], capture_output=True, text=True)
+        flags = ["-std=c++17", f"-I{sources}", f"-I{sources / 'include'}", "-Xcompiler=-fPIC", "-c", "-o", str(kernels)]
+        flags += ["-gencode", "arch=compute_90a,code=compute_90a", str(sources / "sampling" / "rows_fp32.cu")]
+        done = subprocess.run([str(toolkit.toolchain.nvcc), *flags], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         built = ROOT / "build" / "native"
         library = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"

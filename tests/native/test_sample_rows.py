@@ -68,12 +68,12 @@ def test_faulty_rows_are_defined(dtype: torch.dtype, device: torch.device, gener
         ("all NaN", lambda x: x.fill_(math.nan)),
         ("+inf", lambda x: x.index_fill_(0, torch.tensor([7, 600]), math.inf)),
         ("all -inf", lambda x: x.fill_(-math.inf)),
-        ("+inf and NaN", lambda x: x.index_fill_(0, torch.tensor([9]), math.inf).index_fill_(0, torch.tensor([8]), math.nan)),
+        ("+inf and NaN", lambda x: x.index_fill_(0, torch.tensor([9]), math.inf)[8].fill_(math.nan)),
         ("constant", lambda x: x.fill_(1.5)),
         ("zero", lambda x: x.zero_()),
         ("one finite", lambda x: x.fill_(-math.inf).index_fill_(0, torch.tensor([31]), -2.0)),
         ("largest values", lambda x: x.fill_(torch.finfo(dtype).max)),
-        ("both ends", lambda x: x.fill_(torch.finfo(dtype).max).index_fill_(0, torch.arange(0, 700, 2), torch.finfo(dtype).min)),
+        ("both ends", lambda x: x.fill_(torch.finfo(dtype).max)[::2].fill_(torch.finfo(dtype).min)),
         ("only forbidden ids finite", lambda x: x.fill_(-math.inf).index_fill_(0, torch.tensor([2, 699]), 1.0)),
         ("NaN at forbidden ids", lambda x: x.index_fill_(0, torch.tensor([2, 699]), math.nan)),
         ("signed zeros", lambda x: x.zero_().index_fill_(0, torch.arange(0, 700, 3), -0.0)),
@@ -131,9 +131,7 @@ def test_extreme_truncations(device: torch.device, generator: torch.Generator) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
-def test_bias(
-    dtype: torch.dtype, bias_dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> None:
+def test_bias(dtype: torch.dtype, bias_dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
     for vocab_size in (64, 1001):
         bias = torch.randn(30, vocab_size, generator=generator) * 2

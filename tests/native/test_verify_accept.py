@@ -39,9 +39,7 @@ def test_ragged_batches(
     tally = Tally()
     for num_k, vocab_size in ((3, 37), (1, 8), (0, 64), (7, 256), (2, 1000), (3, 5003)):
         for closeness in (0.05, 0.5):
-            step = Step.make(
-                16, num_k, vocab_size, dtype, generator, branched=branched, mode=mode, closeness=closeness
-            )
+            step = Step.make(16, num_k, vocab_size, dtype, generator, branched=branched, mode=mode, closeness=closeness)
             check_step(step, backend, device, tally, f"K={num_k} V={vocab_size} closeness={closeness}")
     tally.hold()
 
@@ -81,9 +79,8 @@ def test_longest_chain(mode: str, device: torch.device, generator: torch.Generat
 @pytest.mark.parametrize("mode", MODES)
 def test_full_acceptance(mode: str, device: torch.device, generator: torch.Generator) -> None:
     """Perfect drafts stand: every request commits all of them."""
-    step = Step.make(
-        12, 3, 100, torch.float32, generator, branched=True, mode="match", closeness=0.0, mixes=(Mix(), Mix(0.6)), kinds=(2,)
-    )
+    options = {"mixes": (Mix(), Mix(0.6)), "kinds": (2,), "closeness": 0.0}
+    step = Step.make(12, 3, 100, torch.float32, generator, branched=True, mode="match", **options)
     laws = QState.empty(12, 3, 100, torch.float32, torch.device("cpu"))
     if mode == "rejection":
         for b in range(12):
@@ -102,9 +99,8 @@ def test_full_acceptance(mode: str, device: torch.device, generator: torch.Gener
 @pytest.mark.parametrize("mode", MODES)
 def test_bad_drafts_and_counts(mode: str, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
-    step = Step.make(
-        16, 3, 64, torch.float32, generator, branched=True, mode=mode, closeness=0.0, kinds=(2,), mixes=(Mix(), Mix(0.5))
-    )
+    options = {"mixes": (Mix(), Mix(0.5)), "kinds": (2,), "closeness": 0.0}
+    step = Step.make(16, 3, 64, torch.float32, generator, branched=True, mode=mode, **options)
     step.num_drafts[:8] = torch.tensor([-1, 4, 100, -(2**31), 2**31 - 1, 3, 0, 1])
     step.drafts[8:, 0] = torch.tensor([-1, 64, 2**31, 2**32 + 5, -(2**63), 63, 2, 2**63 - 1])
     check_step(step, backend, device, tally)
@@ -179,7 +175,7 @@ def test_requests_do_not_see_each_other(mode: str, device: torch.device, generat
     for b in (0, 3, 7):
         rows = slice(int(step.query_start_loc[b]), int(step.query_start_loc[b + 1]))
         names = ("num_drafts", "drafts", "positions", "temperature", "top_k", "top_p", "min_p", "seed")
-        q = step.q_state and QState(*(x[b : b + 1] for x in (step.q_state.logits, step.q_state.cut, step.q_state.log_norm)))
+        q = step.q_state and step.q_state.requests(b, b + 1)
         alone = replace(
             step,
             **{n: getattr(step, n)[b : b + 1] for n in names},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 import idlm_kernels
+from bench.ptx import recorded_launches
 from idlm_kernels.generate import Generator, SamplingParams
-from idlm_kernels.model import Transformer
+from idlm_kernels.model import ModelConfig, Transformer
+from idlm_kernels.model.adapter import MODULES, Adapter
 from tests.tiny import MemoryCheckpoint, tiny_config
 
 pytestmark = pytest.mark.compiled
@@ -19,9 +22,24 @@ pytestmark = pytest.mark.compiled
 PROMPTS = [[3, 14, 15, 9, 26], [5]]
 
 
-def tiny_generator(dtype: torch.dtype, **changes: Any) -> Generator:
-    model = Transformer(MemoryCheckpoint(tiny_config(**changes)), dtype=dtype)  # type: ignore[arg-type]
-    model.dtype = dtype  # of activations and cache too, as on a GPU
+def random_adapter(config: ModelConfig, rank: int = 8) -> Adapter:
+    pairs = {}
+    for name, shape in config.tensor_shapes().items():
+        parts = name.split(".")
+        if len(parts) > 4 and parts[4] in MODULES and name.endswith("weight"):
+            pairs[int(parts[2]), parts[4]] = torch.randn(rank, shape[1]), torch.randn(shape[0], rank)
+    return Adapter("random", rank, 0.2, torch.randn(config.hidden_size), pairs)
+
+
+def tiny_generator(dtype: torch.dtype, with_adapter: bool = False, **changes: Any) -> Generator:
+    config = tiny_config(**changes)
+    adapter = random_adapter(config) if with_adapter else None
+    model = Transformer(MemoryCheckpoint(config), dtype=dtype, adapter=adapter)  # type: ignore[arg-type]
+    for layer in model.layers:  # activations, cache and adapter in this dtype too, as on a GPU
+        for projection in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if projection.lora is not None:
+                projection.lora = projection.lora[0].to(dtype), projection.lora[1].to(dtype)
+    model.dtype = dtype
     return Generator(model, page_size=16)
 
 
@@ -43,12 +61,9 @@ def test_launches_of_a_layer(with_adapter: bool, most: int, softgpu: ModuleType)
     """Per layer of a decode step whose context fits one KV chunk; a longer one adds the fold of the chunks."""
     counts = []
     for num_layers in (1, 2):
-        config = tiny_config(num_layers=num_layers)
-        adapter = random_adapter(config) if with_adapter else None
-        model = Transformer(MemoryCheckpoint(config), dtype=torch.bfloat16, adapter=adapter)  # type: ignore[arg-type]
-        model.dtype = torch.bfloat16
+        generator = tiny_generator(torch.bfloat16, with_adapter, num_layers=num_layers)
         with idlm_kernels.use_backend("triton"), recorded_launches(softgpu) as launches:
-            Generator(model).generate(PROMPTS[:1], SamplingParams(max_tokens=1), plan="chain", stride=2)
+            generator.generate(PROMPTS[:1], SamplingParams(max_tokens=1), plan="chain", stride=2)
         counts.append(len(launches))
     assert counts[1] - counts[0] == most
 
@@ -69,9 +84,10 @@ def recorded_rows(generator: Generator) -> list[tuple[list[int], list[int], Tens
     return found
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qwen3"}]
-)
+QWEN = {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qwen3"}
+
+
+@pytest.mark.parametrize("changes", [{"with_adapter": True}, QWEN], ids=["llama-adapter", "qwen3"])
 @pytest.mark.parametrize("plan, stride", [("branched", 4), ("chain", 3)])
 def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: dict[str, Any]) -> None:
     prompt, params = PROMPTS[0], SamplingParams(max_tokens=8, temperature=0.9, seed=3)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.softgpu_support import ROOT
 from tests.triton.support import INTERPRETED
 
-FAMILIES = sorted(p.name for p in Path(__file__).parent.glob("test_*.py") if p.name != Path(__file__).name)
+FAMILIES = ("attention", "gemm", "layers", "sampling", "state")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_passes_in_the_interpreter(family: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton/{family}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton/test_{family}.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode in (0, 5), run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -101,4 +101,34 @@ Status sample_rows(const SampleRowsParams& params, const LaunchOptions& options)
 // Decides a step. Two launches: the clean rows, then the MASK rows of the branch that was taken (one launch if num_k is 0).
 Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& options);
 
+// The end of a step: commits its tokens up to the first stop id and the length limit, and leaves the state that the next
+// step starts from. One launch.
+struct AdvanceParams {
+  int32_t batch = 0;
+  int32_t num_k = 0;  // at most 31
+  // Results of verify_accept.
+  const int32_t* num_accepted = nullptr;     // [batch]
+  const int64_t* tokens = nullptr;           // [batch, num_k + 1]
+  int64_t tokens_stride = 0;
+  const int64_t* next_drafts = nullptr;      // [batch, num_k]
+  int64_t next_drafts_stride = 0;
+  const int32_t* next_num_drafts = nullptr;  // [batch]
+  const int32_t* length_limits = nullptr;    // [batch]
+  const int64_t* stop_ids = nullptr;         // [batch, num_stop_ids], -1: none
+  int64_t stop_ids_stride = 0;
+  int32_t num_stop_ids = 0;
+  // Updated.
+  int64_t* text = nullptr;  // [batch, max_len]
+  int64_t text_stride = 0;
+  int32_t max_len = 0;
+  int32_t* lengths = nullptr;      // [batch]
+  int64_t* drafts = nullptr;       // [batch, num_k]
+  int64_t drafts_stride = 0;
+  int32_t* num_drafts = nullptr;   // [batch]
+  int32_t* finish = nullptr;       // [batch]: 0 running, 1 stopped by an id, 2 length limit
+  int32_t* num_emitted = nullptr;  // [batch], out
+};
+
+Status advance(const AdvanceParams& params, const LaunchOptions& options);
+
 }  // namespace idlm

@@ -1,0 +1,63 @@
+"""`idlm generate --input prompts.jsonl --output out.jsonl`: a file of prompts of any length, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from idlm_kernels.generate import Generator, PlanPolicy, SamplingParams
+    from idlm_kernels.generate.batch_file import Progress
+
+
+def generate_file(
+    generator: Generator,
+    source: Path,
+    target: Path,
+    params: SamplingParams,
+    policy: PlanPolicy,
+    *,
+    verify: str,
+    chat: bool | None,
+    system: str | None,
+    max_batch: int,
+    memory_fraction: float,
+    suffix_drafts: bool,
+    model_name: str,
+) -> Progress:
+    """Answer every line of `source` in `target`, with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from idlm_kernels.generate import Engine, EngineOptions
+    from idlm_kernels.generate.batch_file import encoder, run_file
+    from idlm_kernels.generate.engine import pages_in_memory
+
+    tokenizer = generator.tokenizer
+    assert tokenizer is not None  # from_pretrained brings one
+    chat = tokenizer.has_chat_template if chat is None else chat
+    if (chat or system is not None) and not tokenizer.has_chat_template:
+        raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
+    options = EngineOptions(
+        max_batch=max_batch, max_len=generator.max_len, page_size=generator.page_size, suffix_drafts=suffix_drafts
+    )
+    pages = pages_in_memory(generator.model, options, policy, memory_fraction)
+    engine = Engine(generator.model, tokenizer, policy, verify, dataclasses.replace(options, num_pages=pages))
+    settings: dict[str, Any] = {"model": model_name, "chat": chat, "system": system, "verify": verify}
+    settings |= {k: v for k, v in dataclasses.asdict(params).items() if k != "seed"}
+    settings |= {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
+    if verify == "rejection":  # in `match` the plan has no effect on the output
+        settings["plans"] = [f"{plan.kind} {plan.stride}" for plan in policy.plans]
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def report(progress: Progress) -> None:
+            seconds = bar.tasks[0].elapsed or 0.0
+            rate = f"{progress.tokens / seconds:.1f} tokens/s" if seconds else ""
+            bar.update(task, total=progress.total, completed=progress.lines, rate=rate)
+
+        return run_file(engine, source, target, params, encoder(tokenizer, chat, system), settings, report)

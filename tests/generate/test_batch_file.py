@@ -1,0 +1,167 @@
+"""Files of prompts: the same bytes however often the run is interrupted, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
+from idlm_kernels.generate import batch_file as module
+from idlm_kernels.generate.batch_file import Progress, run_file
+
+MakeGenerator = Callable[..., Generator]
+PARAMS = SamplingParams(temperature=1.0, max_tokens=7, seed=5)
+
+
+def encode(record: dict[str, Any]) -> list[int]:
+    if not record.get("prompt"):
+        raise ValueError("no prompt")
+    return [ord(c) % 60 for c in record["prompt"]]
+
+
+def engine_of(generator: Generator) -> Engine:
+    policy = PlanPolicy.fixed(StepPlan("chain", 3))
+    return Engine(generator.model, None, policy, "match", EngineOptions(max_batch=3, max_len=60, page_size=4))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    lines = [json.dumps({"id": f"n{i}", "prompt": "abc" * (1 + i % 5), "max_tokens": 1 + i % 9}) for i in range(30)]
+    lines[4] = json.dumps({"id": "no"})
+    lines[9] = "not json"
+    lines[11] = json.dumps({"id": "x", "prompt": "a", "temperture": 1})
+    lines[12] = json.dumps({"id": "long", "prompt": "z" * 99})
+    lines[13] = json.dumps({"id": "own", "prompt": "abc", "seed": 77, "temperature": 0.5})
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join([*lines[:20], "", *lines[20:]]))
+    return path
+
+
+def run(generator: Generator, source: Path, target: Path, **more: Any) -> Progress:
+    return run_file(engine_of(generator), source, target, PARAMS, encode, {"model": "tiny"}, **more)
+
+
+def test_every_line_is_answered_in_order(source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    progress = run(generator, source, target)
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == list(range(30))
+    assert (progress.lines, progress.total, progress.failed) == (30, 30, 4)
+    assert [a["index"] for a in answers if "error" in a] == [4, 9, 11, 12]
+    assert "temperture" in answers[11]["error"] and "context is 60" in answers[12]["error"]
+    assert not (tmp_path / "out.jsonl.run.json").exists()
+    assert answers[13]["seed"] == 77 and answers[0]["seed"] == 5 and answers[1]["seed"] != 5
+    for answer in (answers[0], answers[8], answers[13]):
+        prompt = encode({"prompt": "abc" * (1 + answer["index"] % 5) if answer["id"] != "own" else "abc"})
+        temperature = 0.5 if answer["id"] == "own" else 1.0
+        params = SamplingParams(temperature=temperature, seed=answer["seed"], max_tokens=answer["tokens"])
+        assert answer["token_ids"] == generator.generate([prompt], params, plan="ar")[0].token_ids
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("every", [2, 3, 6])
+def test_an_interrupted_run_goes_on_where_it_was(
+    every: int, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+    interruptions = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= every and progress.lines < 30:
+            raise Killed
+
+    for _ in range(100):
+        calls = 0
+        try:
+            run(generator, source, target, report=report)
+            break
+        except Killed:
+            interruptions += 1
+            with target.open("ab") as file:  # a power cut in the middle of a line
+                file.write(b'{"index": 99, "id": "ha')
+    assert interruptions >= 2
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_drawn_seed_survives_an_interruption(source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    drawn = SamplingParams(temperature=1.0, max_tokens=5)
+
+    def stop(progress: Progress) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_file(engine_of(generator), source, target, drawn, encode, {}, stop)
+    base = json.loads((tmp_path / "out.jsonl.run.json").read_text())["base_seed"]
+    run_file(engine_of(generator), source, target, drawn, encode, {})
+    assert json.loads(target.read_text().splitlines()[0])["seed"] == base
+
+
+def test_a_full_disk_loses_nothing(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+    real, calls = os.fsync, 0
+
+    def full(fd: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="make room and run the same again"):
+        run(generator, source, target)
+    assert all(json.loads(line) for line in target.read_text().splitlines())
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_run_is_not_mixed_with_another(source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    target.write_text("precious\n")
+    with pytest.raises(ValueError, match="exists and is not an interrupted run"):
+        run(generator, source, target)
+    assert target.read_text() == "precious\n"
+    target.unlink()
+
+    def stop(progress: Progress) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(generator, source, target, report=stop)
+    with pytest.raises(ValueError, match="started with another model"):
+        run_file(engine_of(generator), source, target, PARAMS, encode, {"model": "other"})
+    source.write_text(source.read_text() + "\n" + json.dumps({"prompt": "new"}))
+    with pytest.raises(ValueError, match="another input_sha256"):
+        run(generator, source, target)
+
+
+def test_memory_stays_bounded(tmp_path: Path, make_generator: MakeGenerator) -> None:
+    """Lines are read as they are needed: no more than a window of them is known to the engine at a time."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": "ab"}) for _ in range(300)))
+    engine = engine_of(make_generator())
+    most = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal most
+        most = max(most, engine._arrivals - progress.lines)
+
+    run_file(engine, source, tmp_path / "out.jsonl", SamplingParams(max_tokens=2), encode, {}, report)
+    assert 0 < most <= 4 * engine.options.max_batch
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 300
