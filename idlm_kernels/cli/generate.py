@@ -86,6 +86,13 @@ def generate(
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
     ] = False,
+    dummy_weights: Annotated[
+        bool,
+        typer.Option("--dummy-weights", help="Random weights in the shape of --model (also qwen3-8b, qwen3-32b)."),
+    ] = False,
+    synthetic_acceptance: Annotated[
+        float | None, typer.Option(help="Let drafts stand with this probability, to measure speed; text is noise.")
+    ] = None,
     repetition_penalty: Unsupported = None,
     frequency_penalty: Unsupported = None,
     presence_penalty: Unsupported = None,
@@ -102,6 +109,8 @@ def generate(
             raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
     if check and verify == "rejection":
         raise ValueError("--check compares tokens, but --verify rejection is exact in distribution only")
+    if check and synthetic_acceptance is not None:
+        raise ValueError("--check compares tokens, but with --synthetic-acceptance they are noise")
     if system is not None and chat is False:
         raise ValueError("--system needs a chat template: leave out --raw")
     if (source is None) != (target is None):
@@ -138,6 +147,7 @@ def generate(
         backend=backend,
         max_len=max_len,
         page_size=page_size,
+        random_weights=dummy_weights,
     )
     assert generator.tokenizer is not None  # from_pretrained brings one
     if source is not None and target is not None:
@@ -162,6 +172,8 @@ def generate(
     show = _ignore if as_json else _show
     how: dict[str, Any] = {"plan": plan, "stride": stride, "verify": verify}
     how |= {"row_budget": row_budget, "suffix_drafts": suffix_drafts}
+    if synthetic_acceptance is not None:
+        how["synthetic_acceptance"] = synthetic_acceptance
     result, interrupted = _decode(generator, prompt_ids, params, how, show)
     ar: GenerationResult | None = None
     if not as_json:

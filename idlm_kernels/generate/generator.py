@@ -17,6 +17,7 @@ from idlm_kernels.generate.plan import PlanKind, StepPlan
 from idlm_kernels.generate.policy import CostTable, PlanPolicy
 from idlm_kernels.model.adapter import load_adapter
 from idlm_kernels.model.checkpoint import load_checkpoint
+from idlm_kernels.model.random_weights import RandomCheckpoint
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
 
@@ -67,10 +68,13 @@ class Generator:
         max_len: int | None = None,
         page_size: int = 64,
         max_batch: int = 64,
+        random_weights: bool = False,
     ) -> Generator:
         """Load a checkpoint (Hugging Face folder, GGUF file, hub id, or "default") and an optional adapter folder.
 
         dtype is that of the weights: auto, fp32, fp16 or bf16. backend forces one for every op, process-wide.
+        random_weights: make the weights up, for measurements; `source` then gives the shape only and may be
+        "qwen3-8b" or "qwen3-32b".
 
         Raises: CheckpointError, FileNotFoundError, ValueError saying what is wrong with which file or argument.
         """
@@ -79,7 +83,7 @@ class Generator:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch sees no CUDA device here; use device='cpu'")
-        checkpoint = load_checkpoint(source, revision=revision)
+        checkpoint = RandomCheckpoint.of(source) if random_weights else load_checkpoint(source, revision=revision)
         loaded = None if adapter is None else load_adapter(adapter, checkpoint.config)
         model = Transformer(checkpoint, device=device, dtype=dtype, adapter=loaded)
         return cls(model, checkpoint.tokenizer, max_len=max_len, page_size=page_size, max_batch=max_batch)
@@ -95,6 +99,7 @@ class Generator:
         row_budget: int | None = None,
         suffix_drafts: bool = False,
         logprobs: bool = False,
+        synthetic_acceptance: float | None = None,
     ) -> list[GenerationResult]:
         """Decode a batch of prompts (token ids) to the end; results in the order of the prompts.
 
@@ -102,6 +107,7 @@ class Generator:
         plan "auto" measures this device and picks plan and stride by what pays, `stride` being the upper bound. With a
         row_budget, a step uses at most so many rows per request: plan and stride are then upper bounds.
         suffix_drafts: draft from a request's own text too. logprobs: report those of the tokens.
+        synthetic_acceptance: to measure speed, let drafts stand with this probability; the text is noise.
 
         Raises: TypeError, ValueError naming the argument, and the prompt, that cannot run.
         """
@@ -109,7 +115,7 @@ class Generator:
         if not prompts:
             return []
         policy = self.policy(plan, stride, row_budget)
-        engine = self._engine(prompts, each, policy, verify, suffix_drafts, logprobs)
+        engine = self._engine(prompts, each, policy, verify, suffix_drafts, logprobs, synthetic_acceptance)
         requests = []
         for i, (prompt, p, seed) in enumerate(zip(prompts, each, seeds, strict=True)):
             try:
@@ -131,6 +137,7 @@ class Generator:
         row_budget: int | None = None,
         suffix_drafts: bool = False,
         logprobs: bool = False,
+        synthetic_acceptance: float | None = None,
     ) -> Stream:
         """Decode one prompt step by step, as `generate` does.
 
@@ -138,7 +145,7 @@ class Generator:
         """
         (one,), (seed,) = _spread(params, 1)
         policy = self.policy(plan, stride, row_budget)
-        engine = self._engine([prompt], [one], policy, verify, suffix_drafts, logprobs)
+        engine = self._engine([prompt], [one], policy, verify, suffix_drafts, logprobs, synthetic_acceptance)
         return Stream(engine, engine.submit(prompt, one, seed), policy, stride)
 
     def _engine(
@@ -149,6 +156,7 @@ class Generator:
         verify: str,
         suffix_drafts: bool,
         logprobs: bool,
+        synthetic_acceptance: float | None,
     ) -> Engine:
         """An engine with the memory that these prompts need and no more."""
         batch = min(self.max_batch, len(prompts))
@@ -159,6 +167,7 @@ class Generator:
             page_size=self.page_size,
             suffix_drafts=suffix_drafts,
             logprobs=logprobs,
+            synthetic_acceptance=synthetic_acceptance,
         )
         return Engine(self.model, self.tokenizer, policy, verify, options)
 

@@ -464,12 +464,15 @@ def _perturb_kernel(
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(gScore + place, score)
     tl.store(gId + place, winner)
-    tl.store(gFlags + place, tl.reduce(flags, 0, _or))
+    tl.store(gFlags + place, _union(flags, 0))
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
+def _union(flags, axis: tl.constexpr):
+    """Bitwise or along an axis, bit by bit: Triton's interpreter cannot reduce integers by a function of our own."""
+    faults = tl.max(flags & kNan, axis=axis) | tl.max(flags & kInf, axis=axis)
+    others = tl.max(flags & kEmptyRow, axis=axis) | tl.max(flags & kBadDraft, axis=axis)
+    return faults | others | tl.max(flags & kFinite, axis=axis)
 
 
 @triton.jit
@@ -480,7 +483,7 @@ def _best_of_slices(gScore, gId, gFlags, row, has_row, mask_id, SLICES: tl.const
     inside = has_row[:, None] & (s < SLICES)
     score = tl.load(gScore + place, mask=inside, other=float("-inf"))
     id_ = tl.load(gId + place, mask=inside, other=kNoId)
-    flags = tl.reduce(tl.load(gFlags + place, mask=inside, other=0), 1, _or)
+    flags = _union(tl.load(gFlags + place, mask=inside, other=0), 1)
     token = tl.min(tl.where(score == tl.max(score, axis=1)[:, None], id_, kNoId), axis=1)
     is_empty = (flags & kFinite) == 0
     lowest = tl.where(mask_id == 0, 1, 0)
@@ -570,7 +573,7 @@ def _decide_kernel(
     tl.store(gNextDrafts + request.to(tl.int64) * stride_next + i, new, mask=i < K)
     tl.store(gNextNumDrafts + request, num_proposed)
     if HAS_STATUS:
-        bits = tl.reduce(status | new_status | tl.where(is_bad, kBadDraft, 0), 0, _or)
+        bits = _union(status | new_status | tl.where(is_bad, kBadDraft, 0), 0)
         if is_present:
             if tl.load(gNumDrafts + request) != n:
                 bits = bits | kBadDraft

@@ -155,7 +155,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
 
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
     idlm("-p", "x")
-    options = {"adapter": None, "device": "cpu", "dtype": "auto", "backend": None}
+    options = {"adapter": None, "device": "cpu", "dtype": "auto", "backend": None, "random_weights": False}
     assert fake.calls[0] == ("load", "default", {**options, "max_len": None, "page_size": 64})
     _, params, options = streamed(fake)
     more = {"row_budget": None, "suffix_drafts": False}
@@ -174,7 +174,7 @@ def test_every_flag_reaches_the_generator(
         " --row-budget 11 --suffix-drafts"
     )
     assert idlm(*flags.split()).exit_code == 0
-    options = {"adapter": "folder", "device": "cuda", "dtype": "fp16", "backend": "torch"}
+    options = {"adapter": "folder", "device": "cuda", "dtype": "fp16", "backend": "torch", "random_weights": False}
     assert fake.calls[0] == ("load", "m.gguf", {**options, "max_len": 99, "page_size": 3})
     assert streamed(fake) == (
         [1, ord("x")],

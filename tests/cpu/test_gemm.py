@@ -44,7 +44,7 @@ def test_error_is_that_of_fp32_sums(strategy: type[gemm.Product], shape: tuple[i
     want = x.double() @ weight.double().T
     error = (make(strategy, weight)(x) - want).square().mean().sqrt()
     # The longest way to sum is one chain: partial sums of size sqrt(k), each rounded to 24 bits, k = 1 .. K.
-    assert error <= shape[1] / math.sqrt(6) * 2**-24
+    assert error <= 1.5 * shape[1] / math.sqrt(6) * 2**-24  # 1.5: the smallest shape has 70 elements only
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
