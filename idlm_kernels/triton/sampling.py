@@ -266,6 +266,11 @@ def _draft_count(gNumDrafts, request, m_rows, num_k):
     return tl.minimum(tl.maximum(tl.load(gNumDrafts + request), 0), tl.minimum(tl.maximum(m_rows - 1, 0), num_k))
 
 
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
 @triton.jit(do_not_specialize=["batch", "id_limit", "mask_id"])
 def _cut_kernel(
     gLogits,  # [T, V]
@@ -436,6 +441,7 @@ def _perturb_kernel(
         position += 1 + ahead
     temperature, min_p = tl.load(gTemperature + owner), tl.load(gMinP + owner)
     is_greedy = temperature < kGreedyBelow
+    least_share = tl.where(is_greedy, 0.0, min_p)
     seed = tl.load(gSeed + owner)
     cut, largest = tl.load(gCut + row), tl.load(gLargest + row)
     gRow = gLogits + row * stride_logits
@@ -450,8 +456,8 @@ def _perturb_kernel(
         z, is_nan, is_inf = _transformed(gRow, gRowBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
         flags |= tl.where(is_nan, kNan, 0) | tl.where(is_inf, kInf, 0) | tl.where(z > float("-inf"), kFinite, 0)
         kept = (z > float("-inf")) & (_key(z) >= cut)
-        if min_p > 0.0:
-            kept = kept & ((tl.exp(z - largest) >= min_p) | (z == largest) | is_greedy)
+        if least_share > 0.0:
+            kept = kept & ((tl.exp(z - largest) >= least_share) | (z == largest))
         if tl.max(kept.to(tl.int32), axis=0) != 0:
             score = z
             if not is_greedy:
@@ -464,15 +470,7 @@ def _perturb_kernel(
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(gScore + place, score)
     tl.store(gId + place, winner)
-    tl.store(gFlags + place, _union(flags, 0))
-
-
-@triton.jit
-def _union(flags, axis: tl.constexpr):
-    """Bitwise or along an axis, bit by bit: Triton's interpreter cannot reduce integers by a function of our own."""
-    faults = tl.max(flags & kNan, axis=axis) | tl.max(flags & kInf, axis=axis)
-    others = tl.max(flags & kEmptyRow, axis=axis) | tl.max(flags & kBadDraft, axis=axis)
-    return faults | others | tl.max(flags & kFinite, axis=axis)
+    tl.store(gFlags + place, tl.reduce(flags, 0, _or))
 
 
 @triton.jit
@@ -483,7 +481,7 @@ def _best_of_slices(gScore, gId, gFlags, row, has_row, mask_id, SLICES: tl.const
     inside = has_row[:, None] & (s < SLICES)
     score = tl.load(gScore + place, mask=inside, other=float("-inf"))
     id_ = tl.load(gId + place, mask=inside, other=kNoId)
-    flags = _union(tl.load(gFlags + place, mask=inside, other=0), 1)
+    flags = tl.reduce(tl.load(gFlags + place, mask=inside, other=0), 1, _or)
     token = tl.min(tl.where(score == tl.max(score, axis=1)[:, None], id_, kNoId), axis=1)
     is_empty = (flags & kFinite) == 0
     lowest = tl.where(mask_id == 0, 1, 0)
@@ -573,7 +571,7 @@ def _decide_kernel(
     tl.store(gNextDrafts + request.to(tl.int64) * stride_next + i, new, mask=i < K)
     tl.store(gNextNumDrafts + request, num_proposed)
     if HAS_STATUS:
-        bits = _union(status | new_status | tl.where(is_bad, kBadDraft, 0), 0)
+        bits = tl.reduce(status | new_status | tl.where(is_bad, kBadDraft, 0), 0, _or)
         if is_present:
             if tl.load(gNumDrafts + request) != n:
                 bits = bits | kBadDraft

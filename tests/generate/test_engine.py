@@ -72,7 +72,7 @@ def assert_nothing_leaks(engine: Engine) -> None:
     assert sorted(engine._free_places) == list(range(engine.options.max_batch))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 600))])
 def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) -> None:
     rng = random.Random(seed)
     generator = models[seed % 2]

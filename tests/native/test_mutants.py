@@ -80,7 +80,8 @@ def battery(softgpu: ModuleType) -> None:
     with softgpu.configured(sched="random", seed=5, quantum=40):
         check_rows(Rows.make(10, 40_000, torch.float32, generator), backend, CPU, tally, "schedule")
     for mode in ("match", "rejection"):
-        step = Step.make(24, 3, 100, torch.float32, generator, branched=True, mode=mode, mixes=(Mix(), Mix(0.7)))
+        kinds = {"mixes": (Mix(), Mix(0.7)), "kinds": (2,), "closeness": 1.0}
+        step = Step.make(60, 3, 100, torch.float32, generator, branched=True, mode=mode, **kinds)
         check_step(step, backend, CPU, tally, mode)
     tally.hold(0.05)
 

@@ -367,7 +367,7 @@ MUTANTS = {
         "share * mass.to(tl.float64),\n",
         "share * 17592186044416.0,\n",
     ),
-    "min-p forgotten": (check_rows, "if min_p > 0.0:", "if min_p > 1.0:"),
+    "min-p forgotten": (check_rows, "if least_share > 0.0:", "if least_share > 1.0:"),
     "MASK can be sampled": (check_steps, "(id_ != mask_id)", "(id_ != mask_id - 1)"),
     "highest id of ties": (
         check_ties,
