@@ -28,12 +28,15 @@ from idlm_kernels.model import Transformer, load_checkpoint
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
 PLANS = (("ar", 1), ("chain", 4), ("branched", 4))
-PEAK = (
-    "import resource; from idlm_kernels.generate import Generator; import torch;"
-    "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-    "Generator.from_pretrained('default');"
-    "print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-)
+# VmHWM is the peak of this program alone; ru_maxrss would start from that of the process which forked it.
+PEAK = """
+import re
+from idlm_kernels.generate import Generator
+peak = lambda: re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+before = peak()
+Generator.from_pretrained("default")
+print(before, peak())
+"""
 
 
 @contextmanager

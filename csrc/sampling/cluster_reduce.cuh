@@ -49,6 +49,7 @@ struct ClusterReduce {
       block = over_groups<Op>(block);
       for (uint32_t to = group; to < size; to += 4) store_to_cta(&s.mail[generation][rank][column], to, block);
     }
+    __syncwarp();  // the cluster barrier wants whole warps
     cluster_arrive();
     cluster_wait();  // after this s.warps may be written again, and all mail of this generation is here
     uint64_t total = 0;

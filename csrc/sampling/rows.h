@@ -1,7 +1,7 @@
 // The instances of the kernel, one translation unit per logits type.
 #pragma once
 
-#include "sampling/kernel.cuh"
+#include "sampling/params.h"
 
 namespace idlm {
 
@@ -11,10 +11,5 @@ using RowsKernel = void (*)(KernelParams);
 RowsKernel rows_kernel_bf16(DType storage, bool rejection);
 RowsKernel rows_kernel_fp16(DType storage, bool rejection);
 RowsKernel rows_kernel_fp32(bool rejection);
-
-template <class L, class S>
-RowsKernel rows_kernel_of(bool rejection) {
-  return rejection ? rows_kernel<L, S, true> : rows_kernel<L, S, false>;
-}
 
 }  // namespace idlm

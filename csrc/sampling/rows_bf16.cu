@@ -1,5 +1,7 @@
 #include "sampling/rows.h"
 
+#include "sampling/kernel.cuh"
+
 namespace idlm {
 
 RowsKernel rows_kernel_bf16(DType storage, bool rejection) {

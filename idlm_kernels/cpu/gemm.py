@@ -9,15 +9,17 @@ oneDNN. Four products that are, the fastest that applies first:
   rows-fp32     one matrix-vector product per row.
 
 None of these properties is documented, so all but the last are checked on random rows when a weight of a new shape is
-prepared, and a product that fails is not used. Measured on two cores of an AMD EPYC (Zen 5), torch 2.13, microseconds,
-weight [3072, 576], 1 / 4 / 7 / 16 rows: fbgemm-fp16 44 / 60 / 70 / 142, onednn-fp32 66 / 63 / 89 / 149,
-tiled-fp32 356 / 356 / 356 / 712, plain torch 214 / 347 / 631 / 521 (`python -m bench.cpu_ops`).
+prepared, and a product that fails is not used. One core of an AMD EPYC (Zen 5), torch 2.13, microseconds, weight
+[3072, 576], 1 / 4 / 7 / 16 rows: fbgemm-fp16 66 / 79 / 114 / 251, onednn-fp32 97 / 97 / 160 / 261, tiled-fp32
+415 / 425 / 418 / 843, plain torch 98 / 280 / 501 / 728 (`python -m bench.cpu_ops --threads 1`).
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -28,7 +30,7 @@ import python_ref
 
 FP16_MAX = 65504.0
 _PREPARED = "_idlm_prepared"  # attribute of a handle: the product behind it, which lives exactly as long as the handle
-_BLOCK_DIAGONAL = "_idlm_block_diagonal"  # attribute of a lora_b: its slices as one matrix
+_ADAPTER = "_idlm_adapter"  # attribute of a lora_b: the prepared adapter
 
 
 class Product(Protocol):
@@ -84,7 +86,9 @@ class OneDnnFp32:
 class TiledFp32:
     strategy: ClassVar[str] = "tiled-fp32"
 
-    TILE = 8  # rows; for a [3072, 576] weight a tile of 4 takes 347 us, of 8 356 us, of 16 521 us
+    TILE: ClassVar[int] = (
+        8  # rows; for a [3072, 576] weight MKL takes as long for 4 as for 8, and half as long again for 16
+    )
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.float().contiguous()
@@ -101,6 +105,14 @@ class TiledFp32:
         return y[: x.shape[0]]
 
 
+class AdapterFp32(TiledFp32):
+    """For the matrices of an adapter, whose time is that of the call: 7 us, of onednn-fp32 16, of fbgemm-fp16 12."""
+
+    strategy: ClassVar[str] = "adapter-fp32"
+
+    TILE: ClassVar[int] = 4
+
+
 class RowsFp32:
     strategy: ClassVar[str] = "rows-fp32"
 
@@ -115,6 +127,7 @@ class RowsFp32:
 # In order of preference; the last one needs no check.
 STRATEGIES: tuple[type[Product], ...] = (FbgemmFp16, OneDnnFp32, TiledFp32, RowsFp32)
 _PLAIN_STRATEGIES: tuple[type[Product], ...] = (TiledFp32, RowsFp32)  # nothing to pack
+_ADAPTER_STRATEGIES: tuple[type[Product], ...] = (AdapterFp32, RowsFp32)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -240,12 +253,16 @@ def gated_lora_linear(
     y = _base(x32, weight, bias)
     rows = _gated_rows(gate.numpy().tobytes(), gate.element_size())
     if rows is not None and y.shape[1]:
-        shrunk = _product_of(lora_a)(x32[rows]).mul_(scale)
-        update = _product_of(_block_diagonal(lora_b, slices))(shrunk)
+        adapter = _prepared_adapter(lora_a, lora_b, scale, [y.shape[1]] if slices is None else list(slices))
         if isinstance(rows, slice):
-            y[rows].add_(update)
+            # Up to three neighbours are computed along, which is cheaper than to pad.
+            tile = AdapterFp32.TILE
+            window = min(-(-(rows.stop - rows.start) // tile) * tile, x.shape[0])
+            first = max(rows.stop - window, 0)
+            update = adapter.times_b(adapter.times_a(x32[first : first + window]))
+            y[rows].add_(update[rows.start - first : rows.stop - first])
         else:
-            y.index_add_(0, rows, update)
+            y.index_add_(0, rows, adapter.times_b(adapter.times_a(x32[rows])))
     return _round(y, x.dtype, out)
 
 
@@ -264,20 +281,37 @@ def _gated_rows(gate: bytes, element_size: int) -> slice | Tensor | None:
     return torch.from_numpy(rows)
 
 
-def _block_diagonal(lora_b: Tensor, slices: Sequence[int] | None) -> Tensor:
-    """The B matrices [N, r] of S slices as one [N, S * r], so that one product serves them all.
+@dataclass(frozen=True)
+class _Adapter:
+    """The products of an adapter, x A^T and then (scale * B)^T, and what they were made of."""
 
-    Kept with lora_b as long as its version says that it was not written since. A non-finite number in one slice of
-    a gated row reaches the row's other slices: 0 * Inf is NaN.
+    times_a: Product
+    times_b: Product
+    lora_a: weakref.ref[Tensor]
+    made_of: tuple[object, ...]
+
+
+def _prepared_adapter(lora_a: Tensor, lora_b: Tensor, scale: float, widths: list[int]) -> _Adapter:
+    """The adapter's matrices, prepared like other weights; kept with lora_b until one of them is written.
+
+    The B matrices [N, r] of S slices become one block-diagonal [N, S * r], so that one product serves them all. A
+    non-finite number in one slice of a gated row so reaches the row's other slices: 0 * Inf is NaN.
     """
-    widths = [lora_b.shape[0]] if slices is None else list(slices)
-    if len(widths) == 1:
-        return lora_b
-    version = None if lora_b.is_inference() else lora_b._version
-    kept: tuple[int, list[int], Tensor] | None = getattr(lora_b, _BLOCK_DIAGONAL, None)
-    if kept is not None and version is not None and kept[:2] == (version, widths):
-        return kept[2]
-    matrix = torch.block_diag(*lora_b.split(widths))
-    if version is not None:
-        setattr(lora_b, _BLOCK_DIAGONAL, (version, widths, matrix))
-    return matrix
+    made_of = (_version(lora_a), _version(lora_b), scale, widths)
+    kept: _Adapter | None = getattr(lora_b, _ADAPTER, None)
+    if kept is not None and kept.made_of == made_of and kept.lora_a() is lora_a:
+        return kept
+    scaled_b = torch.block_diag(*(lora_b.float() * scale).split(widths))
+    adapter = _Adapter(
+        _make_product(lora_a.detach(), _ADAPTER_STRATEGIES),
+        _make_product(scaled_b, _ADAPTER_STRATEGIES),
+        weakref.ref(lora_a),
+        made_of,
+    )
+    setattr(lora_b, _ADAPTER, adapter)
+    return adapter
+
+
+def _version(x: Tensor) -> object:
+    """A mark that changes when x is written; inference tensors have none, so theirs equals no other."""
+    return object() if x.is_inference() else x._version

@@ -14,7 +14,7 @@ import python_ref
 from idlm_kernels.cpu import gemm
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, prepare_weight, strategy_of
 
-STRATEGIES = [pytest.param(s, id=s.strategy) for s in gemm.STRATEGIES]
+STRATEGIES = [pytest.param(s, id=s.strategy) for s in (*gemm.STRATEGIES, gemm.AdapterFp32)]
 SHAPES = [(96, 64), (960, 576), (576, 1536), (33, 37), (1, 8)]  # oneDNN: at K = 1536 one row has bits of its own
 
 
@@ -259,19 +259,31 @@ def test_ungated_rows_see_nothing_of_the_adapter(value: float) -> None:
 
 
 def test_no_work_for_the_adapter_without_gated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_block_diagonal", lambda *args: pytest.fail("the adapter was read"))
+    monkeypatch.setattr(gemm, "_prepared_adapter", lambda *args: pytest.fail("the adapter was read"))
     handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
     y = gated_lora_linear(x, handle, a, b, torch.zeros(9, dtype=torch.bool), 0.7, slices=WIDTHS)
     assert torch.equal(y, linear(x, handle))
 
 
-def test_an_adapter_that_is_trained_on_is_read_anew() -> None:
-    handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
-    gate = torch.ones(9, dtype=torch.bool)
-    gated_lora_linear(x, handle, a, b, gate, 0.7, slices=WIDTHS)
-    b.mul_(3)
-    y = gated_lora_linear(x, handle, a, b, gate, 0.7, slices=WIDTHS)
-    assert torch.equal(y, gated_lora_linear(x, handle, a, b.clone(), gate, 0.7, slices=WIDTHS))
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_prepared_adapter_follows_what_it_was_made_of(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
+        gate = torch.ones(9, dtype=torch.bool)
+
+        def run(a: Tensor, b: Tensor, scale: float = 0.7) -> Tensor:
+            return gated_lora_linear(x, handle, a, b, gate, scale, slices=WIDTHS)
+
+        assert torch.equal(run(a, b), run(a, b))
+        b.mul_(3)
+        assert torch.equal(run(a, b), run(a.clone(), b.clone()))
+        a.add_(1)
+        assert torch.equal(run(a, b), run(a.clone(), b.clone()))
+        other = adapter()[0]
+        assert torch.equal(run(other, b), run(other, b.clone()))
+        assert torch.equal(run(a, b, 2.0), run(a, b.clone(), 2.0))
+        merged = gated_lora_linear(x, handle, a[:4], b, gate, 0.7)
+        assert torch.equal(merged, gated_lora_linear(x, handle, a[:4], b.clone(), gate, 0.7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

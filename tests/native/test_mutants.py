@@ -42,7 +42,7 @@ MUTANTS = (
         "for (int e = 0; e < kVector; ++e)",
     ),
     Mutant("top-p of the whole row", "threshold.cuh", "search<true>(t, 0, top_p)", "search<true>(lowest(), 0, top_p)"),
-    Mutant("candidates are left out too early", "kernel.cuh", "bias = (1e-3f - score_of", "bias = (-2.0f - score_of"),
+    Mutant("candidates are left out too early", "sampler.cuh", "bias = (1e-3f - score_of", "bias = (-2.0f - score_of"),
     Mutant(
         "mail is read before it is there",
         "cluster_reduce.cuh",
@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "q is left out of the residual",
-        "kernel.cuh",
+        "sampler.cuh",
         "- probability_if_kept(q_logit[e], q_cut, q_log_norm)",
         "- 0 * q_logit[e]",
     ),
