@@ -65,7 +65,7 @@ def qk_norm_rope_append(
     eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Norm q and k per head, rotate them, write k and v to the cache, return q [T, Hq, D] (a view when out is None)."""
+    """Norm q and k per head, rotate them, write k and v to the cache, return q [T, Hq, D]."""
     if qkv.dtype == torch.float64:
         return python_ref.qk_norm_rope_append(
             qkv,
@@ -99,7 +99,7 @@ def qk_norm_rope_append(
     k_cache.index_put_((page, offset), k.to(k_cache.dtype))
     v_cache.index_put_((page, offset), v.to(v_cache.dtype))
     q = rotated[:, :num_heads]
-    return q.to(qkv.dtype) if out is None else out.copy_(q)
+    return q.contiguous().to(qkv.dtype) if out is None else out.copy_(q)
 
 
 @functools.lru_cache(maxsize=16)

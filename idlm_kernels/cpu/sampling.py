@@ -34,6 +34,7 @@ from python_ref.sampling import (
 )
 
 _Floats = NDArray[np.float32]
+_GREEDY_BELOW = float(np.float32(GREEDY_BELOW))  # temperatures are fp32, and so is the bound that they are held to
 SPARSE_BELOW = 1 / 16  # share of the ids up to which their noise alone is computed, and not kept; 5 times slower per id
 
 
@@ -47,7 +48,7 @@ class _Params:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
+        return self.temperature < _GREEDY_BELOW
 
     @property
     def truncates(self) -> bool:

@@ -137,7 +137,8 @@ def check(module: ModuleType, problem: Problem | None = None, target: int = SPLI
 @pytest.mark.parametrize("target", [SPLIT, TOGETHER])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "heads, head_dim, page_size", [((16, 2), 128, 256), ((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 64), ((6, 2), 48, 3)]
+    "heads, head_dim, page_size",
+    [((16, 2), 128, 256), ((8, 2), 128, 16), ((9, 3), 64, 1), ((1, 1), 256, 64), ((6, 2), 48, 3)],
 )
 def test_attention(heads: tuple[int, int], head_dim: int, page_size: int, dtype: torch.dtype, target: int) -> None:
     check(attention, Problem(heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype), target)
