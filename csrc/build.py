@@ -102,6 +102,10 @@ def build(toolchain: Toolchain, output: Path, build_dir: Path, *, jobs: int = 0,
         f"-DIDLM_MODULE_DIR={output}",
         f"-DIDLM_BUILD_EXAMPLE={'ON' if example else 'OFF'}",
     ]  # fmt: skip
+    # The PyPI packages hold libcudart.so.N without the link that CMake looks for.
+    libraries = toolchain.nvcc.resolve().parents[1] / "lib"
+    if not (libraries / "libcudart.so").exists() and (found := sorted(libraries.glob("libcudart.so.*"))):
+        configure += [f"-DCUDA_CUDART={found[0]}", f"-DCUDA_cudart_LIBRARY={found[0]}"]
     subprocess.run(configure, check=True, stdout=sys.stderr)
     command = [toolchain.cmake, "--build", str(build_dir)]
     if jobs:

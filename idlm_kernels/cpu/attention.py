@@ -11,15 +11,17 @@ rescaled. Why the bits of a row depend only on what it sees:
 - maximum, exp and subtraction work element by element (torch's exp gives a number the same bits at any position), and
   the sum over leaves has a fixed order (`_sum_leaves`).
 
-Costs at 512 slots, 9 heads over 3 KV heads, D = 64: gathering K and V 2 x 6 us, the two products 2 x 11 us for one row
-and 2 x 60 us for 16, the rest some 35 us of small torch calls (two cores of an AMD EPYC, Zen 5; `python -m
-bench.cpu_ops`). Everything that the layers of a forward share (pages, masks, the split into items) is kept in `_plan`.
+Everything that the layers of a forward share (pages, masks, the split into items) is kept in `_plan`.
+One core of an AMD EPYC (Zen 5), 9 heads over 3 KV heads, D = 64, 512 slots, 1 / 7 / 16 rows: 97 / 207 / 369 us, where
+scaled_dot_product_attention on K and V in place takes 46 / 178 / 274 (`python -m bench.cpu_ops --threads 1`). Of the
+97 us, some 50 are the overhead of 40 small torch calls.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,12 +32,16 @@ from torch import Tensor
 import python_ref
 from python_ref.attention import visible_slots
 
-LEAF = 128  # slots; the order of summation depends on it. 64 costs more calls at length, 256 pads short contexts
+# Slots; the order of summation depends on it. At 64 slots, leaves of 64 / 128 / 256 take 45 / 57 / 72 us for one row and
+# 83 / 131 / 213 for 16; from 512 slots on there is no difference.
+LEAF = 64
 MIN_ROWS = 4  # rows of a product: below, MKL computes a row in another way (measured for D = 64, 128, 256)
 MAX_ROWS = 64  # rows of a request in one item
-# Elements of the scores: 1 MiB, the second-level cache of a core. Prefill of 512 rows takes 7.9 ms; with 4 MiB, for
-# which the allocator takes fresh memory at every call, 13 ms.
+# Elements of the scores: 1 MiB, the second-level cache of a core. Four times as many were no faster for a prefill.
 SCORES_PER_ITEM = 1 << 18
+
+
+_Product = Callable[[Tensor, Tensor, Tensor], object]  # a [batch, rows, K], b [batch, K, N], out [batch, rows, N]
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ class _Item:
     masked_leaf: int  # leaves before this one are seen whole by every row
     hidden: Tensor | None  # bool [G, L - masked_leaf, padded, LEAF]; None if all is seen
     visible: Tensor | None  # its complement as 0 and 1, fp32
-    times_k: Callable[[Tensor, Tensor], Tensor]  # the products and sums over leaves that keep a row's bits
-    times_v: Callable[[Tensor, Tensor], Tensor]
+    times_k: _Product  # the products and sums over leaves that keep a row's bits
+    times_v: _Product
     sum_scores: Callable[[Tensor], Tensor]
     sum_values: Callable[[Tensor], Tensor]
 
@@ -166,15 +172,15 @@ def _attend(
     # The same rows for every leaf.
     source = _by_head(q, item, num_kv_heads, leaves)  # [Hkv, G, L, m, group, D]
     if padded == stacked:
-        q_leaves = torch.empty(num_kv_heads, count, leaves, padded, head_dim)
-        target = q_leaves
+        q_leaves = target = _scratch.take("q", (num_kv_heads, count, leaves, padded, head_dim))
     else:
         q_leaves = torch.zeros(num_kv_heads, count, leaves, padded, head_dim)
         target = q_leaves[:, :, :, :stacked]
     torch.mul(source, scale, out=target.view(num_kv_heads, count, leaves, rows, group, head_dim))
 
-    k = _gather(k_cache, item)
-    scores = item.times_k(q_leaves.view(batch, padded, head_dim), k.view(batch, LEAF, head_dim).transpose(1, 2))
+    k = _gather(k_cache, item, "k").view(batch, LEAF, head_dim)
+    scores = _scratch.take("p", (batch, padded, LEAF))
+    item.times_k(q_leaves.view(batch, padded, head_dim), k.transpose(1, 2), scores)
     p = scores.view(num_kv_heads, count, leaves, padded, LEAF)
     masked = p if item.masked_leaf == 0 else p[:, :, item.masked_leaf :]
     if item.hidden is not None:
@@ -185,11 +191,12 @@ def _attend(
         masked.mul_(item.visible)
     total = item.sum_scores(p).sum(-1, keepdim=True)  # [Hkv, G, padded, 1]
 
-    v = _gather(v_cache, item)
+    v = _gather(v_cache, item, "v")
     for piece, slot in item.unwritten:
         v[:, piece].narrow(1, slot, leaves * LEAF - slot).zero_()  # whatever lies there: 0 * NaN
-    o = item.times_v(scores, v.view(batch, LEAF, head_dim)).view(num_kv_heads, count, leaves, padded, head_dim)
-    o = item.sum_values(o).div_(total.clamp(min=_TINY))
+    o = _scratch.take("o", (batch, padded, head_dim))
+    item.times_v(scores, v.view(batch, LEAF, head_dim), o)
+    o = item.sum_values(o.view(num_kv_heads, count, leaves, padded, head_dim)).div_(total.clamp(min=_TINY))
     if v_scale is not None:
         o.mul_(v_scale)
     if padded != stacked:
@@ -224,13 +231,54 @@ def _by_head(x: Tensor, item: _Item, num_kv_heads: int, leaves: int | None = Non
     )
 
 
-def _gather(cache: Tensor, item: _Item) -> Tensor:
-    """The slots of an item in order, [Hkv, G, L * LEAF, D] in fp32, contiguous, memory of its own."""
-    num_kv_heads, head_dim = cache.shape[2:]
-    slots = cache.permute(2, 0, 1, 3).index_select(1, item.pages).view(num_kv_heads, item.count, -1, head_dim)
-    if slots.shape[2] != item.leaves * LEAF:
-        slots = slots[:, :, : item.leaves * LEAF].contiguous()
-    return slots if slots.dtype == torch.float32 else slots.float()
+def _gather(cache: Tensor, item: _Item, name: str) -> Tensor:
+    """The slots of an item in order, [Hkv, G, L * LEAF, D] in fp32, contiguous, in scratch memory."""
+    _, page_size, num_kv_heads, head_dim = cache.shape
+    pages = cache.permute(2, 0, 1, 3)
+    shape = (num_kv_heads, item.count, item.leaves * LEAF, head_dim)
+    slots_of_pages = item.pages.shape[0] // item.count * page_size
+    if slots_of_pages == shape[2] and cache.dtype == torch.float32:
+        slots = _scratch.take(name, shape)
+        torch.index_select(pages, 1, item.pages, out=slots.view(num_kv_heads, -1, page_size, head_dim))
+        return slots
+    some = pages.index_select(1, item.pages).view(num_kv_heads, item.count, slots_of_pages, head_dim)
+    return _scratch.take(name, shape).copy_(some[:, :, : shape[2]])
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses again in every call.
+
+    It is worth keeping: the C allocator gives large blocks back to the system, and to get them anew made calls at 2,000
+    slots up to 6 times slower (1.8 ms instead of 0.28), depending on what the process had allocated before.
+    """
+
+    MOST = 1 << 24  # elements of a buffer; larger ones are not kept
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The memory of this name, fp32, with anything in it."""
+        view = self._views.get((name, shape))
+        return self._make(name, shape) if view is None else view
+
+    def _make(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        if size > self.MOST:
+            return torch.empty(shape)
+        with torch.inference_mode(False):  # it outlives any inference mode that is on
+            if name not in self._buffers or self._buffers[name].numel() < size:
+                self._buffers[name] = torch.empty(min(size + size // 2, self.MOST))  # contexts grow
+                self._views.clear()
+            view = self._buffers[name][:size].view(shape)
+        if len(self._views) >= 64:
+            self._views.clear()
+        self._views[name, shape] = view
+        return view
+
+
+_scratch = _Scratch()
 
 
 # The plan: what depends on lengths, pages and masks alone.
@@ -383,9 +431,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def _product(
-    batch: int, rows: int, inner: int, columns: int, *, transposed: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _product(batch: int, rows: int, inner: int, columns: int, *, transposed: bool) -> _Product:
     """A function a [batch, rows, inner] @ b [batch, inner, columns] in which every row has the same bits as in the
     functions returned for other batches and rows. `transposed`: b comes as the transpose of a contiguous tensor.
 
@@ -396,31 +442,39 @@ def _product(
     def random_b(batch: int) -> Tensor:
         return _random(batch, columns, inner).transpose(1, 2) if transposed else _random(batch, inner, columns)
 
+    def in_slabs(a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_empty(*a.shape[:2], columns)
+        _product_in_slabs(a, b, out)
+        return out
+
     def slabs_are_invariant() -> bool:
         a, b = _random(4, 2 * SLAB, inner), random_b(4)
-        want = _product_in_slabs(a, b)
-        turned = _product_in_slabs(a.flip(0, 1), b.flip(0)).flip(0, 1)
+        want = in_slabs(a, b)
+        turned = in_slabs(a.flip(0, 1), b.flip(0)).flip(0, 1)
         return torch.equal(want, turned) and all(
-            torch.equal(want[1:4, rows], _product_in_slabs(a[1:4, rows], b[1:4]))
-            for rows in (slice(0, 1), slice(3, 8), slice(5, 24))
+            torch.equal(want[1:4, some], in_slabs(a[1:4, some], b[1:4]))
+            for some in (slice(0, 1), slice(3, 8), slice(5, 24))
         )
 
     def bmm_agrees() -> bool:
         a, b = _random(min(batch, 8), rows, inner), random_b(min(batch, 8))
-        return torch.equal(torch.bmm(a, b), _product_in_slabs(a, b))
+        return torch.equal(torch.bmm(a, b), in_slabs(a, b))
 
     shape = (inner, columns, transposed)
     if not _verified(("slabs", *shape), slabs_are_invariant):
         return _product_by_tree
-    return torch.bmm if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees) else _product_in_slabs
+    return _bmm if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees) else _product_in_slabs
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.bmm(a, b, out=out)
 
 
 SLAB = 16  # rows
 
 
-def _product_in_slabs(a: Tensor, b: Tensor) -> Tensor:
+def _product_in_slabs(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a @ b by calls of exactly [2, SLAB, K] @ [2, K, N]: no shape around a row ever changes."""
-    out = a.new_empty(*a.shape[:2], b.shape[2])
     for i in range(0, a.shape[0], 2):
         pair = torch.arange(i, i + 2).clamp(max=a.shape[0] - 1)
         b_pair = b.transpose(1, 2)[pair].transpose(1, 2) if b.stride(2) != 1 else b[pair]
@@ -429,12 +483,10 @@ def _product_in_slabs(a: Tensor, b: Tensor) -> Tensor:
             slab = a.new_zeros(2, SLAB, a.shape[2])
             slab[: block.shape[0], : block.shape[1]] = block
             out[i : i + 2, j : j + SLAB] = torch.bmm(slab, b_pair)[: block.shape[0], : block.shape[1]]
-    return out
 
 
-def _product_by_tree(a: Tensor, b: Tensor) -> Tensor:
+def _product_by_tree(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a @ b by single multiplications and additions in a fixed tree: invariant on any machine, and slow."""
-    out = a.new_empty(*a.shape[:2], b.shape[2])
     for row in range(a.shape[1]):
         terms = a[:, row, :, None] * b  # [batch, K, N]
         while terms.shape[1] > 1:
@@ -443,7 +495,6 @@ def _product_by_tree(a: Tensor, b: Tensor) -> Tensor:
             terms = terms[:, :half].clone()
             terms[:, : rest.shape[1]] += rest
         out[:, row] = terms[:, 0]
-    return out
 
 
 SUMMED_AT_ONCE = 16  # torch adds up to so many rows one after the other, more in blocks

@@ -1,4 +1,4 @@
-"""The noise of `python_ref.noise`, bit for bit, some three times faster: 0.35 ms for a row of 49,152 Gumbel variables.
+"""The noise of `python_ref.noise`, bit for bit, in half the time: 0.43 ms for 49,152 Gumbel variables on one core.
 
 Philox runs in numpy, whose uint64 loops are the fastest at hand, and broadcasting keeps the first two rounds scalar
 where the counter words are. The uniforms and logarithms are torch's, as in the reference, so that the bits are too.

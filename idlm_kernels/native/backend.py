@@ -5,8 +5,6 @@ Where the CUDA runtime is an emulator the same functions take CPU tensors (call 
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,8 @@ from python_ref import STREAM_TARGET, QState
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_DRAFTS = 31  # chain plans have N <= 32
 
-# For tests and tuning: CTAs per row (1, 2, 4 or 8; 0: chosen by size). No result depends on it.
-cluster_size = int(os.environ.get("IDLM_NATIVE_CLUSTER", "0"))
+# CTAs per row (1, 2, 4 or 8; 0: chosen by size), for tests and tuning. No result depends on it.
+cluster_size = 0
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

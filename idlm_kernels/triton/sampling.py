@@ -14,8 +14,8 @@ Three launches, none of them sorts:
    then drafts against tokens. In `match` the noise of a MASK row is known before acceptance is, so launch 2 samples
    every row of the step at once.
 
-IEEE throughout: division is rounded, nothing is flushed to zero, and log is a polynomial of our own, since the
-hardware's is off by 5e-6 where the contract allows the noise 2e-6. Ties go to the lowest id in every reduction.
+IEEE throughout: division is rounded, nothing is flushed to zero, and log is a polynomial of our own: lg2.approx, exact
+to 2^-22, would allow the noise an error of 5e-6 at v = 2^-5, the contract 2e-6. Ties go to the lowest id everywhere.
 Mode `rejection` and fp64 are left to the references.
 """
 

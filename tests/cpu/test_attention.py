@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -344,6 +345,26 @@ def test_a_plan_does_not_outlive_its_values() -> None:
     torch.testing.assert_close(strided_attention(*args, **options), python_ref.strided_attention(*args, **options))
 
 
+def test_threads_of_python_do_not_share_scratch_memory() -> None:
+    requests = [request((4, 2, 64), 700, 16, seed=i) for i in range(4)]
+    want = [attend([r])[0] for r in requests]
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(lambda i: attend([requests[i % 4]])[0], range(80)), want * 20, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_scratch_memory_across_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_scratch", attention._Scratch())
+    small, large = request((4, 2, 64), 100, 5), request((4, 2, 64), 900, 5)
+    with torch.inference_mode():
+        want = attend([small])[0], attend([large])[0]
+    assert torch.equal(attend([large])[0], want[1])
+    assert torch.equal(attend([small])[0], want[0])
+    monkeypatch.setattr(attention._Scratch, "MOST", 10)
+    monkeypatch.setattr(attention, "_scratch", attention._Scratch())
+    assert torch.equal(attend([large])[0], want[1])
+
+
 # Fallbacks
 
 
@@ -383,17 +404,17 @@ def test_fallbacks_are_invariant_too(
 def test_a_product_that_depends_on_its_shape_is_not_used(fresh_verdicts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     bmm = torch.bmm
 
-    def shape_dependent(a: Tensor, b: Tensor) -> Tensor:
-        return bmm(a, b) * (1 + 2**-20 if a.shape[1] == 12 else 1)
+    def shape_dependent(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        return bmm(a, b, out=out).mul_(1 + 2**-20 if a.shape[1] == 12 else 1)
 
-    def place_dependent(a: Tensor, b: Tensor) -> Tensor:
-        y = bmm(a, b)
+    def place_dependent(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        y = bmm(a, b, out=out)
         y[:, 3] *= 1 + 2**-20
         return y
 
     monkeypatch.setattr(torch, "bmm", shape_dependent)
     assert attention._product(12, 12, 64, 128, transposed=True) is attention._product_in_slabs
-    assert attention._product(12, 16, 64, 128, transposed=True) is shape_dependent
+    assert attention._product(12, 16, 64, 128, transposed=True) is attention._bmm
     monkeypatch.setattr(torch, "bmm", place_dependent)
     assert attention._product(12, 12, 128, 64, transposed=False) is attention._product_by_tree
 

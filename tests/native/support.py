@@ -185,6 +185,7 @@ class Tally:
     def hold(self, share: float = 0.01) -> None:
         assert not self.wrong, "; ".join(self.wrong)
         total = self.compared + self.left_out
+        print(f"left out {self.left_out} of {total} results")
         assert self.left_out <= max(share * total, 1), f"{self.left_out} of {total} results left out"
 
 

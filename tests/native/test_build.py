@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+import idlm_kernels
 from idlm_kernels import native
 from tests.native.support import ROOT, Toolkit
 
@@ -125,3 +127,19 @@ def test_cpp_engine(module: ModuleType, softgpu: ModuleType, toolkit: Toolkit, t
     done = subprocess.run([str(tree / "engine")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("accepted 3 of 3 drafts, committed")
+
+
+def test_backend_is_forced_by_name_and_refuses_cpu_tensors() -> None:
+    count = 2
+    with idlm_kernels.use_backend("cuda"), pytest.raises(ValueError, match="backend 'cuda' runs on cuda"):
+        idlm_kernels.sample_rows(
+            torch.zeros(count, 8),
+            torch.zeros(count, dtype=torch.int32),
+            torch.ones(count),
+            torch.zeros(count, dtype=torch.int32),
+            torch.ones(count),
+            torch.zeros(count),
+            torch.zeros(count, dtype=torch.int64),
+            8,
+            -1,
+        )

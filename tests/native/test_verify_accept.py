@@ -279,3 +279,25 @@ def test_strict_bounds(
 
             got = step.run(Registered)  # type: ignore[arg-type]
             assert got.equal(expected)[decided_requests(step)].all()
+
+
+@pytest.mark.parametrize("num_k", [0, 3])
+def test_match_commits_what_autoregressive_sampling_gives(
+    num_k: int, device: torch.device, generator: torch.Generator
+) -> None:
+    """The bits of a row's sample do not know the plan: sample_rows of the clean rows gives the committed tokens."""
+    step = Step.make(10, num_k, 3001, torch.bfloat16, generator, branched=True, mode="match", kinds=(2,))
+    got = step.run(backend, device)
+    for b in range(10):
+        clean = int(step.num_drafts[b]) + 1
+        first = int(step.query_start_loc[b])
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        ids = backend.sample_rows(
+            step.logits[first : first + clean].to(device),
+            (step.positions[b] + 1 + torch.arange(clean)).to(device),
+            *(getattr(step, name)[b].expand(clean).contiguous().to(device) for name in names),
+            step.id_limit,
+            step.mask_id,
+        )
+        accepted = int(got.num_accepted[b])
+        assert ids[: accepted + 1].tolist() == got.tokens[b, : accepted + 1].tolist()
