@@ -1,6 +1,7 @@
 """The CPU backend: torch's own kernels, arranged so that a row's bits depend on nothing but the row.
 
 Functions have the names and signatures of the references in `python_ref`; what is missing here, the reference computes.
+So does it for fp64, which serves to judge the other dtypes. No function supports autograd.
 """
 
 from idlm_kernels.cpu.attention import strided_attention

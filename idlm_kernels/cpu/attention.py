@@ -32,8 +32,8 @@ from torch import Tensor
 import python_ref
 from python_ref.attention import visible_slots
 
-# Slots; the order of summation depends on it. At 64 slots, leaves of 64 / 128 / 256 take 45 / 57 / 72 us for one row and
-# 83 / 131 / 213 for 16; from 512 slots on there is no difference.
+# Slots; the order of summation depends on it. At 64 slots, leaves of 64 / 128 / 256 take 46 / 59 / 72 us for one row
+# and 83 / 130 / 213 for 16 (one core); from 200 slots on there is no difference.
 LEAF = 64
 MIN_ROWS = 4  # rows of a product: below, MKL computes a row in another way (measured for D = 64, 128, 256)
 MAX_ROWS = 64  # rows of a request in one item

@@ -184,7 +184,7 @@ def prepare_weight(weight: Tensor) -> Tensor:
     if weight.dtype == torch.float64 or hasattr(weight, _PREPARED) or weight.numel() == 0:
         return weight
     handle = torch.full((), float("nan"), dtype=weight.dtype).expand(weight.shape)
-    setattr(handle, _PREPARED, _make_product(weight, STRATEGIES))
+    setattr(handle, _PREPARED, _make_product(weight.detach(), STRATEGIES))
     return handle
 
 

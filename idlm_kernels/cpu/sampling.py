@@ -77,7 +77,7 @@ class _Rows:
 
     def transform(self, logits: Tensor, params: _Params) -> tuple[_Floats, int]:
         """z [V] = logits / T with forbidden ids at -inf, not yet truncated, and the status bits of the row."""
-        x: _Floats = logits.float().numpy()
+        x: _Floats = logits.detach().float().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             z = x.copy() if params.greedy else x / np.float32(params.temperature)
         z[self.id_limit :] = -math.inf
@@ -93,7 +93,7 @@ class _Rows:
         """(token, status bits) of one row."""
         logits = self.biased(row)
         if params.greedy:
-            allowed: _Floats = logits[: self.id_limit].float().numpy()
+            allowed: _Floats = logits[: self.id_limit].detach().float().numpy()
             best = int(allowed.argmax())  # the first of equals; the first NaN, if there is one
             if best != self.mask_id and math.isfinite(allowed[best]):
                 return best, 0
