@@ -92,10 +92,12 @@ def attention_case(batch: int, rows: int, context: int, branched: bool = False) 
     last_rows = [min(first + rows_per_tile, rows) for first in range(0, rows, rows_per_tile)]
     seen = sum(context + (rows if branched else last) for last in last_rows)
     floor = batch * seen * KV_HEADS * HEAD_DIM * 2 * 2
-    # q once per chunk where each chunk is a CTA's own, else once.
-    chunks = -(-(context + rows) // attention.kChunk)
-    is_split = 2 * len(last_rows) * batch * KV_HEADS <= attention.kTargetCtas
-    model = batch * (chunks if is_split else 1) * rows * HEADS * HEAD_DIM * 2
+    # q once per CTA that has a chunk.
+    chunks = triton.cdiv(context + rows, attention.kChunk)
+    splits = attention.num_splits(
+        len(last_rows) * batch * KV_HEADS, triton.cdiv(pages * page_size, attention.kChunk), 0
+    )
+    model = batch * min(chunks, splits) * rows * HEADS * HEAD_DIM * 2
     name = f"attention batch={batch} rows={rows} context={context}{' branched' if branched else ''}"
     return Case(name, run, "attention", floor, model)
 

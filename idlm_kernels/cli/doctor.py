@@ -21,12 +21,14 @@ def doctor() -> None:
     from rich.table import Table
 
     import idlm_kernels
+    import idlm_kernels.native
 
     facts = Table(show_header=False, box=None)
     facts.add_row("idlm_kernels", __version__)
     facts.add_row("python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})")
     facts.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})")
     facts.add_row("triton", _version("triton"))
+    facts.add_row("native", idlm_kernels.native.status())
     facts.add_row("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     device_types = ["cpu"]
     if torch.cuda.is_available():

@@ -6,15 +6,15 @@ then p V, whose leaf results and sums are added in leaf order. The row maximum i
 rescaled. Why the bits of a row depend only on what it sees:
 
 - every product is over D or LEAF, whatever the sequence length; that its result does not depend on the number of rows
-  and leaves computed with it is checked per shape on random numbers (`_product`), with slower ways if it does not hold;
+  and leaves computed with it is checked per shape, and a slower way is taken where it does (`batched_product`);
 - a hidden slot has p = 0 exactly, and adding the zeros of a leaf in which all slots are hidden changes nothing;
 - maximum, exp and subtraction work element by element (torch's exp gives a number the same bits at any position), and
-  the sum over leaves has a fixed order (`_sum_leaves`).
+  the sum over leaves has a fixed order (`leaf_sum`).
 
 Everything that the layers of a forward share (pages, masks, the split into items) is kept in `_plan`.
-One core of an AMD EPYC (Zen 5), 9 heads over 3 KV heads, D = 64, 512 slots, 1 / 7 / 16 rows: 97 / 207 / 369 us, where
-scaled_dot_product_attention on K and V in place takes 46 / 178 / 274 (`python -m bench.cpu_ops --threads 1`). Of the
-97 us, some 50 are the overhead of 40 small torch calls.
+One core of an AMD EPYC (Zen 5), 9 heads over 3 KV heads, D = 64, 512 slots, 1 / 7 / 16 rows: 99 / 208 / 369 us, where
+scaled_dot_product_attention on K and V in place takes 47 / 169 / 262 (`python -m bench.cpu_ops --threads 1`). Of the
+99 us, some 50 are the overhead of 40 small torch calls.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import python_ref
+from idlm_kernels.cpu.products import Product, batched_product, leaf_sum
 from python_ref.attention import visible_slots
 
 # Slots; the order of summation depends on it. At 64 slots, leaves of 64 / 128 / 256 take 46 / 59 / 72 us for one row
@@ -39,9 +40,6 @@ MIN_ROWS = 4  # rows of a product: below, MKL computes a row in another way (mea
 MAX_ROWS = 64  # rows of a request in one item
 # Elements of the scores: 1 MiB, the second-level cache of a core. Four times as many were no faster for a prefill.
 SCORES_PER_ITEM = 1 << 18
-
-
-_Product = Callable[[Tensor, Tensor, Tensor], object]  # a [batch, rows, K], b [batch, K, N], out [batch, rows, N]
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class _Item:
     masked_leaf: int  # leaves before this one are seen whole by every row
     hidden: Tensor | None  # bool [G, L - masked_leaf, padded, LEAF]; None if all is seen
     visible: Tensor | None  # its complement as 0 and 1, fp32
-    times_k: _Product  # the products and sums over leaves that keep a row's bits
-    times_v: _Product
+    times_k: Product  # the products and sums over leaves that keep a row's bits
+    times_v: Product
     sum_scores: Callable[[Tensor], Tensor]
     sum_values: Callable[[Tensor], Tensor]
 
@@ -395,10 +393,10 @@ def _item(
         masked_leaf=masked_leaf,
         hidden=hidden,
         visible=None if hidden is None else (~hidden).float(),
-        times_k=_product(batch, padded, head_dim, LEAF, transposed=True),
-        times_v=_product(batch, padded, LEAF, head_dim, transposed=False),
-        sum_scores=_leaf_sum(leaves, padded * LEAF),
-        sum_values=_leaf_sum(leaves, padded * head_dim),
+        times_k=batched_product(batch, padded, head_dim, LEAF, transposed=True),
+        times_v=batched_product(batch, padded, LEAF, head_dim, transposed=False),
+        sum_scores=leaf_sum(leaves, padded * LEAF),
+        sum_values=leaf_sum(leaves, padded * head_dim),
     )
 
 
@@ -411,115 +409,3 @@ def _visible(piece: _Piece, origin: int, num_slots: int, tails: Tensor | None, w
     tail = tails[piece.first_row - piece.before :][: piece.request_rows].unsqueeze(0)
     visible = visible_slots(m, end, piece.request_rows, num_slots, tail, window)
     return visible[:, piece.before : piece.before + piece.rows]
-
-
-# Products and sums whose bits do not depend on the shape around them.
-
-_verdicts: dict[tuple[object, ...], bool] = {}
-
-
-def _verified(key: tuple[object, ...], check: Callable[[], bool]) -> bool:
-    """The outcome of a check that is made once per key and thread count."""
-    key = (*key, torch.get_num_threads())
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        verdict = _verdicts[key] = check()
-    return verdict
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _product(batch: int, rows: int, inner: int, columns: int, *, transposed: bool) -> _Product:
-    """A function a [batch, rows, inner] @ b [batch, inner, columns] in which every row has the same bits as in the
-    functions returned for other batches and rows. `transposed`: b comes as the transpose of a contiguous tensor.
-
-    That is torch.bmm where it agrees with `_product_in_slabs` on random matrices of this shape; that one, if there a
-    row's bits do not depend on its place; else `_product_by_tree`. Batches above 8 are taken to behave as 8 do.
-    """
-
-    def random_b(batch: int) -> Tensor:
-        return _random(batch, columns, inner).transpose(1, 2) if transposed else _random(batch, inner, columns)
-
-    def in_slabs(a: Tensor, b: Tensor) -> Tensor:
-        out = a.new_empty(*a.shape[:2], columns)
-        _product_in_slabs(a, b, out)
-        return out
-
-    def slabs_are_invariant() -> bool:
-        a, b = _random(4, 2 * SLAB, inner), random_b(4)
-        want = in_slabs(a, b)
-        turned = in_slabs(a.flip(0, 1), b.flip(0)).flip(0, 1)
-        return torch.equal(want, turned) and all(
-            torch.equal(want[1:4, some], in_slabs(a[1:4, some], b[1:4]))
-            for some in (slice(0, 1), slice(3, 8), slice(5, 24))
-        )
-
-    def bmm_agrees() -> bool:
-        a, b = _random(min(batch, 8), rows, inner), random_b(min(batch, 8))
-        return torch.equal(torch.bmm(a, b), in_slabs(a, b))
-
-    shape = (inner, columns, transposed)
-    if not _verified(("slabs", *shape), slabs_are_invariant):
-        return _product_by_tree
-    return _bmm if _verified(("bmm", *shape, rows, min(batch, 8)), bmm_agrees) else _product_in_slabs
-
-
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.bmm(a, b, out=out)
-
-
-SLAB = 16  # rows
-
-
-def _product_in_slabs(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a @ b by calls of exactly [2, SLAB, K] @ [2, K, N]: no shape around a row ever changes."""
-    for i in range(0, a.shape[0], 2):
-        pair = torch.arange(i, i + 2).clamp(max=a.shape[0] - 1)
-        b_pair = b.transpose(1, 2)[pair].transpose(1, 2) if b.stride(2) != 1 else b[pair]
-        for j in range(0, a.shape[1], SLAB):
-            block = a[i : i + 2, j : j + SLAB]
-            slab = a.new_zeros(2, SLAB, a.shape[2])
-            slab[: block.shape[0], : block.shape[1]] = block
-            out[i : i + 2, j : j + SLAB] = torch.bmm(slab, b_pair)[: block.shape[0], : block.shape[1]]
-
-
-def _product_by_tree(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a @ b by single multiplications and additions in a fixed tree: invariant on any machine, and slow."""
-    for row in range(a.shape[1]):
-        terms = a[:, row, :, None] * b  # [batch, K, N]
-        while terms.shape[1] > 1:
-            half = (terms.shape[1] + 1) // 2
-            rest = terms[:, half:]
-            terms = terms[:, :half].clone()
-            terms[:, : rest.shape[1]] += rest
-        out[:, row] = terms[:, 0]
-
-
-SUMMED_AT_ONCE = 16  # torch adds up to so many rows one after the other, more in blocks
-
-
-def _leaf_sum(leaves: int, inner: int) -> Callable[[Tensor], Tensor]:
-    """A function that adds the leaves of x [Hkv, G, L, ...], with `inner` numbers each, in blocks, each in order.
-
-    Zero leaves at the end then change nothing. Within a block it is torch's sum where that goes in order too.
-    """
-    if leaves == 1:
-        return lambda x: x.select(2, 0)
-
-    def goes_in_order(length: int) -> bool:
-        x = _random(2, length, inner)
-        return torch.equal(x.sum(1), _add_in_order(x, 1))
-
-    lengths = {min(leaves, SUMMED_AT_ONCE), (leaves - 1) % SUMMED_AT_ONCE + 1}
-    add: Callable[[Tensor, int], Tensor] = _add_in_order
-    if all(_verified(("sum", length, inner), functools.partial(goes_in_order, length)) for length in lengths):
-        add = torch.sum
-    if leaves <= SUMMED_AT_ONCE:
-        return lambda x: add(x, 2)
-    return lambda x: functools.reduce(torch.add, [add(block, 2) for block in x.split(SUMMED_AT_ONCE, dim=2)])
-
-
-def _add_in_order(x: Tensor, dim: int) -> Tensor:
-    return functools.reduce(torch.add, x.unbind(dim))

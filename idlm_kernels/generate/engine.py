@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from idlm_kernels.generate.graphs import GraphedSteps, StepFunction, bucket_of
+from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool
 from idlm_kernels.generate.params import SamplingParams
@@ -107,6 +108,7 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         *,
         step: StepFunction = decode_step,
+        recorder: Recorder | None = None,
     ):
         if verify not in MODES:
             raise ValueError(f"verify is {verify!r}, wanted one of {', '.join(MODES)}")
@@ -145,7 +147,13 @@ class Engine:
             logprobs=options.logprobs,
             synthetic_acceptance=options.synthetic_acceptance,
         )
-        self._steps = GraphedSteps(step)
+        if recorder is None and model.device.type == "cuda":
+            recorder = CudaRecorder()
+        self._buckets = _buckets(options.max_batch, few=recorder is not None)
+        self._steps = RecordedSteps(step, recorder)
+        if len(policy.plans) == 1:
+            for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
+                self._steps.record(*self._batch(bucket))
         self._waiting: list[Request] = []
         self._active: list[Request] = []  # those with a place, by arrival
         self._free_places = list(range(options.max_batch))  # a heap
@@ -333,14 +341,17 @@ class Engine:
 
     # Steps
 
+    def _batch(self, bucket: int) -> tuple[Decoder, DecodeState]:
+        """The first places of the state, and the decoder that goes with them."""
+        decoder = self._decoder if self._decoder.q_state is None else self._narrowed(0, bucket)
+        return decoder, self._state.requests(0, bucket).with_drafts(decoder.plan.num_drafts)
+
     def _run_steps(self, steps: int) -> Iterator[tuple[Request, StreamEvent]]:
         """Run the batch, unchanged; read each result `lag` steps late."""
         decoding = {r.place: r for r in self._active if r.decoding and r.place is not None}
         if not decoding:
             return
-        bucket = bucket_of(max(decoding) + 1, self.options.max_batch, self.model.device)
-        state = self._state.requests(0, bucket).with_drafts(self._decoder.plan.num_drafts)
-        decoder = self._decoder if self._decoder.q_state is None else self._narrowed(0, bucket)
+        decoder, state = self._batch(self._buckets[bisect_left(self._buckets, max(decoding) + 1)])
         unread: deque[_Readback] = deque()
         for _ in range(steps):
             if all(request.ended for request in decoding.values()):
@@ -454,6 +465,13 @@ class _Readback:
             self._event.synchronize()
         rows: list[list[int]] = self._host.tolist()
         return rows
+
+
+def _buckets(max_batch: int, few: bool) -> list[int]:
+    """Numbers of places that a step may run: all, or powers of two where each costs a recording."""
+    if not few:
+        return list(range(1, max_batch + 1))
+    return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
 
 
 def _neighbours(requests: list[Request]) -> Iterator[list[Request]]:

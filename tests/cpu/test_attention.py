@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.cpu import attention, strided_attention
+from idlm_kernels.cpu import attention, products, strided_attention
 
 NAN, INF = math.nan, math.inf
 SHAPES = {"smollm": (9, 3, 64), "mha": (2, 2, 64), "mqa": (4, 1, 128), "tiny": (4, 2, 8), "wide": (4, 2, 256)}
@@ -371,14 +371,14 @@ def test_scratch_memory_across_inference_mode(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def fresh_verdicts(monkeypatch: pytest.MonkeyPatch):
     """No verdict and no plan is known before the test, and none is kept after it."""
-    monkeypatch.setattr(attention, "_verdicts", {})
+    monkeypatch.setattr(products, "_verdicts", {})
     attention._plan.cache_clear()
     yield
     attention._plan.cache_clear()
 
 
 def force(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...]) -> None:
-    monkeypatch.setattr(attention, "_verified", lambda key, check: key[0] not in failing)
+    monkeypatch.setattr(products, "_verified", lambda key, check: key[0] not in failing)
 
 
 FALLBACKS = {"slabs": ("bmm",), "tree": ("slabs",), "sums": ("sum",), "all": ("bmm", "slabs", "sum")}
@@ -413,18 +413,18 @@ def test_a_product_that_depends_on_its_shape_is_not_used(fresh_verdicts: None, m
         return y
 
     monkeypatch.setattr(torch, "bmm", shape_dependent)
-    assert attention._product(12, 12, 64, 128, transposed=True) is attention._product_in_slabs
-    assert attention._product(12, 16, 64, 128, transposed=True) is attention._bmm
+    assert products.batched_product(12, 12, 64, 128, transposed=True) is products._product_in_slabs
+    assert products.batched_product(12, 16, 64, 128, transposed=True) is products._bmm
     monkeypatch.setattr(torch, "bmm", place_dependent)
-    assert attention._product(12, 12, 128, 64, transposed=False) is attention._product_by_tree
+    assert products.batched_product(12, 12, 128, 64, transposed=False) is products._product_by_tree
 
 
 @pytest.mark.parametrize("inner", [(4, 8), (3, 7), (1, 1)], ids=str)
 def test_sums_over_leaves_are_in_order(inner: tuple[int, int]) -> None:
     for leaves in [*range(1, 40), 100]:
         x = randn(2, 1, leaves, *inner)
-        want = attention._leaf_sum(leaves, math.prod(inner))(x)
+        want = products.leaf_sum(leaves, math.prod(inner))(x)
         torch.testing.assert_close(want, x.sum(2), rtol=1e-5, atol=1e-5)
         for more in (1, 3, 21):
             padded = torch.cat([x, torch.zeros(2, 1, more, *inner)], 2)
-            assert torch.equal(attention._leaf_sum(leaves + more, math.prod(inner))(padded), want), (leaves, more)
+            assert torch.equal(products.leaf_sum(leaves + more, math.prod(inner))(padded), want), (leaves, more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,8 @@ def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) 
         suffix_drafts=rng.random() < 0.5,
         logprobs=rng.random() < 0.3,
     )
-    engine = Engine(generator.model, None, RandomPolicy(rng), "match", options)
+    recorder = EagerRecorder() if rng.random() < 0.3 else None
+    engine = Engine(generator.model, None, RandomPolicy(rng), "match", options, recorder=recorder)
     asked: list[tuple[Request, tuple[Any, ...]]] = []
     cancelled: set[int] = set()
     to_come = rng.randrange(3, 10)
@@ -178,6 +180,45 @@ def test_a_long_prompt_does_not_stall_the_others(models: list[Generator]) -> Non
     for _ in engine.events():
         pass
     assert long.output.token_ids == alone(models[0], long.prompt, long.params, 2)[0]
+
+
+class EagerRecorder:
+    """Stands in for CUDA graphs: a recording refers to the memory that it was made with and overwrites one outcome."""
+
+    def __init__(self, memory: int = 1000) -> None:
+        self.memory, self.made = memory, 0
+
+    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+        if self.made == self.memory:
+            raise torch.cuda.OutOfMemoryError("no memory left to record")
+        self.made += 1
+        outcome = step()
+
+        def replay() -> None:
+            new = step()
+            for f in dataclasses.fields(outcome):
+                if getattr(outcome, f.name) is not None:
+                    getattr(outcome, f.name).copy_(getattr(new, f.name))
+
+        return replay, outcome
+
+
+@pytest.mark.parametrize("memory", [0, 2, 1000])
+@pytest.mark.parametrize("verify", ["match", "rejection"])
+def test_recorded_steps_and_running_out_of_memory(verify: str, memory: int, models: list[Generator]) -> None:
+    options = EngineOptions(max_batch=5, max_len=40, page_size=4, lag=2, epoch_steps=3, num_pages=40)
+    params = SamplingParams(temperature=1.0, max_tokens=15)
+    outputs = []
+    for recorder in (None, EagerRecorder(memory)):
+        policy = PlanPolicy.fixed(StepPlan("branched", 3))
+        engine = Engine(models[0].model, None, policy, verify, options, recorder=recorder)
+        requests = [engine.submit([1 + seed, 2, 3], params, seed) for seed in range(9)]
+        for _ in engine.events():
+            pass
+        outputs.append([(request.output.token_ids, request.output.finish_reason) for request in requests])
+        assert_nothing_leaks(engine)
+    assert outputs[0] == outputs[1]
+    assert recorder is not None and recorder.made == min(memory, 4), "places 1, 2, 4 and 5, the largest first"
 
 
 def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], StepOutcome]:
