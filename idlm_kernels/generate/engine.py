@@ -213,8 +213,11 @@ class Engine:
         self._retire()
 
     def _epoch_length(self) -> int:
-        """Few steps while requests wait for a place that a short one may soon leave; many in a steady state."""
-        return max(1, self.options.epoch_steps // 4) if self._waiting else self.options.epoch_steps
+        """Many steps in a steady state; while requests wait, so few that a place is not left empty for long."""
+        if not self._waiting:
+            return self.options.epoch_steps
+        soonest = min((r.limit - len(r.tokens) for r in self._active), default=1)
+        return max(1, min(self.options.epoch_steps // 4, soonest))
 
     # The edge of an epoch
 

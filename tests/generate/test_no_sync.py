@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
+from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, Request, SamplingParams, StepPlan
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
 from idlm_kernels.ops import _dispatch, attention, gemm, layers, sampling, state
@@ -89,13 +89,18 @@ def test_a_step_reads_nothing_on_the_host(
             traces.append(mode.trace)
         return outcome
 
-    engine = engine_of(generator, plan, verify, guarded, **options)
-    requests = [engine.submit(list(range(n)), PARAMS, n) for n in (3, 8)]
-    requests[0].limit = 20  # ends first: then its rows are no-ops until the edge of the epoch
+    # Too few pages for two at a time: requests come, end, are preempted and come back while steps are watched.
+    engine = engine_of(generator, plan, verify, guarded, page_size=4, num_pages=18, epoch_steps=4, **options)
+    requests = [engine.submit(list(range(n)), PARAMS, n) for n in (3, 8, 5)]
+    requests[0].limit = 20
+    preempted: list[Request] = []
+    preempt = engine._preempt
+    monkeypatch.setattr(engine, "_preempt", lambda request: (preempted.append(request), preempt(request)))
     for _ in engine.events():
         pass
-    assert [request.output.error for request in requests] == [None, None]
-    assert len(traces) > 5 and len(traces[0]) > 100
+    assert [request.output.error for request in requests] == [None] * 3
+    assert preempted, "a request was preempted, and came back"
+    assert len(traces) > 2 and len(traces[0]) > 100
     assert all(trace == traces[0] for trace in traces), "the ops and shapes of a step do not depend on data"
 
 
