@@ -30,6 +30,22 @@ def tensor(
     inner: bool = True,
 ) -> None:
     """Check one tensor argument: rank, sizes (None = any), dtype, device; `inner`: the last stride must be 1."""
+    # A layer makes some 30 of these checks: first everything at once, then what exactly is wrong.
+    if isinstance(x, Tensor):
+        given = x.shape
+        if len(given) == len(shape) and x.dtype in dtypes and x.device == device:
+            for wanted, size in zip(shape, given):  # noqa: B905 - equal lengths, and strict costs time
+                if wanted is not None and wanted != size:
+                    break
+            else:
+                if not inner or not given or given[-1] <= 1 or x.stride(-1) == 1:
+                    return
+    _refuse(op, name, x, shape, dtypes, device)
+
+
+def _refuse(
+    op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     given = x.shape
@@ -40,8 +56,7 @@ def tensor(
         raise TypeError(f"{op}: {name} has dtype {_names([x.dtype])}, wanted {_names(dtypes)}")
     if x.device != device:
         raise ValueError(f"{op}: {name} is on {x.device}, wanted {device} as the other arguments")
-    if inner and given and given[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{op}: {name} has stride {x.stride(-1)} in its last dimension, wanted 1 (use .contiguous())")
+    raise ValueError(f"{op}: {name} has stride {x.stride(-1)} in its last dimension, wanted 1 (use .contiguous())")
 
 
 def device_of(op: str, name: str, x: Tensor) -> torch.device:
@@ -53,10 +68,10 @@ def device_of(op: str, name: str, x: Tensor) -> torch.device:
 
 def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
     """Check a tensor that is written: no two of its elements share memory, and it is none of the inputs."""
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError(f"{op}: {name} is an expanded tensor (stride 0), it cannot be written")
-    if torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
+    strides = x.stride()
+    if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(x.shape, strides, strict=True)):
+        raise ValueError(f"{op}: {name} is an expanded tensor (stride 0), it cannot be written")
+    if not inputs or torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
         return  # such tensors have no memory that could be shared
     for other in inputs:
         if other is not None and x.numel() and other.numel() and x.data_ptr() == other.data_ptr():
