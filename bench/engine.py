@@ -121,6 +121,7 @@ def main() -> None:
     console.print(f"{platform.machine()} {capability}, {arguments.threads} threads, torch {torch.__version__}")
     if not arguments.scheduler_only:
         generator = Generator.from_pretrained("default")
+        generator.policy("auto", 4)  # measures the cost of rows, once
         table = Table("tokens/s at concurrency", *(str(c) for c in arguments.concurrency))
         for plan in PLANS:
             rates = [throughput(generator, c, plan, arguments.tokens) for c in arguments.concurrency]
