@@ -24,6 +24,7 @@ def generate_file(
     max_batch: int,
     memory_fraction: float,
     suffix_drafts: bool,
+    synthetic_acceptance: float | None,
     model_name: str,
 ) -> Progress:
     """Answer every line of `source` in `target`, with a progress bar on stderr."""
@@ -41,13 +42,19 @@ def generate_file(
     if (chat or system is not None) and not tokenizer.has_chat_template:
         raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
     options = EngineOptions(
-        max_batch=max_batch, max_len=generator.max_len, page_size=generator.page_size, suffix_drafts=suffix_drafts
+        max_batch=max_batch,
+        max_len=generator.max_len,
+        page_size=generator.page_size,
+        suffix_drafts=suffix_drafts,
+        synthetic_acceptance=synthetic_acceptance,
     )
     pages = pages_in_memory(generator.model, options, policy, memory_fraction)
     engine = Engine(generator.model, tokenizer, policy, verify, dataclasses.replace(options, num_pages=pages))
     settings: dict[str, Any] = {"model": model_name, "chat": chat, "system": system, "verify": verify}
     settings |= {k: v for k, v in dataclasses.asdict(params).items() if k != "seed"}
     settings |= {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
+    if synthetic_acceptance is not None:
+        settings["synthetic_acceptance"] = synthetic_acceptance
     if verify == "rejection":  # in `match` the plan has no effect on the output
         settings["plans"] = [f"{plan.kind} {plan.stride}" for plan in policy.plans]
 

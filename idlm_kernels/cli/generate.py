@@ -163,6 +163,7 @@ def generate(
             max_batch=max_batch,
             memory_fraction=memory_fraction,
             suffix_drafts=suffix_drafts,
+            synthetic_acceptance=synthetic_acceptance,
             model_name=model,
         )
         print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
@@ -302,6 +303,8 @@ def _record(result: GenerationResult, ar: GenerationResult | None, check: bool) 
         "stride",
     ]
     record = {name: getattr(result, name) for name in names}
+    if "suffix" in result.acceptance_by_source:
+        record["acceptance_by_source"] = result.acceptance_by_source
     if check:
         record["identical_to_ar"] = ar and ar.token_ids == result.token_ids
         record["ar_tokens_per_second"] = ar and ar.tokens_per_second

@@ -87,9 +87,7 @@ def test_bad_input_is_one_line(model: Path) -> None:
     ):
         done = idlm(model, *flags)
         assert done.exit_code == 2 and done.stdout == "", done.stderr
-        assert (
-            done.stderr.startswith("idlm: error: ") and done.stderr.count("\n") == 1 and named in done.stderr
-        )
+        assert done.stderr.startswith("idlm: error: ") and done.stderr.count("\n") == 1 and named in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

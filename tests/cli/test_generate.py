@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ class Stream:
             plan,
             stride,
         )
+        self.suffix_drafts = suffix_drafts
         self.done: list[int] = []
         self.finish_reason = "cancelled"
 
@@ -113,6 +115,7 @@ class Stream:
             stride=self.stride,
             status=self.generator.status,
             error=None,
+            acceptance_by_source={"mask": 0.5, "suffix": 0.25} if self.suffix_drafts else {"mask": 0.5},
         )
 
 
@@ -148,9 +151,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
     done = idlm("-p", "hello", "--seed", "7", "--temperature", "1")
     assert done.exit_code == 0
     assert done.stdout == "Hi!\n"
-    assert done.stderr == (
-        "3 tokens in 1 forwards, TPF 3.00, acceptance 1.00 0.50 -, 150.0 tokens/s, ended by stop\n"
-    )
+    assert done.stderr == ("3 tokens in 1 forwards, TPF 3.00, acceptance 1.00 0.50 -, 150.0 tokens/s, ended by stop\n")
 
 
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
@@ -162,9 +163,7 @@ def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator])
     assert params == Params() and options == {"plan": "branched", "stride": 4, "verify": "match", **more}
 
 
-def test_every_flag_reaches_the_generator(
-    idlm: Idlm, fake: type[Generator], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_flag_reaches_the_generator(idlm: Idlm, fake: type[Generator], monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = (
@@ -203,9 +202,7 @@ def test_the_prompt_is_wrapped_where_there_is_a_template(
 
 
 @pytest.mark.parametrize("flags", [[], ["-p", "-"]])
-def test_stdin_is_the_prompt_less_its_last_line_end(
-    idlm: Idlm, fake: type[Generator], flags: list[str]
-) -> None:
+def test_stdin_is_the_prompt_less_its_last_line_end(idlm: Idlm, fake: type[Generator], flags: list[str]) -> None:
     assert idlm("--raw", *flags, stdin="two\nlines ☀\n\n").exit_code == 0
     assert bytes(streamed(fake)[0][1:]).decode() == "two\nlines ☀\n"
 
@@ -247,9 +244,7 @@ def test_check_decodes_again_in_ar_with_the_seed_that_was_drawn(idlm: Idlm, fake
 
 
 @pytest.mark.parametrize(("ar_tokens", "index"), [([72, 106, 33], 1), ([72, 105], 2), ([72, 105, 33, 33], 3)])
-def test_check_fails_when_tokens_differ(
-    idlm: Idlm, fake: type[Generator], ar_tokens: list[int], index: int
-) -> None:
+def test_check_fails_when_tokens_differ(idlm: Idlm, fake: type[Generator], ar_tokens: list[int], index: int) -> None:
     fake.ar_tokens = ar_tokens
     done = idlm("-p", "x", "--check")
     assert done.exit_code == 1 and f"DIFFERENT from AR, first at index {index}" in done.stderr
@@ -295,9 +290,7 @@ def test_ctrl_c_in_json(idlm: Idlm, fake: type[Generator]) -> None:
     assert done.exit_code == 130 and record["text"] == "Hi!" and record["identical_to_ar"] is None
 
 
-@pytest.mark.parametrize(
-    "flag", ["--repetition-penalty", "--frequency-penalty", "--presence-penalty", "--grammar"]
-)
+@pytest.mark.parametrize("flag", ["--repetition-penalty", "--frequency-penalty", "--presence-penalty", "--grammar"])
 def test_penalties_and_grammars_are_refused_by_name(idlm: Idlm, fake: type[Generator], flag: str) -> None:
     done = idlm("-p", "x", flag, "1.1")
     assert done.exit_code == 2 and done.stdout == "" and not fake.calls
@@ -332,9 +325,7 @@ def test_a_missing_chat_template_is_said(idlm: Idlm, fake: type[Generator], flag
     assert done.exit_code == 2 and "no chat template" in done.stderr and "--raw" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "flags", [["--plan", "tree"], ["--threads", "0"], ["--stride", "many"], ["--no-such"]]
-)
+@pytest.mark.parametrize("flags", [["--plan", "tree"], ["--threads", "0"], ["--stride", "many"], ["--no-such"]])
 def test_bad_usage_ends_with_status_2(idlm: Idlm, fake: type[Generator], flags: list[str]) -> None:
     done = idlm("-p", "x", *flags)
     assert done.exit_code == 2 and flags[0] in done.stderr and not fake.calls
@@ -357,3 +348,23 @@ def test_a_missing_file_is_one_line_and_a_bug_keeps_its_traceback(
     monkeypatch.delenv("IDLM_TRACEBACK")
     fail(RuntimeError("bug"))
     assert isinstance(idlm("-p", "x").exception, RuntimeError)
+
+
+def test_json_tells_the_draft_sources_apart(idlm: Idlm) -> None:
+    assert "acceptance_by_source" not in json.loads(idlm("-p", "x", "--json").stdout)
+    record = json.loads(idlm("-p", "x", "--json", "--suffix-drafts").stdout)
+    assert record["acceptance_by_source"] == {"mask": 0.5, "suffix": 0.25}
+
+
+def test_input_and_output_belong_together(idlm: Idlm, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("")
+    for arguments, message in (
+        (["--input", str(source)], "--input and --output belong together"),
+        (["--output", str(source)], "--input and --output belong together"),
+        (["--input", str(source), "--output", "o", "-p", "x"], "goes without --prompt"),
+        (["--input", str(source), "--output", "o", "--check"], "goes without --prompt, --json and --check"),
+        (["-p", "x", "--check", "--synthetic-acceptance", "0.5"], "they are noise"),
+    ):
+        done = idlm(*arguments)
+        assert done.exit_code == 2 and message in done.stderr
