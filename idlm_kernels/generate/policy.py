@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -88,7 +88,7 @@ class PlanPolicy:
     plans: tuple[StepPlan, ...]
     cost: CostTable
     acceptance: float = 0.6
-    memory: float = field(default=64.0)  # drafts after which an observation has faded to 1 / e
+    memory: float = 64.0  # drafts after which an observation has faded to 1 / e
 
     def choose(self, batch: int) -> StepPlan:
         """The plan of most expected tokens per second for this many requests."""
