@@ -118,6 +118,11 @@ def attention_case(batch: int, rows: int, context: int, branched: bool = False) 
     model = batch * min(chunks, splits) * rows * HEADS * HEAD_DIM * 2
     model += len(last_rows) * batch * KV_HEADS * splits * lanes * (12 + (16 if branched else 0))
     model += batch * seen * KV_HEADS * 4
+    if splits > 1:
+        # Folding CTAs read the lengths again; of the chunks o once, m twice and t once per lane (a warp has one).
+        model += len(last_rows) * batch * KV_HEADS * min(chunks, splits) * lanes * 12
+        shares = triton.cdiv(rows * HEADS // KV_HEADS, 4 * lanes // HEAD_DIM)
+        model += batch * chunks * (rows * HEADS * HEAD_DIM * 4 + KV_HEADS * shares * lanes * 12)
     name = f"attention batch={batch} rows={rows} context={context}{' branched' if branched else ''}"
     return Case(name, run, "attention", floor, model)
 

@@ -21,19 +21,19 @@ Recorder = Callable[[Callable[[], StepOutcome]], tuple[Callable[[], None], StepO
 
 
 class CudaRecorder:
-    """Records into CUDA graphs that share one memory pool."""
+    """Records into CUDA graphs that share one memory pool, on one stream, whose workspaces they keep."""
 
     def __init__(self) -> None:
         self._pool: Any = None  # torch's handle of that memory
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()  # loads kernels and sizes workspaces, which a recording must not do
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             outcome = step()
         self._pool = graph.pool()
         return graph.replay, outcome

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.attention_kernel import _attention_kernel, _fold_chunks_kernel
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.attention_kernel import _attention_kernel
+from idlm_kernels.triton.common import launch, next_power_of_2, words_of_stream
 
 kChunk = 256  # slots; frozen: it decides the bits
 kTargetCtas = 264  # 2 on each of the 132 SMs of an H100, as many as fit with 3 stages of K and V at head_dim 128
@@ -52,7 +52,7 @@ def num_splits(ctas: int, num_chunks: int, workspace_bytes: int) -> int:
     on it."""
     if num_chunks == 1 or 2 * ctas > kTargetCtas or workspace_bytes > kMaxWorkspaceBytes:
         return 1
-    return min(num_chunks, triton.cdiv(kTargetCtas, ctas))
+    return min(num_chunks, kTargetCtas // ctas)
 
 
 def strided_attention(
@@ -110,18 +110,7 @@ def strided_attention(
     shape = (num_rows, num_heads, num_chunks) if splits > 1 else (0, 0, 0)
     chunk_o = q.new_empty(*shape, head_dim, dtype=torch.float32)
     chunk_ml = q.new_empty(*shape, 2, dtype=torch.float32)
-    tiles = {
-        "HKV": num_kv_heads,
-        "GROUP": group,
-        "D": head_dim,
-        "CHUNK": kChunk,
-        "BLOCK_D": max(next_power_of_2(head_dim), 16),
-        "WINDOW": window,
-        "HAS_TAIL": tail_mask is not None,
-        "HAS_V_SCALE": v_scale is not None,
-        "HAS_LSE": lse is not None,
-    }
-    stride_lse = 0 if lse is None else lse.stride(0)
+    meetings = words_of_stream("meetings", kTargetCtas // 2, torch.int64, q) if splits > 1 else None
     launch(
         _attention_kernel,
         (row_tiles, (batch + 1) * num_kv_heads, splits),
@@ -139,6 +128,7 @@ def strided_attention(
         lse,
         chunk_o,
         chunk_ml,
+        meetings,
         num_rows,
         batch,
         num_pages,
@@ -152,37 +142,24 @@ def strided_attention(
         page_table.stride(0),
         y.stride(0),
         y.stride(1),
-        stride_lse,
+        0 if lse is None else lse.stride(0),
+        HKV=num_kv_heads,
+        GROUP=group,
+        D=head_dim,
         PAGE_SIZE=page_size,
+        CHUNK=kChunk,
         BLOCK_M=config.block_m,
         BLOCK_KV=config.block_kv,
+        BLOCK_D=max(next_power_of_2(head_dim), 16),
         SPLITS=splits,
+        WINDOW=window,
+        HAS_TAIL=tail_mask is not None,
         HAS_K_SCALE=k_scale is not None,
+        HAS_V_SCALE=v_scale is not None,
+        HAS_LSE=lse is not None,
         SAME_STRIDES=k_cache.stride() == v_cache.stride(),
         NUM_STAGES=config.num_stages,
+        THREADS=32 * config.num_warps,
         num_warps=config.num_warps,
-        **tiles,
     )
-    if splits > 1:
-        launch(
-            _fold_chunks_kernel,
-            (max_query_len, batch * num_kv_heads),
-            q,
-            chunk_o,
-            chunk_ml,
-            seq_lens,
-            query_start_loc,
-            v_scale,
-            y,
-            lse,
-            max_slots,
-            num_chunks,
-            y.stride(0),
-            y.stride(1),
-            stride_lse,
-            BLOCK_GROUP=next_power_of_2(group),
-            # 4 fp32 values per lane: with more, which the bf16 store would like, a read takes half of each sector.
-            num_warps=min(max(next_power_of_2(group) * next_power_of_2(head_dim) // 128, 1), 16),
-            **tiles,
-        )
     return y

@@ -9,8 +9,9 @@ the chunks are folded in order of slots (m: largest score, base 2; t: total of 2
     m' = max(m, m_c);  t' = t 2^(m-m') + t_c 2^(m_c-m');  o' = o 2^(m-m') + o_c 2^(m_c-m')
 
 Nothing of this depends on length, rows, batch or pages, and what a row does not see changes nothing in it: a tile that
-is masked for a row multiplies by 1 and adds 0. Few CTAs: each takes every SPLITS-th chunk, stores the chunk's (m, t,
-o), and a second launch folds. Many: a CTA folds its own chunks as it goes. Both run the same fold: the same bits.
+is masked for a row multiplies by 1 and adds 0. Where tiles are many, a CTA folds its own chunks as it goes. Where they
+are few, SPLITS CTAs share a tile: each takes every SPLITS-th chunk and stores the chunk's (m, t, o), and when the last
+of them has arrived (`_rendezvous`), all fold, some rows each. Both run the same fold: the same bits.
 
 Bytes: K and V of the visible slots once per tile (4096 B per slot and layer for Qwen3-8B: 5.0 us at 4096 slots and
 3.35 TB/s); the chunks' (m, t, o), about 11 % of that at 7 rows, go through L2. fp32 runs on FMA and is there for tests;
@@ -22,33 +23,64 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _fold(m, total, o, m_chunk, total_chunk, o_chunk):
-    """One more chunk. m, total [rows]; o [rows, D]. A chunk that shows a row nothing (m_chunk -inf) is a no-op."""
-    new = tl.maximum(m, m_chunk)
-    finite = tl.where(new == float("-inf"), 0.0, new)
-    old_share, chunk_share = tl.exp2(m - finite), tl.exp2(m_chunk - finite)
-    total = total * old_share + total_chunk * chunk_share
-    o = o * old_share[:, None] + o_chunk * chunk_share[:, None]
-    return new, total, o
+from idlm_kernels.triton.attention_fold import _fold, _fold_chunks, _rendezvous
 
 
 @triton.jit
-def _normalise(total, o, gVScale, HAS_V_SCALE: tl.constexpr):
+def _store_rows(
+    gOut,
+    gLse,
+    gVScale,
+    row,  # int64 [rows]
+    head,  # [rows]
+    is_row,
+    m,
+    total,
+    o,  # [rows, BLOCK_D]
+    stride_out_row,
+    stride_out_head,
+    stride_lse,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_V_SCALE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
     """o / total, 0 for a row that saw nothing. Zeros come out positive: masked tiles may turn a -0.0 into 0.0."""
     y = tl.div_rn(o, tl.where(total == 0.0, 1.0, total)[:, None])
     if HAS_V_SCALE:
         y = y * tl.load(gVScale)
-    return tl.where(y == 0.0, 0.0, y)
+    y = tl.where(y == 0.0, 0.0, y)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    pOut = gOut + (row * stride_out_row + head * stride_out_head)[:, None] + d
+    tl.store(pOut, y.to(gOut.dtype.element_ty), mask=is_row[:, None] & (d < D))
+    if HAS_LSE:
+        tl.store(gLse + row * stride_lse + head, (m + tl.log2(total)) * 0.6931471805599453, mask=is_row)
 
 
 @triton.jit
-def _last_and_first_slot(first_of_step, i, seq_len, HAS_TAIL: tl.constexpr, WINDOW: tl.constexpr):
-    """One past the last slot and the first slot that row i may see."""
-    end = seq_len if HAS_TAIL else tl.minimum(first_of_step + i + 1, seq_len)
-    begin = tl.maximum(first_of_step + i - WINDOW, 0) if WINDOW >= 0 else 0
-    return end, begin
+def _extent(
+    gQueryStart,
+    gSeqLens,
+    request,
+    max_slots,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """What this CTA's tile is about: (row_start, m_rows, first_of_step, end, first_chunk, end_chunk); the request's
+    rows and the first slot of its step, one past the last slot that the tile sees, and its chunks."""
+    row_start = tl.load(gQueryStart + request)
+    m_rows = tl.load(gQueryStart + request + 1) - row_start
+    seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
+    first_row = tl.program_id(0) * BLOCK_M // GROUP
+    last_row = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
+    first_of_step = seq_len - m_rows
+    end = seq_len if HAS_TAIL else tl.minimum(first_of_step + last_row + 1, seq_len)
+    first_chunk = tl.maximum(first_of_step + first_row - WINDOW, 0) // CHUNK if WINDOW >= 0 else 0
+    end_chunk = tl.cdiv(end, CHUNK)
+    return row_start, m_rows, first_of_step, end, first_chunk, end_chunk
 
 
 @triton.jit
@@ -136,6 +168,7 @@ def _attention_kernel(
     gLse,  # [T, Hq]
     gChunkO,  # fp32 [T, Hq, num_chunks, D]
     gChunkML,  # fp32 [T, Hq, num_chunks, 2]
+    gMeetings,  # int64 [row tiles * B * HKV]
     num_rows,
     batch,
     num_pages,
@@ -170,6 +203,7 @@ def _attention_kernel(
     HAS_LSE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     request = tl.program_id(1) // HKV
     kv_head = tl.program_id(1) % HKV
@@ -192,18 +226,21 @@ def _attention_kernel(
                     tl.store(gLse + row * stride_lse + pad_head, float("-inf"), mask=is_row)
         return
 
-    row_start = tl.load(gQueryStart + request)
-    m_rows = tl.load(gQueryStart + request + 1) - row_start
-    seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
+    row_start, m_rows, first_of_step, end, first_chunk, end_chunk = _extent(
+        gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+    )
     i = packed // GROUP
     is_row = i < m_rows
-    first_row = tl.program_id(0) * BLOCK_M // GROUP
-    if first_row >= m_rows:
+    if tl.program_id(0) * BLOCK_M // GROUP >= m_rows:
         return
-    last_row = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
-    first_of_step = seq_len - m_rows
-    end, _ = _last_and_first_slot(first_of_step, last_row, seq_len, HAS_TAIL, WINDOW)
-    _, begin = _last_and_first_slot(first_of_step, first_row, seq_len, HAS_TAIL, WINDOW)
+    if SPLITS > 1:
+        num_ctas = tl.maximum(tl.minimum(end_chunk - first_chunk, SPLITS), 1)
+        if tl.program_id(2) >= num_ctas:
+            return
+        gMeeting = gMeetings + (tl.program_id(0) * batch + request) * HKV + kv_head
+        # By one thread of a tensor of pointers: with a scalar, all threads would wait for the result here.
+        thread = tl.arange(0, THREADS)
+        started = tl.atomic_add(gMeeting + thread * 0, 1, mask=thread < (num_ctas > 1), sem="relaxed")
 
     row = (row_start + i).to(tl.int64)
     pQ = gQ + (row * stride_q_row + head * stride_q_head)[:, None] + d[None, :]
@@ -219,7 +256,7 @@ def _attention_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for chunk in range(begin // CHUNK + tl.program_id(2), tl.cdiv(end, CHUNK), SPLITS):
+    for chunk in range(first_chunk + tl.program_id(2), end_chunk, SPLITS):
         m_chunk, total_chunk, o_chunk = _attend_chunk(
             q,
             tail,
@@ -256,92 +293,70 @@ def _attention_kernel(
             tl.store(gChunkO + place[:, None] * D + d[None, :], o_chunk, mask=is_row[:, None] & has_d)
             tl.store(gChunkML + place * 2, m_chunk, mask=is_row)
             tl.store(gChunkML + place * 2 + 1, total_chunk, mask=is_row)
+
     if SPLITS == 1:
-        y = _normalise(total, o, gVScale, HAS_V_SCALE)
-        pOut = gOut + (row * stride_out_row + head * stride_out_head)[:, None] + d[None, :]
-        tl.store(pOut, y.to(gOut.dtype.element_ty), mask=is_row[:, None] & has_d)
-        if HAS_LSE:
-            lse = (m + tl.log2(total)) * 0.6931471805599453
-            tl.store(gLse + row * stride_lse + head, lse, mask=is_row)
-
-
-@triton.jit
-def _load_chunk(
-    gChunkO,
-    gChunkML,
-    row_head,  # [heads], place of chunk 0
-    chunk,
-    end,
-    is_head,
-    CHUNK: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(m, total, o) of one chunk; one that begins at `end` or later shows nothing."""
-    place = row_head + chunk
-    inside = is_head & (chunk * CHUNK < end)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    m_chunk = tl.load(gChunkML + place * 2, mask=inside, other=float("-inf"))
-    total_chunk = tl.load(gChunkML + place * 2 + 1, mask=inside, other=0.0)
-    o_chunk = tl.load(gChunkO + place[:, None] * D + d, mask=inside[:, None] & (d < D), other=0.0)
-    return m_chunk, total_chunk, o_chunk
-
-
-@triton.jit(do_not_specialize=["max_slots", "num_chunks"])
-def _fold_chunks_kernel(
-    gChunkO,  # fp32 [T, Hq, num_chunks, D]
-    gChunkML,  # fp32 [T, Hq, num_chunks, 2]
-    gSeqLens,  # [B]
-    gQueryStart,  # [B + 1]
-    gVScale,
-    gOut,  # [T, Hq, D]
-    gLse,  # [T, Hq]
-    max_slots,
-    num_chunks,
-    stride_out_row,
-    stride_out_head,
-    stride_lse,
-    HKV: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
-    HAS_V_SCALE: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    i = tl.program_id(0)
-    request = tl.program_id(1) // HKV
-    g = tl.arange(0, BLOCK_GROUP)
-    head = tl.program_id(1) % HKV * GROUP + g
-    row_start = tl.load(gQueryStart + request)
-    m_rows = tl.load(gQueryStart + request + 1) - row_start
-    seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
-    if i >= m_rows:
-        return
-    end, begin = _last_and_first_slot(seq_len - m_rows, i, seq_len, HAS_TAIL, WINDOW)
-
-    row = (row_start + i).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    is_head = g < GROUP
-    inside = is_head[:, None] & (d < D)[None, :]
-    m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
-    o = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
-    row_head = (row * (HKV * GROUP) + head) * num_chunks
-    for first in range(begin // CHUNK, tl.cdiv(end, CHUNK), 4):  # four at a time, so that four loads are under way
-        m0, total0, o0 = _load_chunk(gChunkO, gChunkML, row_head, first, end, is_head, CHUNK, D, BLOCK_D)
-        m1, total1, o1 = _load_chunk(gChunkO, gChunkML, row_head, first + 1, end, is_head, CHUNK, D, BLOCK_D)
-        m2, total2, o2 = _load_chunk(gChunkO, gChunkML, row_head, first + 2, end, is_head, CHUNK, D, BLOCK_D)
-        m3, total3, o3 = _load_chunk(gChunkO, gChunkML, row_head, first + 3, end, is_head, CHUNK, D, BLOCK_D)
-        m, total, o = _fold(m, total, o, m0, total0, o0)
-        m, total, o = _fold(m, total, o, m1, total1, o1)
-        m, total, o = _fold(m, total, o, m2, total2, o2)
-        m, total, o = _fold(m, total, o, m3, total3, o3)
-    y = _normalise(total, o, gVScale, HAS_V_SCALE)
-    pOut = gOut + row * stride_out_row + (head * stride_out_head)[:, None] + d[None, :]
-    tl.store(pOut, y.to(gOut.dtype.element_ty), mask=inside)
-    if HAS_LSE:
-        tl.store(gLse + row * stride_lse + head, (m + tl.log2(total)) * 0.6931471805599453, mask=is_head)
+        _store_rows(
+            gOut,
+            gLse,
+            gVScale,
+            row,
+            head,
+            is_row,
+            m,
+            total,
+            o,
+            stride_out_row,
+            stride_out_head,
+            stride_lse,
+            D,
+            BLOCK_D,
+            HAS_V_SCALE,
+            HAS_LSE,
+        )
+    else:
+        tl.debug_barrier()  # all threads have stored their part of the chunks before one tells the other CTAs
+        first, step = 0, 1
+        if num_ctas > 1:
+            word = tl.sum(tl.where(thread == 0, started, 0))
+            first, step = _rendezvous(gMeeting, word, tl.program_id(2), num_ctas)
+        # Read again: kept since the start, these would take registers of the loop.
+        row_start, m_rows, _, _, first_chunk, end_chunk = _extent(
+            gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+        )
+        # Shares of 4 fp32 values per thread: with more, a read would take half of each sector.
+        SHARE: tl.constexpr = min(BLOCK_M, 4 * THREADS // BLOCK_D)
+        num_packed = tl.minimum(m_rows * GROUP - tl.program_id(0) * BLOCK_M, BLOCK_M)
+        for share in range(first, tl.cdiv(num_packed, SHARE), step):
+            packed_share = tl.program_id(0) * BLOCK_M + share * SHARE + tl.arange(0, SHARE)
+            row_share = (row_start + packed_share // GROUP).to(tl.int64)
+            head_share = kv_head * GROUP + packed_share % GROUP
+            is_row_share = packed_share // GROUP < m_rows
+            m_share, total_share, o_share = _fold_chunks(
+                gChunkO,
+                gChunkML,
+                (row_share * (HKV * GROUP) + head_share) * num_chunks,
+                is_row_share,
+                first_chunk,
+                end_chunk,
+                SHARE,
+                D,
+                BLOCK_D,
+            )
+            _store_rows(
+                gOut,
+                gLse,
+                gVScale,
+                row_share,
+                head_share,
+                is_row_share,
+                m_share,
+                total_share,
+                o_share,
+                stride_out_row,
+                stride_out_head,
+                stride_lse,
+                D,
+                BLOCK_D,
+                HAS_V_SCALE,
+                HAS_LSE,
+            )

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import launch, next_power_of_2, words_of_stream
 from idlm_kernels.triton.gemm_kernel import _linear_kernel
 
 kResidentCtas = 396  # 3 on each of the 132 SMs of an H100: what 4 stages of 16 KB leave room for
@@ -57,22 +57,6 @@ def gemm_config(n: int, k: int, dtype: torch.dtype) -> GemmConfig:
     return GemmConfig(block_n, block_t, block_k, triton.cdiv(blocks, blocks_per_split), blocks_per_split, stages, warps)
 
 
-_arrivals: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrival_counters(device: torch.device) -> Tensor:
-    """Zeros, one per tile of a launch; every launch leaves them as it finds them.
-
-    One set per stream: launches of one stream follow each other. A captured graph keeps the set of the stream that it
-    was captured on, so two graphs captured on one stream must not be replayed side by side.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream)
-    if key not in _arrivals:
-        _arrivals[key] = torch.zeros(kResidentCtas, dtype=torch.int32, device=device)
-    return _arrivals[key]
-
-
 def _run(
     x: Tensor,
     weight: Tensor,
@@ -108,7 +92,7 @@ def _run(
         bias,
         out,
         parts,
-        _arrival_counters(x.device) if splits_apart else None,
+        words_of_stream("arrivals", kResidentCtas, torch.int32, x) if splits_apart else None,
         gate,
         lora_b,
         h,

@@ -217,6 +217,40 @@ def test_large_tiles_are_for_prefill_of_a_full_machine(monkeypatch: pytest.Monke
     assert grids == [(1, 64), (1, 128), (10, 128), (16, 64), (20, 64)]
 
 
+def check_meeting(module: ModuleType, is_together: bool) -> None:
+    """The CTAs of a tile meet to fold its chunks, launch after launch: side by side, or, where not all fit on the
+    machine at once or the interpreter runs one after the other, without waiting."""
+    problem = Problem([600, 300, 90], [7, 4, 1]) if is_together else Problem([600] * 450, [1] * 450, heads=(1, 1))
+    caches = problem.caches()
+    exact, _ = problem.run(python_ref.strided_attention, caches, upcast=True)
+    words = torch.zeros(450, dtype=torch.int64)
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "words_of_stream", lambda *_: words)
+            patch.setattr(module, "kTargetCtas", 10**6)
+            got, _ = problem.run(module.strided_attention, caches)
+        judge(got, exact, problem.peer())
+        used = words[words != 0]
+        assert (used & ((1 << 48) - 1) == 0).all(), "counts are left behind"
+        took_part = used >> 48 & 1
+        assert took_part.all() if is_together and not INTERPRETED else not took_part.all()
+    assert (used >> 49 == 2).all() and used.numel() == (4 if is_together else 450)
+
+
+def test_ctas_of_a_tile_meet() -> None:
+    check_meeting(attention, is_together=True)
+
+
+@pytest.mark.compiled
+def test_more_ctas_than_fit_on_the_machine_meet() -> None:
+    check_meeting(attention, is_together=False)
+
+
+def test_there_is_a_word_for_every_tile_that_is_shared() -> None:
+    tiles = attention.kTargetCtas // 2
+    assert attention.num_splits(tiles, 16, 1000) > 1 and attention.num_splits(tiles + 1, 16, 1000) == 1
+
+
 def check_scales(module: ModuleType) -> None:
     problem = Problem(head_dim=64)
     caches = problem.caches()
@@ -358,10 +392,23 @@ def test_no_spills(head_dim: int, softgpu: ModuleType, monkeypatch: pytest.Monke
 
 
 @pytest.mark.compiled
-def test_one_launch_when_one_split_is_enough(softgpu: ModuleType) -> None:
+def test_ctas_meet_by_acquire_and_release(softgpu: ModuleType) -> None:
+    """Of the order of memory among CTAs softgpu sees nothing, so this holds what the kernel says of it: all threads are
+    past a barrier when one announces the CTA, and what it announces and waits for is ordered on the whole GPU."""
     with recorded_launches(softgpu) as launches:
-        Problem((100, 60), (7, 7)).run(attention.strided_attention)
-    assert [launch.name for launch in launches] == ["attention"]
+        Problem((600,), (7,)).run(attention.strided_attention)
+    ptx = launches[0].ptx
+    polls = {"ld.global.gpu.acquire.b64", "atom.global.gpu.acquire.add.u64"}  # compilers differ
+    assert len(polls & (opcodes(ptx, "atom") | opcodes(ptx, "ld.global.gpu"))) == 1
+    assert opcodes(ptx, "atom") - polls == {
+        "atom.global.gpu.relaxed.add.u64",  # has started: tells nobody of anything
+        "atom.global.gpu.acq_rel.add.u64",
+        "atom.global.gpu.release.exch.b64",
+    }
+    stores, arrival = [ptx.rindex("st.global", 0, ptx.index("acq_rel")), ptx.index("acq_rel")]
+    assert "bar.sync" in ptx[stores:arrival]
+    chunks = ptx[arrival:]
+    assert "ld.global.cg.v4.b32" in chunks and "ld.global.v4" not in chunks and "ld.global.nc" not in chunks
 
 
 def test_splits_depend_on_shapes_alone() -> None:
@@ -379,9 +426,18 @@ def test_schedules(schedule: str, softgpu: ModuleType, monkeypatch: pytest.Monke
     with softgpu.configured(**SCHEDULES[schedule]):
         for target in (SPLIT, TOGETHER):
             check(attention, problem, target)
+        check_meeting(attention, is_together=True)
         check_tail(attention)
         monkeypatch.setattr(attention, "kMinLargeCtas", 1)
         check(attention, Problem((90,), (40,), (4, 1), head_dim=128))
+
+
+def check_crowd(module: ModuleType) -> None:
+    check_meeting(module, is_together=False)
+
+
+def check_all_meet(module: ModuleType) -> None:
+    check_meeting(module, is_together=True)
 
 
 MUTANTS = {
@@ -402,8 +458,8 @@ MUTANTS = {
     ),
     "window starts a chunk too late": (
         check_window,
-        "tl.maximum(first_of_step + i - WINDOW, 0)",
-        "tl.maximum(first_of_step + i - WINDOW + 256, 0)",
+        "tl.maximum(first_of_step + first_row - WINDOW, 0)",
+        "tl.maximum(first_of_step + first_row - WINDOW + 256, 0)",
     ),
     "tail bit of the neighbour": (
         check_tail,
@@ -433,8 +489,12 @@ MUTANTS = {
         "total = total * old_share + total_chunk * chunk_share",
         "total = total * old_share + total_chunk",
     ),
-    "the last of four chunks is not loaded": (check, "(chunk * CHUNK < end)", "(chunk * CHUNK + CHUNK < end)"),
-    "a chunk is skipped": (check, "tl.cdiv(end, CHUNK), SPLITS)", "end // CHUNK, SPLITS)"),
+    "the last of four chunks is not loaded": (
+        check,
+        "(place < row_head + end_chunk)",
+        "(place + 1 < row_head + end_chunk)",
+    ),
+    "a chunk is skipped": (check, "end_chunk = tl.cdiv(end, CHUNK)", "end_chunk = end // CHUNK"),
     "page table by physical page": (
         check,
         "tl.load(gPages + slot // PAGE_SIZE, mask=inside, other=0)",
@@ -455,6 +515,14 @@ MUTANTS = {
         "packed = tl.program_id(0) * BLOCK_M +",
         "packed = tl.program_id(0) * 64 +",
     ),
+    "a share of rows is left out": (
+        check,
+        "range(first, tl.cdiv(num_packed, SHARE), step)",
+        "range(first, num_packed // SHARE, step)",
+    ),
+    "the last one forgets that it started late": (check_crowd, " & (is_late == 0)", ""),
+    "the last one alone does its share only": (check_crowd, "            first = 0\n", "            first = z\n"),
+    "counts of the last meeting are kept": (check_all_meet, "tl.atomic_xchg(gMeeting, (", "tl.atomic_add(gMeeting, ("),
     "padding left as it was": (
         check,
         "for first in range(row_start, num_rows,",

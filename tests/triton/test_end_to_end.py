@@ -56,14 +56,15 @@ def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch)
     assert all(len(ids) == 8 for ids in tokens["triton"])
 
 
+@pytest.mark.parametrize("context", [5, 300], ids=["one KV chunk", "two KV chunks"])
 @pytest.mark.parametrize("with_adapter, most", [(False, 8), (True, 12)])
-def test_launches_of_a_layer(with_adapter: bool, most: int, softgpu: ModuleType) -> None:
-    """Per layer of a decode step whose context fits one KV chunk; a longer one adds the fold of the chunks."""
+def test_launches_of_a_layer(with_adapter: bool, most: int, context: int, softgpu: ModuleType) -> None:
+    """Per layer of a decode step."""
     counts = []
     for num_layers in (1, 2):
-        generator = tiny_generator(torch.bfloat16, with_adapter, num_layers=num_layers)
+        generator = tiny_generator(torch.bfloat16, with_adapter, num_layers=num_layers, max_position_embeddings=512)
         with idlm_kernels.use_backend("triton"), recorded_launches(softgpu) as launches:
-            generator.generate(PROMPTS[:1], SamplingParams(max_tokens=1), plan="chain", stride=2)
+            generator.generate([[7] * context], SamplingParams(max_tokens=1), plan="chain", stride=2)
         counts.append(len(launches))
     assert counts[1] - counts[0] == most
 

@@ -409,7 +409,7 @@ MUTANTS = {
         "if arrived != SPLITS - 1:",
         "if arrived != SPLITS - 2:",
     ),
-    "arrival without order": (check_order_of_arrival, 'sem="acq_rel"', 'sem="relaxed"'),
+    "arrival without order": (check_order_of_arrival, 'sem="acq_rel", scope', 'sem="relaxed", scope'),
     "cut of K by row count": (
         check_row_bits,
         "config = gemm_config(n, k, x.dtype)",
