@@ -330,36 +330,9 @@ def _linear_kernel(
             if ROW_TILES == 2:
                 sums2 = _reduce_parts(gParts, place, t2, num_rows, stride_part, PARTS_N, SPLITS)
 
-    _finish(
-        sums,
-        gBias,
-        gOut,
-        gGate,
-        gB,
-        gH,
-        n,
-        has_n,
-        t,
-        first,
-        num_rows,
-        scale,
-        stride_out,
-        stride_b,
-        stride_h,
-        N,
-        SLICE_ENDS,
-        RANK,
-        BLOCK_RANK,
-        BLOCK_N,
-        BLOCK_T,
-        HAS_BIAS,
-        HAS_LORA,
-        GATED_ONLY,
-        PAIRED,
-    )
-    if ROW_TILES == 2:
+    for row_tile in tl.static_range(ROW_TILES):
         _finish(
-            sums2,
+            sums if row_tile == 0 else sums2,
             gBias,
             gOut,
             gGate,
@@ -367,7 +340,7 @@ def _linear_kernel(
             gH,
             n,
             has_n,
-            t2,
+            t if row_tile == 0 else t2,
             first,
             num_rows,
             scale,

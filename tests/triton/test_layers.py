@@ -312,8 +312,8 @@ MUTANTS = {
     ),
     "gate and up exchanged": (
         check_silu_and_mul,
-        "silu_times(gate, up)",
-        "silu_times(up, gate)",
+        "y = silu_times(gate, up)",
+        "y = silu_times(up, gate)",
     ),
     "reads past the row": (check_silu_and_mul, "column < F\n", "column < F + 1\n"),
     "id bound off by one": (check_embed, "(token < num_ids)", "(token <= num_ids)"),

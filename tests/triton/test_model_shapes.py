@@ -1,0 +1,321 @@
+"""Every op of a decode step on backend `triton` in bf16 at the shapes of Qwen3-8B, Qwen3-32B and SmolLM2-135M.
+
+The rows are those of one request's branched step of stride 4: 4 clean rows, then 12 MASK rows. Each result is judged
+against fp64, and a row alone (an AR step) has the bits that it has among the 16. Of the Qwens the LM head and the model
+that decodes are cut; they are whole with `-m slow`. Nothing else is cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import idlm_kernels
+import python_ref
+from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.model import Transformer
+from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
+from idlm_kernels.triton import attention, gemm, layers, sampling
+from tests.triton.support import judge, same_bits
+from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
+from tests.triton.test_attention import check as check_attention
+from tests.triton.test_end_to_end import recorded_rows
+from tests.triton.test_layers import Rope, check_rms_norm, check_rope, check_silu_and_mul
+from tests.triton.test_rejection import Chain, check_chain
+from tests.triton.test_sampling import compare_steps
+
+pytestmark = pytest.mark.compiled
+
+
+class Model(NamedTuple):
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    qk_norm: bool
+    rank: int  # of the adapter
+
+
+MODELS = {
+    "qwen3-8b": Model(4096, 12_288, 32, 8, 128, 151_936, True, 128),
+    "qwen3-32b": Model(5120, 25_600, 64, 8, 128, 151_936, True, 128),
+    "smollm2-135m": Model(576, 1536, 9, 3, 64, 49_152, False, 16),
+}
+LARGE = ("qwen3-8b", "qwen3-32b")
+EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+
+NUM_CLEAN, NUM_ROWS = 4, 16
+IS_MASK = torch.arange(NUM_ROWS) >= NUM_CLEAN
+CLEAN, MASK = slice(3, 4), slice(15, 16)  # rows that are also computed alone
+
+
+def slow(name: str) -> list[pytest.MarkDecorator]:
+    """The marks of what takes minutes with a large model."""
+    return [pytest.mark.slow] if name in LARGE else []
+
+
+def bf16(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16).mul_(scale)
+
+
+def test_the_shapes_are_those_of_the_presets() -> None:
+    for name, config in SHAPES.items():
+        for field in Model._fields[:-1]:
+            assert getattr(MODELS[name], field) == getattr(config, field), (name, field)
+
+
+# Around the matrices
+
+
+@EVERY_MODEL
+def test_embed(model: Model) -> None:
+    table = torch.zeros(model.vocab_size, model.hidden_size, dtype=torch.bfloat16)
+    ids = torch.randint(model.vocab_size, (NUM_ROWS,))
+    ids[0], ids[1] = 0, model.vocab_size - 1
+    table[ids] = bf16(NUM_ROWS, model.hidden_size)
+    mask_embedding = bf16(model.hidden_size)
+    got = layers.embed(ids, table, is_mask=IS_MASK, mask_embedding=mask_embedding)
+    assert same_bits(got, torch.where(IS_MASK[:, None], mask_embedding, table[ids]))
+    assert same_bits(layers.embed(ids, table, is_mask=IS_MASK), table[ids])  # MASK is a token of the model
+    for row in (CLEAN, MASK):
+        alone = layers.embed(ids[row], table, is_mask=IS_MASK[row], mask_embedding=mask_embedding)
+        assert same_bits(alone, got[row])
+
+
+@EVERY_MODEL
+def test_rms_norm(model: Model) -> None:
+    check_rms_norm(layers, torch.bfloat16, NUM_ROWS, model.hidden_size)
+    x, residual, weight = bf16(NUM_ROWS, model.hidden_size), bf16(NUM_ROWS, model.hidden_size), bf16(model.hidden_size)
+    sums = residual.clone()
+    whole = layers.rms_norm(x, weight, 1e-6, residual=sums)
+    for row in (CLEAN, MASK):
+        sum_ = residual[row].clone()
+        assert same_bits(layers.rms_norm(x[row], weight, 1e-6, residual=sum_), whole[row])
+        assert same_bits(sum_, sums[row])
+
+
+@EVERY_MODEL
+def test_silu_and_mul(model: Model) -> None:
+    check_silu_and_mul(layers, torch.bfloat16, NUM_ROWS, model.intermediate_size)
+
+
+@EVERY_MODEL
+def test_qk_norm_rope_append(model: Model) -> None:
+    heads = model.num_heads, model.num_kv_heads
+    problem = Rope(NUM_ROWS, heads, model.head_dim, dtype=torch.bfloat16, norm=model.qk_norm)
+    check_rope(layers, problem)
+    q, *caches = problem.run(layers.qk_norm_rope_append)
+    for row in (CLEAN, MASK):
+        q_alone, *caches_alone = problem.run(layers.qk_norm_rope_append, row)
+        assert same_bits(q_alone, q[row])
+        for cache, alone in zip(caches, caches_alone, strict=True):
+            written = ~alone.isnan()
+            assert written.sum() == alone[0, 0].numel() and same_bits(alone[written], cache[written])
+
+
+# Matrices
+
+
+def product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T in this dtype, piece by piece: the whole of a large weight would not fit into memory."""
+    return torch.cat([x.to(dtype) @ rows.to(dtype).T for rows in weight.split(4096)], dim=1)
+
+
+def adapter_update(x: Tensor, lora_a: Tensor, lora_b: Tensor, slices: list[int]) -> Tensor:
+    """(x A^T) B^T of every slice, in x's dtype."""
+    shrunk = (x @ lora_a.to(x.dtype).T).split(lora_b.shape[1], dim=1)
+    return torch.cat([h @ b.T for h, b in zip(shrunk, lora_b.to(x.dtype).split(slices), strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
+@EVERY_MODEL
+def test_projection(model: Model, name: str) -> None:
+    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    slices, k = {
+        "qkv": ([q_size, kv_size, kv_size], model.hidden_size),
+        "o": ([model.hidden_size], q_size),
+        "gate_up": ([model.intermediate_size] * 2, model.hidden_size),
+        "down": ([model.hidden_size], model.intermediate_size),
+    }[name]
+    x, weight = bf16(NUM_ROWS, k), bf16(sum(slices), k, scale=k**-0.5)
+    lora_a = bf16(len(slices) * model.rank, k, scale=k**-0.5)
+    lora_b = bf16(sum(slices), model.rank, scale=model.rank**-0.5)
+    scale = 0.7
+    exact = product(x, weight, torch.float64)
+    peer = product(x, weight, torch.float32).bfloat16()
+    exact_gated = exact + scale * adapter_update(x.double(), lora_a, lora_b, slices)
+    peer_gated = peer + scale * adapter_update(x, lora_a, lora_b, slices)
+
+    residue = {"bias": -exact[CLEAN][0].float()}
+    plain_op, gated_op = gemm.linear, gemm.gated_lora_linear
+    if name == "gate_up":
+        plain_op = gated_op = gemm.linear_silu_and_mul
+        exact, peer, exact_gated, peer_gated = map(python_ref.silu_and_mul, (exact, peer, exact_gated, peer_gated))
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": scale, "slices": slices}
+    plain = plain_op(x, weight)
+    gated = gated_op(x, weight, gate=IS_MASK, **adapter)
+    judge(plain, exact, peer, "plain")
+    judge(gated[IS_MASK], exact_gated[IS_MASK], peer_gated[IS_MASK], "gated")
+    assert same_bits(gated[~IS_MASK], plain[~IS_MASK])
+    if name == "gate_up":
+        assert same_bits(plain, layers.silu_and_mul(gemm.linear(x, weight)))
+    assert same_bits(gated_op(x[MASK], weight, gate=IS_MASK[MASK], **adapter), gated[MASK])
+    # Two orders of a sum mostly give the same bf16. This bias leaves nothing but the sum's last bits, which differ.
+    alone = plain_op(x[CLEAN], weight, **residue)
+    assert same_bits(alone, gated_op(x, weight, gate=IS_MASK, **adapter, **residue)[CLEAN])
+
+
+HEADS = [
+    # Weights of 16384 rows and more have the same tiles, so that all that the cut leaves out are more of them.
+    *(pytest.param(MODELS[name], 16_384, id=f"{name}-cut") for name in LARGE),
+    *(pytest.param(model, model.vocab_size, id=name, marks=slow(name)) for name, model in MODELS.items()),
+]
+
+
+@pytest.mark.parametrize("model, num_ids", HEADS)
+def test_lm_head(model: Model, num_ids: int) -> None:
+    k = model.hidden_size
+    assert gemm.gemm_config(num_ids, k, torch.bfloat16) == gemm.gemm_config(model.vocab_size, k, torch.bfloat16)
+    x, weight = bf16(NUM_ROWS, k), bf16(num_ids, k, scale=k**-0.5)
+    exact = product(x, weight, torch.float64)
+    judge(gemm.linear(x, weight), exact, product(x, weight, torch.float32).bfloat16())
+    residue = -exact[CLEAN][0].float()
+    assert same_bits(gemm.linear(x[CLEAN], weight, bias=residue), gemm.linear(x, weight, bias=residue)[CLEAN])
+
+
+# Attention
+
+
+@EVERY_MODEL
+def test_attention(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose clean rows stand on both sides of a chunk's edge, beside a short request."""
+    length = 2 * attention.kChunk - 2 + NUM_ROWS
+    heads = model.num_heads, model.num_kv_heads
+    problem = Problem((length, 40), (NUM_ROWS, NUM_ROWS), heads, model.head_dim, dtype=torch.bfloat16, tail="branched")
+    for target in (SPLIT, TOGETHER):
+        check_attention(attention, problem, target)
+    whole, whole_lse = problem.run(attention.strided_attention)
+    problem.tail = None  # an AR step is plainly causal
+    for row in range(NUM_CLEAN):
+        part = rows_of(problem, 0, slice(row, row + 1), length - NUM_ROWS + row + 1)
+        for target in (SPLIT, TOGETHER):
+            monkeypatch.setattr(attention, "kTargetCtas", target)
+            alone, alone_lse = part.run(attention.strided_attention)
+            assert same_bits(alone[:1], whole[row : row + 1]) and same_bits(alone_lse[:1], whole_lse[row : row + 1])
+
+
+# Sampling
+
+
+VOCABULARIES = sorted({model.vocab_size for model in MODELS.values()})
+PER_REQUEST = ("drafts", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def confident_chain(vocab_size: int, batch: int) -> Chain:
+    """Requests whose model is as sure of itself as a trained one, so that some drafts stand."""
+    chain = Chain(vocab=vocab_size, batch=batch, num_k=NUM_CLEAN - 1, dtype=torch.bfloat16)
+    chain.table *= 3
+    return chain
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_verify_accept(vocab_size: int) -> None:
+    """Steps of four requests; then every committed token of the last one again from its row alone, by an AR step."""
+    chain = confident_chain(vocab_size, 4)
+    for _ in range(3):
+        arguments = {**chain.arguments(), "mode": "match"}
+        result = compare_steps(sampling, arguments)
+        chain.follow(arguments, result, chain.q)
+    num_accepted, tokens, _, _ = result
+    assert 0 < num_accepted.sum() < arguments["num_drafts"].sum()
+    starts, positions = arguments["query_start_loc"], arguments["positions"]
+    for b, start in enumerate(starts[:-1].tolist()):
+        if starts[b + 1] == start:
+            continue
+        for i in range(int(num_accepted[b]) + 1):
+            step = {
+                "logits": arguments["logits"][start + i : start + i + 1],
+                "query_start_loc": torch.tensor([0, 1], dtype=torch.int32),
+                "num_drafts": torch.zeros(1, dtype=torch.int32),
+                "positions": positions[b : b + 1] + i,
+            }
+            request = {key: arguments[key][b : b + 1] for key in PER_REQUEST}
+            assert sampling.verify_accept(**{**arguments, **step, **request})[1][0, 0] == tokens[b, i]
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_verify_accept_by_rejection(vocab_size: int) -> None:
+    check_chain(sampling, confident_chain(vocab_size, 3), steps=2)
+
+
+# A whole model
+
+
+def one_layer(model: Model, intermediate_size: int, vocab_size: int) -> Transformer:
+    """A model of one layer with random weights, all of it in bf16 as on a GPU.
+
+    Its tokens embed much alike and MASK as their mean, so that MASK rows draft well enough for some drafts to stand.
+    """
+    config = dataclasses.replace(
+        SHAPES["qwen3-8b"],
+        architecture="qwen3" if model.qk_norm else "llama",
+        num_layers=1,
+        hidden_size=model.hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        vocab_size=vocab_size,
+        qk_norm=model.qk_norm,
+    )
+    transformer = Transformer(RandomCheckpoint(config), dtype=torch.bfloat16)
+    transformer.dtype = torch.bfloat16
+    layer = transformer.layers[0]
+    layer.attention_norm, layer.mlp_norm = layer.attention_norm.bfloat16(), layer.mlp_norm.bfloat16()
+    if layer.q_norm is not None and layer.k_norm is not None:
+        layer.q_norm, layer.k_norm = layer.q_norm.bfloat16(), layer.k_norm.bfloat16()
+    transformer.norm = transformer.norm.bfloat16()
+    transformer.embedding += transformer.embedding[0] / 2
+    transformer.mask_embedding = transformer.embedding.float().mean(0).bfloat16()
+    return transformer
+
+
+END_OF_CHUNK = attention.kChunk - 3  # so many tokens that decoding leaves attention's first chunk
+GENERATORS = [
+    *(pytest.param(MODELS[name], 1024, 1024, 5, id=f"{name}-cut") for name in LARGE),
+    *(
+        pytest.param(model, model.intermediate_size, model.vocab_size, END_OF_CHUNK, id=name, marks=slow(name))
+        for name, model in MODELS.items()
+    ),
+]
+
+
+@pytest.mark.parametrize("model, intermediate_size, vocab_size, prompt_tokens", GENERATORS)
+def test_strided_decoding_has_the_bits_of_ar(
+    model: Model, intermediate_size: int, vocab_size: int, prompt_tokens: int
+) -> None:
+    prompt = torch.randint(vocab_size, (prompt_tokens,)).tolist()
+    params = SamplingParams(max_tokens=6, temperature=0.9, seed=3)
+    with idlm_kernels.use_backend("triton"):
+        generator = Generator(one_layer(model, intermediate_size, vocab_size), page_size=16)
+        forwards = recorded_rows(generator)
+        ar = generator.generate([prompt], params, plan="ar")[0]
+        num_ar = len(forwards)
+        strided = generator.generate([prompt], params, plan="branched", stride=4)[0]
+    assert strided.token_ids == ar.token_ids and strided.forwards < ar.forwards
+    text = [*prompt, *ar.token_ids]
+    wanted = {positions[-1]: logits[-1] for positions, _, logits in forwards[:num_ar]}
+    compared = set()
+    for positions, ids, logits in forwards[num_ar:]:
+        for position, token, row in zip(positions, ids, logits, strict=True):
+            if position not in wanted or token != text[position]:
+                break  # behind a draft that is not the text stand other sequences
+            assert same_bits(row, wanted[position])
+            compared.add(position)
+    assert compared == wanted.keys()
