@@ -25,11 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def run_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from the same seed, with strict bounds, and with backend `triton` open to CPU tensors."""
+    """Every test starts from the same seed, with strict bounds, and with backend `triton` open to CPU tensors. Memory
+    that nobody has written holds NaN, as if it had not been a right result before."""
     torch.manual_seed(0)
-    backend = dataclasses.replace(_dispatch._backends["triton"], device_types=("cuda", "cpu"))
+    backend = dataclasses.replace(_dispatch._backends["triton"], device_types=("cuda", "cpu"), automatic=False)
     monkeypatch.setitem(_dispatch._backends, "triton", backend)
     monkeypatch.setattr(_dispatch, "_chosen", {})
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     if INTERPRETED:
         if request.node.get_closest_marker("compiled"):
             pytest.skip("says something about compiled kernels only")
