@@ -17,11 +17,11 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test lint types native bench wheel clean
+.PHONY: help generate test lint types native bench gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 generate: $(VENV)/.installed ## decode text: make generate PROMPT="..." [ARGS="--max-tokens 64 --check"]
 	@[ -n "$$PROMPT" ] || { echo 'make generate: no prompt given; write: make generate PROMPT="Why is the sky blue?"' >&2; exit 2; }
@@ -42,6 +42,9 @@ native: $(VENV)/.installed-dev ## build the CUDA kernels; needs nvcc 12.4 or new
 
 bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
 	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+gpu-report: $(VENV)/.installed-dev ## check and time the kernels on this machine's GPU, in under 9 minutes
+	@$(BIN)/python -m bench.gpu_report $(ARGS)
 
 wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc
 	@rm -rf dist

@@ -94,8 +94,9 @@ def predictions(
         labels = F.pad(ids[0], (0, num_k + 2), value=-1)[positions.long()].view(-1, num_k)
         plain.append(drafts == labels)
         if model.rerank_head is not None:
-            first, none = torch.arange(len(anchors)) * num_k, torch.zeros(len(anchors), dtype=torch.int32)
-            sampled, every = ids[0, anchors + 1].unsqueeze(1), torch.ones(len(anchors), dtype=torch.bool)
+            none = torch.zeros(len(anchors), dtype=torch.int32)
+            first, every = torch.arange(len(anchors), dtype=torch.int32) * num_k, none + num_k
+            sampled = ids[0, anchors + 1].unsqueeze(1)
             drafts = rerank_drafts(
                 model, state, logits, hidden.flatten(0, 1), first, none, sampled, drafts, every, None
             )

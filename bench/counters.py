@@ -1,12 +1,11 @@
 """What the Triton kernels ask of the machine at the shapes of Qwen3-8B, counted by softgpu: no GPU, no time.
 
-    SOFTGPU_DIR=... python -m bench.counters [--full] [--write]
+    SOFTGPU_DIR=... python -m bench.counters [--write]
 
 For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
 of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
-conflict-free count; warp instructions; registers, spills and shared memory from ptxas. The default cases are cut in N,
-which changes no ratio; --full takes whole layers and longer contexts (some minutes). --write records registers,
-spills, shared memory and the ratios of the default cases in bench/budgets/triton.json, which a test holds.
+conflict-free count; warp instructions; registers, spills and shared memory from ptxas. Some minutes. --write records
+all of it in bench/budgets/triton.json, which a test holds.
 
 Limits: softgpu knows no time, no caches and nothing of what ptxas makes of the PTX; the registers are those of ptxas.
 """
@@ -14,6 +13,7 @@ Limits: softgpu knows no time, no caches and nothing of what ptxas makes of the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 from bench.ptx import Launch, recorded_launches, resources
-from idlm_kernels.triton import attention, gemm, layers, perturb, sampling
+from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
 from python_ref import QState
 
 BUDGET = Path(__file__).parent / "budgets" / "triton.json"
@@ -168,6 +168,27 @@ def rejection_case() -> Case:
     return Case("verify_accept rejection batch=1", run, "residual", 2 * VOCAB * 2, model)
 
 
+def rerank_case(batch: int, num_k: int = 3, width: int = 256, rejection: bool = False) -> Case:
+    """Its floor is that of the first launch, which reads the K logits rows of every request once."""
+    logits, hidden = bf16(batch * num_k, VOCAB), bf16(batch * num_k, HIDDEN)
+    first, zeros, ones = torch.arange(batch).int() * num_k, torch.zeros(batch).int(), torch.ones(batch)
+    request = (first, first.long(), zeros, torch.zeros(batch, num_k).long(), zeros + num_k)
+    parameters = (ones, zeros, ones, ones * 0, first.long())
+    table = bf16(1024, HIDDEN).repeat(-(-VOCAB // 1024), 1)  # of the embedding and of the LM head
+    head = [bf16(*shape) / 64 for shape in ((width, HIDDEN), (width, HIDDEN), (width, width), (HIDDEN, width))]
+    state = QState.empty(batch, num_k, VOCAB, torch.bfloat16, torch.device("cpu")) if rejection else None
+
+    def run() -> Tensor:
+        return rerank.rerank_drafts(
+            logits, hidden, *request, *parameters, table, table, *head, VOCAB, -1, q_state=state
+        )
+
+    # Which row a CTA reads and how many drafts are wanted: 8 bytes per lane.
+    model = batch * num_k * triton.cdiv(VOCAB, rerank.kBlockGroups * 256) * 128 * 8
+    name = f"rerank_drafts batch={batch} K={num_k}{' rejection' if rejection else ''}"
+    return Case(name, run, "maxima", batch * num_k * VOCAB * 2, model)
+
+
 def layer_cases(rows: int) -> Iterator[Case]:
     x, residual, weight = bf16(rows, HIDDEN), bf16(rows, HIDDEN), bf16(HIDDEN)
     floor = 2 * rows * HIDDEN * 2
@@ -188,34 +209,25 @@ def layer_cases(rows: int) -> Iterator[Case]:
     yield Case(f"qk_norm_rope_append rows={rows}", rope, "qk_norm_rope_append", qkv.numel() * 2, warps * 1024)
 
 
-def cases(full: bool) -> Iterator[Case]:
-    for rows in (7, 16, 56, 128) if full else (7, 128):
+def cases() -> Iterator[Case]:
+    for rows in (7, 16, 56, 128):
         for name, (n, k) in LAYERS.items():
-            if full:
-                yield linear_case(name, rows, n, k)
-            elif name in ("o", "gate_up"):
-                n_cut = 512 if name == "o" else 16384
-                yield linear_case(f"{name} cut to {n_cut}", rows, n_cut, k if name == "o" else 512)
+            yield linear_case(name, rows, n, k)
     for rows in (16, 128):
-        if full:
-            yield linear_case("o", rows, *LAYERS["o"], rank=128)
-            yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, slices=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
-            yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, slices=(INTERMEDIATE, INTERMEDIATE))
-        else:
-            yield linear_case("o cut to 512", rows, 512, LAYERS["o"][1], rank=128)
-            yield linear_case("qkv cut to 768", rows, 768, 1024, rank=128, slices=(512, 128, 128))
-            yield linear_case("gate_up cut to 16384", rows, 16384, 512, rank=128, slices=(8192, 8192))
-    for batch, rows, context in (
-        [(b, r, c) for b in (1, 8) for r in (7, 16) for c in (1024, 4096)] if full else [(1, 7, 1024), (1, 16, 1024)]
-    ):
+        yield linear_case("o", rows, *LAYERS["o"], rank=128)
+        yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, slices=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
+        yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, slices=(INTERMEDIATE, INTERMEDIATE))
+    for batch, rows, context in itertools.product((1, 8), (7, 16), (1024, 4096)):
         yield attention_case(batch, rows, context)
     yield attention_case(1, 320, 1)  # a prefill chunk: chunks of a row tile in one CTA
     yield attention_case(1, 16, 256, branched=True)
     yield from layer_cases(7)
-    yield sampling_case(7 if full else 2, 1.0)
-    yield sampling_case(7 if full else 2, 0.9)
-    yield sampling_case(7 if full else 2, 0.9, spread=1.0)
+    yield sampling_case(7, 1.0)
+    yield sampling_case(7, 0.9)
+    yield sampling_case(7, 0.9, spread=1.0)
     yield rejection_case()
+    yield rerank_case(1)
+    yield rerank_case(8, rejection=True)
 
 
 def measure(case: Case, softgpu: ModuleType) -> list[dict[str, Any]]:
@@ -266,14 +278,13 @@ def load_softgpu() -> ModuleType:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="whole layers and longer contexts")
-    parser.add_argument("--write", action="store_true", help="record the default cases as the budget")
+    parser.add_argument("--write", action="store_true", help="record the counts as the budget")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     softgpu = load_softgpu()
     columns: list[str] = []
     entries = []
-    for case in cases(arguments.full):
+    for case in cases():
         for entry in measure(case, softgpu):
             if not columns:
                 columns = [*entry, "bytes_over_floor"] if "bytes_over_floor" not in entry else list(entry)
@@ -281,8 +292,6 @@ def main() -> None:
             entries.append(entry)
             print("\t".join(str(entry.get(column, "")) for column in columns), flush=True)
     if arguments.write:
-        if arguments.full:
-            raise SystemExit("the budget is of the default cases: leave --full away")
         BUDGET.write_text(json.dumps({"triton": triton.__version__, "launches": entries}, indent=1) + "\n")
         print(f"wrote {BUDGET.relative_to(ROOT)}")
 

@@ -9,6 +9,7 @@ from python_ref.attention import strided_attention
 from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
 from python_ref.noise import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, philox4x32, uniform
+from python_ref.rerank import rerank_drafts
 from python_ref.sampling import (
     STATUS_BAD_DRAFT,
     STATUS_EMPTY_ROW,
@@ -38,6 +39,7 @@ __all__ = [
     "philox4x32",
     "prepare_weight",
     "qk_norm_rope_append",
+    "rerank_drafts",
     "rms_norm",
     "rotary_table",
     "sample_rows",

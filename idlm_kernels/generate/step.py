@@ -130,7 +130,7 @@ def _commit(
             num_accepted,
             tokens,
             next_drafts,
-            next_num_drafts > 0,
+            next_num_drafts,
             decoder.q_state,
             greedy=decoder.greedy,
         )
@@ -166,9 +166,9 @@ def _commit(
 
 
 def _first_mask(plan: StepPlan, state: DecodeState, query_start_loc: Tensor, num_accepted: Tensor) -> Tensor:
-    """The row [B] of the first of the MASK rows that propose the next drafts."""
-    branch = num_accepted.long() if plan.branched else 0
-    return query_start_loc[:-1].long() + 1 + state.num_drafts.long() + branch * plan.num_drafts
+    """The row int32 [B] of the first of the MASK rows that propose the next drafts."""
+    rows = query_start_loc[:-1] + state.num_drafts + 1
+    return torch.add(rows, num_accepted, alpha=plan.num_drafts) if plan.branched else rows
 
 
 def _add_suffix_drafts(state: DecodeState) -> None:

@@ -44,13 +44,21 @@ SHAPES = {
 
 
 class RandomCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are made up as they are asked for; equal names and seeds give equal tensors.
+    """A checkpoint whose tensors are made up as they are asked for; equal names, seeds and devices give equal tensors.
 
-    The tokenizer is that of the default model: throughput does not depend on what the ids mean.
+    On a GPU its own generator makes them, which saves minutes. The tokenizer is that of the default model: throughput
+    does not depend on what the ids mean.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
-        self.config, self.seed, self.dtype = config, seed, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
+        self.config, self.seed, self.dtype, self.device = config, seed, dtype, torch.device(device)
         self.name, self.path = f"random {config.architecture}", Path("random")
 
     @classmethod
@@ -63,11 +71,12 @@ class RandomCheckpoint(Checkpoint):
         return cls(load_checkpoint(source).config)
 
     def _read(self, name: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()) ^ self.seed)
         shape = self._shapes[name]
         if "norm" in name:
-            return torch.ones(shape, dtype=self.dtype)
-        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(self.dtype)
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        weight = torch.randn(shape, generator=generator, device=self.device)
+        return weight.mul_(shape[-1] ** -0.5).to(self.dtype)
 
     def _read_tokenizer(self) -> Tokenizer:
         return load_checkpoint("default").tokenizer

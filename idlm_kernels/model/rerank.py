@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from python_ref.rerank import NUM_CANDIDATES, next_state, unit
+
 from ._files import SafetensorsFile, require_finite, require_float
 from .config import ModelConfig
 from .errors import CheckpointError
 
-NUM_CANDIDATES = 32
+__all__ = ["FILE", "NUM_CANDIDATES", "RerankHead", "load_rerank_head"]
+
 FILE = "rerank_head.safetensors"
 
 
@@ -38,10 +41,8 @@ class RerankHead:
         hidden [..., H]: of the MASK row, after the last norm; previous [..., H]: embedding of the token before the
         draft; state [..., W]: as the draft before left it, None for the first.
         """
-        x = F.linear(_unit(hidden), self.from_hidden) + F.linear(_unit(previous), self.from_previous)
-        if state is not None:
-            x = x + F.linear(state, self.from_state)
-        state = F.silu(x)
+        row_part = F.linear(unit(hidden), self.from_hidden)
+        state = next_state(row_part, previous, state, self.from_previous, self.from_state)
         return F.linear(state, self.to_query), state
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RerankHead:
@@ -77,7 +78,3 @@ def load_rerank_head(path: str | Path, config: ModelConfig) -> RerankHead | None
         tensors[name] = file.tensor(name)
         require_finite(location, name, tensors[name])
     return RerankHead(**tensors)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:])

@@ -12,6 +12,7 @@ from idlm_kernels.ops._dispatch import (
 from idlm_kernels.ops.attention import strided_attention
 from idlm_kernels.ops.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.ops.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.ops.rerank import rerank_drafts
 from idlm_kernels.ops.sampling import sample_rows, verify_accept
 from idlm_kernels.ops.state import advance
 
@@ -19,6 +20,7 @@ OPS = (
     "strided_attention",
     "verify_accept",
     "sample_rows",
+    "rerank_drafts",
     "advance",
     "prepare_weight",
     "linear",
@@ -44,6 +46,7 @@ __all__ = [
     "prepare_weight",
     "qk_norm_rope_append",
     "register_backend",
+    "rerank_drafts",
     "rms_norm",
     "sample_rows",
     "set_backend",

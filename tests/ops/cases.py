@@ -103,6 +103,35 @@ def _verify_accept(variant: str) -> Arguments:
     return args
 
 
+def _rerank_drafts(variant: str) -> Arguments:
+    """K = 2, H = 6, W = 3: requests with drafts to choose, without, and with; 9 rows."""
+    other = variant == "other"
+    args: Arguments = {
+        "logits": _randn(9, 9),
+        "hidden": _randn(9, 6, seed=6),
+        "first_mask": _int32(4, 0, 2) if other else _int32(1, 0, 7),
+        "previous": torch.tensor([8, 7, 0] if other else [3, -1, 5]),
+        "positions": _int32(0, 4, 7) if other else _int32(6, 0, 2),
+        "drafts": torch.tensor([[3, 5], [-1, -1], [4, 4]]),
+        "num_drafts": _int32(0, 2, 2) if other else _int32(2, 0, 2),
+        **_parameters(3),
+        "embedding": _randn(9, 6, seed=7),
+        "head_rows": _randn(9, 6, seed=8),
+        "from_hidden": _randn(3, 6, seed=9),
+        "from_previous": _randn(3, 6, seed=10),
+        "from_state": _randn(3, 3, seed=11),
+        "to_query": _randn(6, 3, seed=12),
+        "id_limit": 8,
+        "mask_id": 2,
+    }
+    if variant == "greedy":
+        args |= {"greedy": True, "temperature": torch.zeros(3)}
+    if variant == "rejection":
+        q_state = QState.empty(3, 2, 9, torch.float32, torch.device("cpu"))
+        args |= {"q_state": q_state}
+    return args
+
+
 def _advance(variant: str) -> Arguments:
     other = variant == "other"
     return {
@@ -189,6 +218,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "strided_attention": (_attention, ("plain", "tail_mask", "window")),
     "sample_rows": (_sample_rows, ("plain", "full")),
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
+    "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),
     "linear": (_linear, ("plain", "full")),
     "gated_lora_linear": (_gated_lora_linear, ("plain", "full")),

@@ -53,6 +53,7 @@ def leads(op: str, name: str) -> bool:
             "strided_attention": ("q", "k_cache", "seq_lens"),
             "sample_rows": ("logits",),
             "verify_accept": ("logits", "drafts"),
+            "rerank_drafts": ("logits", "hidden", "drafts", "from_hidden"),
             "advance": ("tokens",),
             "linear": ("x", "weight"),
             "gated_lora_linear": ("x", "weight", "lora_b"),
@@ -72,6 +73,8 @@ FREE_SIZES = {
     ("strided_attention", "workspace", 0),
     ("gated_lora_linear", "workspace", 0),
     ("linear_silu_and_mul", "workspace", 0),
+    ("rerank_drafts", "embedding", 0),
+    ("rerank_drafts", "head_rows", 0),
     ("advance", "text", 1),
     ("advance", "stop_ids", 1),
     ("embed", "weight", 0),
@@ -188,6 +191,10 @@ def test_almost_the_right_dtype(op, name, dtype):
         "qk_norm_rope_append": ("q_weight", "k_weight"),
         "sample_rows": ("logits", "logit_bias"),
         "verify_accept": ("logit_bias",),
+        "rerank_drafts": (
+            *("hidden", "embedding", "head_rows"),
+            *("from_hidden", "from_previous", "from_state", "to_query"),
+        ),
         "prepare_weight": ("weight",),
     }
     if dtype == torch.float64 and name in any_float.get(op, ()):
@@ -226,6 +233,7 @@ WRITTEN = {
     "strided_attention": ("lse", "workspace"),
     "sample_rows": ("status",),
     "verify_accept": ("q_state.logits", "q_state.cut", "q_state.log_norm", "status"),
+    "rerank_drafts": ("q_state.logits", "q_state.cut", "q_state.log_norm"),
     "advance": ("text", "lengths", "drafts", "num_drafts", "finish"),
     "gated_lora_linear": ("workspace",),
     "linear_silu_and_mul": ("workspace",),
@@ -299,6 +307,12 @@ BAD_OPTIONS = [
     ("verify_accept", "branched", (1, None, "chain", torch.tensor(True)), TypeError),
     ("verify_accept", "mode", ("greedy", None, 0), ValueError),
     ("verify_accept", "q_state", ((1, 2, 3), "q"), TypeError),
+    ("rerank_drafts", "id_limit", NOT_INTS, TypeError),
+    ("rerank_drafts", "id_limit", (0, -1, 10), ValueError),
+    ("rerank_drafts", "mask_id", NOT_INTS, TypeError),
+    ("rerank_drafts", "mask_id", (-2, 9), ValueError),
+    ("rerank_drafts", "q_state", ((1, 2, 3), "q"), TypeError),
+    ("rerank_drafts", "greedy", (1, None, torch.tensor(True)), TypeError),
     ("gated_lora_linear", "scale", (*NOT_NUMBERS, None), TypeError),
     ("gated_lora_linear", "slices", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
     ("linear_silu_and_mul", "scale", (*NOT_NUMBERS, None), TypeError),
@@ -330,7 +344,7 @@ def test_bad_combinations():
     no_pages |= {"k_cache": torch.zeros(0, 3, 2, 8), "v_cache": torch.zeros(0, 3, 2, 8)}
     refused("strided_attention", no_pages, ValueError, "k_cache")
 
-    for op in ("sample_rows", "verify_accept"):
+    for op in ("sample_rows", "verify_accept", "rerank_drafts"):
         refused(op, arguments(op) | {"id_limit": 1, "mask_id": 0}, ValueError, "id_limit")
     rejection = arguments("verify_accept", "rejection")
     refused("verify_accept", rejection | {"q_state": None}, ValueError, "q_state")
@@ -342,6 +356,14 @@ def test_bad_combinations():
     del narrow["logit_bias"]
     public("verify_accept")(**narrow)
     refused("verify_accept", narrow | {"out": new_out("verify_accept", narrow)[:3]}, ValueError, "out")
+
+    rerank = arguments("rerank_drafts")
+    for name in ("embedding", "head_rows"):
+        refused("rerank_drafts", rerank | {name: torch.zeros(7, 6)}, ValueError, name)  # id_limit is 8
+    refused("rerank_drafts", rerank | {"hidden": torch.zeros(9, 0)}, ValueError, "hidden")
+    refused("rerank_drafts", rerank | {"from_hidden": torch.zeros(0, 6)}, ValueError, "from_hidden")
+    rowless = {name: rerank[name][:0] for name in ("logits", "hidden")}
+    refused("rerank_drafts", rerank | rowless, ValueError, "logits")
 
     refused("linear", arguments("linear") | {"weight": torch.zeros(5, 6).double()}, TypeError, "weight")
     half = arguments("linear") | {"x": torch.zeros(3, 6).half(), "weight": torch.zeros(5, 6).bfloat16()}
@@ -426,6 +448,10 @@ def no_rows(op: str) -> dict[str, Any]:
         "strided_attention": ("q",),
         "sample_rows": ("logits", "positions", "temperature", "top_k", "top_p", "min_p", "seed"),
         "verify_accept": (),
+        "rerank_drafts": (
+            *("logits", "hidden", "first_mask", "previous", "positions", "drafts", "num_drafts"),
+            *("temperature", "top_k", "top_p", "min_p", "seed"),
+        ),
         "advance": tuple(args),
         "linear": ("x",),
         "gated_lora_linear": ("x", "gate"),

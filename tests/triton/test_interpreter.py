@@ -11,7 +11,7 @@ import pytest
 from tests.softgpu_support import ROOT
 from tests.triton.support import INTERPRETED
 
-FAMILIES = ("attention", "gemm", "layers", "rejection", "sampling", "state")
+FAMILIES = ("attention", "gemm", "layers", "rejection", "rerank", "sampling", "state")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
