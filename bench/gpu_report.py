@@ -6,14 +6,14 @@ Writes OUTPUT.md, a page to read, and OUTPUT.json, every figure of it. In this o
 that fails is reported and leaves the rest alone; what the minutes do not suffice for is named:
 1. the machine, and its bandwidth: a copy of 2 GB, bytes read and written over time;
 2. the self-check of every kernel, values and bits against the references (what `idlm doctor` runs);
-3. strided decoding against AR on models of random weights with recorded steps: tokens equal, sampled and greedy;
+3. Qwen3-8B with random weights and recorded steps, without and with an adapter of rank 128: strided decoding against
+   AR, token for token, sampled and greedy; and the time of a step, on the host's clock, while a whole batch decodes.
+   Floor: weights, adapter and KV once, at the bandwidth of part 1;
 4. the kernels at the shapes of Qwen3-8B: results against the references in higher precision, the bits of rows alone
    and among others, and the time of a call: the median over replays of a CUDA graph of many calls, each on inputs of
    its own, together more than the L2 cache holds. Floor: the bytes that a call has to move (weights, KV, logits), each
    once, at the bandwidth of part 1. Peers: the fastest of the engines in bench/peers_h100_sxm.csv at the same shape, on
-   an H100 SXM; attention of several rows is beside theirs of one row per request, which moves the same bytes;
-5. whole steps of Qwen3-8B with random weights, with and without an adapter of rank 128: the time of a step from two
-   decodes of different length. Floor: weights, adapter and KV once.
+   an H100 SXM; attention of several rows is beside theirs of one row per request, which moves the same bytes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 import idlm_kernels
-import python_ref
-from idlm_kernels.generate import GenerationResult, Generator, SamplingParams
+from bench.gpu_cases import PAGE_SIZE, RANK, Call, Case, cases
+from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
@@ -46,11 +46,8 @@ from idlm_kernels.ops import OPS, _dispatch
 from idlm_kernels.ops.self_check import self_check
 
 PEERS = Path(__file__).parent / "peers_h100_sxm.csv"
-PAGE_SIZE = 64
-RANK, HEAD_WIDTH = 128, 256  # of the adapter, of the re-ranking head
-TOLERANCE = 1e-2  # norm of the error over norm of the result: bf16 operands, see the check of the same shape in fp64
+TOLERANCE = 1e-2  # norm of the error over norm of the result: a few roundings of bf16 (2^-9 each)
 
-Call = Callable[[], Any]
 # Median microseconds of one of the calls; every call has inputs of its own.
 Timer = Callable[[list[Call]], float]
 
@@ -67,27 +64,6 @@ class Figure:
     right: str
     peer: str = ""
     peer_us: float | None = None
-
-
-@dataclass
-class Problem:
-    """A call on inputs of its own, and the same by the reference in higher precision. alone: a result that has to have
-    the bits of its counterpart, for instance rows on their own and among others."""
-
-    call: Call
-    reference: Call
-    alone: Callable[[], tuple[Tensor, Tensor]] | None = None
-
-
-@dataclass
-class Case:
-    """A call to measure. bytes: that it has to move. make: draws inputs. peer: its row in the file of peers."""
-
-    op: str
-    shape: str
-    bytes: int
-    make: Callable[[], Problem]
-    peer: tuple[str, ...] | None = None
 
 
 class Report:
@@ -159,208 +135,7 @@ def copy_bandwidth(device: torch.device, timer: Timer, num_bytes: int) -> float:
     return 2 * num_bytes / timer([lambda: target.copy_(source)] * 4) * 1e6
 
 
-# The kernels at the shapes of a model
-
-
-def _normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device=device) * scale).bfloat16()
-
-
-def linear_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterator[Case]:
-    hidden, dim = config.hidden_size, config.head_dim
-    q, kv = config.num_heads * dim, config.num_kv_heads * dim
-    gate_up = (config.intermediate_size, config.intermediate_size)
-    layers: dict[str, tuple[int, tuple[int, ...]]] = {
-        "qkv": (hidden, (q, kv, kv)),
-        "o": (q, (hidden,)),
-        "gate_up": (hidden, gate_up),
-        "down": (config.intermediate_size, (hidden,)),
-        "lm_head": (hidden, (config.vocab_size,)),
-    }
-    gate = torch.arange(rows, device=device) >= rows // 2
-    for name, (k, slices) in layers.items():
-        for rank in (0, RANK) if rows > 1 and name != "lm_head" else (0,):
-
-            def make(
-                k: int = k, n: int = sum(slices), slices: tuple[int, ...] = slices, rank: int = rank, name: str = name
-            ) -> Problem:
-                x, weight = _normal(device, rows, k), _normal(device, n, k, scale=k**-0.5)
-                adapter: dict[str, Any] = {}
-                if rank:
-                    a, b = _normal(device, rank * len(slices), k, scale=k**-0.5), _normal(device, n, rank)
-                    adapter = {"lora_a": a, "lora_b": b, "gate": gate, "scale": 0.1, "slices": slices}
-
-                def call(module: Any, *tensors: Tensor, **options: Any) -> Tensor:
-                    if name == "gate_up":
-                        return module.linear_silu_and_mul(*tensors, **options)
-                    op = module.gated_lora_linear if options else module.linear
-                    return op(*tensors, **options)
-
-                wide = {n: t.float() if isinstance(t, Tensor) and n != "gate" else t for n, t in adapter.items()}
-                last = {n: t[-1:] if n == "gate" else t for n, t in adapter.items()}
-                return Problem(
-                    lambda: call(idlm_kernels, x, weight, **adapter),
-                    lambda: call(python_ref, x.float(), weight.float(), **wide),
-                    lambda: (
-                        call(idlm_kernels, x[-1:], weight, **last),
-                        call(idlm_kernels, x, weight, **adapter)[-1:],
-                    ),
-                )
-
-            n = sum(slices)
-            op = "linear_silu_and_mul" if name == "gate_up" else "gated_lora_linear" if rank else "linear"
-            shape = f"{name} rows={rows}" + (f" rank={rank}" if rank else "")
-            floor = 2 * (n * k + rank * (n + k * len(slices)))
-            yield Case(op, shape, floor, make, ("gemm_bf16", str(rows), str(n), str(k), ""))
-
-
-def attention_case(
-    config: ModelConfig, device: torch.device, batch: int, rows: int, context: int, branched: bool
-) -> Case:
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    pages = -(-context // PAGE_SIZE)
-
-    def make() -> Problem:
-        q = _normal(device, batch * rows, heads, dim)
-        k, v = (_normal(device, batch * pages, PAGE_SIZE, kv_heads, dim) for _ in range(2))
-        table = torch.randperm(batch * pages, device=device).view(batch, pages).to(torch.int32)
-        lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-        start = torch.arange(batch + 1, dtype=torch.int32, device=device) * rows
-        tail = None
-        if branched:  # some tree: every row sees itself and the rows before it that its bits say
-            own = 1 << torch.arange(rows, device=device)
-            tail = ((torch.randint(0, 1 << rows, (rows,), device=device) & (own - 1)) | own).repeat(batch)
-        options = {"max_query_len": rows, "tail_mask": tail}
-
-        def call() -> Tensor:
-            return idlm_kernels.strided_attention(q, k, v, table, lengths, start, **options)
-
-        def first_rows() -> tuple[Tensor, Tensor]:
-            """As AR sees them."""
-            before = lengths - rows + 1
-            alone = idlm_kernels.strided_attention(q[::rows], k, v, table, before, start // rows, max_query_len=1)
-            return alone, call()[::rows]
-
-        return Problem(
-            call,
-            lambda: python_ref.strided_attention(q.float(), k.float(), v.float(), table, lengths, start, **options),
-            first_rows,
-        )
-
-    shape = f"batch={batch} rows={rows}{' branched' if branched else ''} context={context}"
-    peer = ("decode_attention_bf16", str(batch), str(heads), str(kv_heads), str(context))
-    return Case("strided_attention", shape, batch * context * kv_heads * dim * 4, make, peer)
-
-
-def sampling_case(config: ModelConfig, device: torch.device, batch: int, stride: int, top_p: float) -> Case:
-    rows, vocab_size = stride * stride, config.vocab_size
-
-    def make() -> Problem:
-        logits = _normal(device, batch * rows, vocab_size, scale=3.0)
-        integers = torch.zeros(batch, dtype=torch.int32, device=device)
-        ones = torch.ones(batch, device=device)
-        arguments = (
-            torch.arange(batch + 1, dtype=torch.int32, device=device) * rows,
-            integers + stride - 1,
-            torch.randint(0, vocab_size, (batch, stride - 1), device=device),
-            integers + 100,
-            ones * 0.8,
-            integers,
-            ones * top_p,
-            ones * 0,
-            torch.arange(batch, device=device),
-            vocab_size,
-            -1,
-        )
-        options: dict[str, Any] = {"branched": True, "mode": "match"}
-        return Problem(
-            lambda: idlm_kernels.verify_accept(logits, *arguments, **options),
-            lambda: python_ref.verify_accept(logits.double(), *arguments, **options),
-        )
-
-    # Clean rows up to the first draft that falls, and the MASK rows of that branch: all drafts here are wrong.
-    floor = batch * stride * vocab_size * 2
-    return Case("verify_accept", f"batch={batch} stride={stride} branched top_p={top_p}", floor, make)
-
-
-def rerank_case(config: ModelConfig, device: torch.device, batch: int, num_k: int) -> Case:
-    hidden, vocab_size = config.hidden_size, config.vocab_size
-    # Gigabytes of which a call reads a few rows: one for all.
-    embedding, head_rows = (_normal(device, vocab_size, hidden, scale=scale) for scale in (1.0, hidden**-0.5))
-
-    def make() -> Problem:
-        logits = _normal(device, batch * num_k, vocab_size, scale=3.0)
-        x = _normal(device, batch * num_k, hidden)
-        shapes = ((HEAD_WIDTH, hidden), (HEAD_WIDTH, hidden), (HEAD_WIDTH, HEAD_WIDTH), (hidden, HEAD_WIDTH))
-        head = [_normal(device, *shape, scale=shape[1] ** -0.5) for shape in shapes]
-        integers, ones = torch.zeros(batch, dtype=torch.int32, device=device), torch.ones(batch, device=device)
-        request = (
-            torch.arange(batch, dtype=torch.int32, device=device) * num_k,
-            torch.arange(batch, device=device),
-            integers + 100,
-            torch.zeros(batch, num_k, dtype=torch.int64, device=device),
-            integers + num_k,
-            ones * 0.8,
-            integers,
-            ones,
-            ones * 0,
-            torch.arange(batch, device=device),
-        )
-        limits = (vocab_size, -1)
-        weights = (embedding, head_rows, *head)
-        return Problem(
-            lambda: idlm_kernels.rerank_drafts(logits, x, *request, *weights, *limits),
-            lambda: python_ref.rerank_drafts(
-                logits.double(), x.double(), *request, *(weight.double() for weight in weights), *limits
-            ),
-        )
-
-    # The rows of logits, and for each draft the candidates' rows of the LM head; the head's matrices once.
-    floor = 2 * batch * num_k * (vocab_size + 32 * hidden) + 2 * HEAD_WIDTH * (3 * hidden + HEAD_WIDTH)
-    return Case("rerank_drafts", f"batch={batch} K={num_k}", floor, make)
-
-
-def layer_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterator[Case]:
-    hidden, dim = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-
-    def norm() -> Problem:
-        x, residual, weight = _normal(device, rows, hidden), _normal(device, rows, hidden), _normal(device, hidden)
-        wide = residual.float()
-        return Problem(
-            lambda: idlm_kernels.rms_norm(x, weight, 1e-6, residual=residual.clone()),
-            lambda: python_ref.rms_norm(x.float(), weight.float(), 1e-6, residual=wide.clone()),
-        )
-
-    yield Case("rms_norm", f"rows={rows} with a copy of the residual", 2 * rows * hidden * 6, norm)
-
-    def rope() -> Problem:
-        qkv, table = _normal(device, rows, (heads + 2 * kv_heads) * dim), torch.randn(rows, dim, device=device)
-        k, v = (_normal(device, 2, PAGE_SIZE, kv_heads, dim) for _ in range(2))
-        weights = {"q_weight": _normal(device, dim), "k_weight": _normal(device, dim)}
-        wide = {name: weight.float() for name, weight in weights.items()}
-        where = torch.arange(rows, device=device)
-        return Problem(
-            lambda: idlm_kernels.qk_norm_rope_append(qkv, where, table, where, k, v, **weights),
-            lambda: python_ref.qk_norm_rope_append(qkv.float(), where, table, where, k.float(), v.float(), **wide),
-        )
-
-    yield Case("qk_norm_rope_append", f"rows={rows}", 4 * rows * (heads + 2 * kv_heads) * dim, rope)
-
-
-def cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
-    """What a decode step calls: AR, chain N=4 (7 rows), branched N=4 (16), and 8 requests of each."""
-    for rows in (1, 7, 16, 8, 56, 128):
-        yield from linear_cases(config, device, rows)
-    for batch, context in ((1, 1024), (1, 4096), (1, 32_768), (8, 1024), (8, 4096), (32, 4096)):
-        for rows, branched in ((1, False), (7, False), (16, True)):
-            yield attention_case(config, device, batch, rows, context, branched)
-    for batch in (1, 8):
-        for top_p in (1.0, 0.9):
-            yield sampling_case(config, device, batch, 4, top_p)
-        yield rerank_case(config, device, batch, 3)
-    for rows in (16, 128):
-        yield from layer_cases(config, device, rows)
+# The kernels
 
 
 def difference(got: Any, wanted: Any) -> str:
@@ -440,24 +215,38 @@ def check_decoding(generator: Generator, name: str, prompts: list[list[int]], to
 def step_figures(
     generator: Generator, name: str, bandwidth: float, batch: int, context: int, tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step by plan. Drafts stand with probability .8, so that text grows as with an adapter."""
+    """Milliseconds of a step by plan, while all requests run. Drafts stand with probability .8, so that text grows as
+    with an adapter that was trained."""
     model, config = generator.model, generator.config
     prompts = torch.randint(0, config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)).tolist()
     weights = sum(x.numel() * x.element_size() for x in _weights(model))
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    floor = (weights + batch * (context + tokens / 2) * kv) / bandwidth
+    options = EngineOptions(max_batch=batch, max_len=context + tokens, page_size=PAGE_SIZE, synthetic_acceptance=0.8)
     for plan, stride in PLANS:
-        figures = []
-        for length in (tokens, 4 * tokens):
-            params = SamplingParams(max_tokens=length, ignore_eos=True, seed=0)
-            start = time.perf_counter()
-            results = generator.generate(prompts, params, plan=plan, stride=stride, synthetic_acceptance=0.8)
-            seconds = time.perf_counter() - start
-            for result in results:
-                _whole_text(result)
-            figures.append((seconds, max(r.forwards for r in results), sum(r.tokens for r in results)))
-        (short, few, less), (long, many, more) = figures
-        seconds, steps = long - short, many - few
-        floor = (weights + batch * (context + 2.5 * tokens) * kv) / bandwidth
+        engine = Engine(model, None, generator.policy(plan, stride), "match", options)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        requests = [engine.submit(prompt, params, seed) for seed, prompt in enumerate(prompts)]
+        running: set[int] = set()
+        begin = end = 0.0
+        steps = emitted = 0
+        for request, event in engine.events():
+            now = time.perf_counter()
+            if any(r.ended for r in requests):
+                break
+            if len(running) == batch:
+                emitted += len(event.token_ids)
+                if request is requests[-1]:
+                    steps, end = steps + 1, now
+            else:
+                running.add(request.arrival)
+                begin = now
+        for request in requests:
+            if request.output.error:
+                raise RuntimeError(f"{plan}: {request.output.error}")
+        if steps == 0:
+            raise RuntimeError(f"{plan}: a text ended before all had begun; more tokens are needed")
+        seconds = end - begin
         yield {
             "model": name,
             "plan": plan if plan == "ar" else f"{plan} N={stride}",
@@ -466,7 +255,7 @@ def step_figures(
             "step_ms": seconds / steps * 1e3,
             "floor_ms": floor * 1e3,
             "share": floor * steps / seconds,
-            "tokens_per_second": (more - less) / seconds,
+            "tokens_per_second": emitted / seconds,
         }
 
 
@@ -522,7 +311,7 @@ def run(
             prompts = torch.randint(0, config.vocab_size, (3, 40), generator=random).tolist()
             report.exactness.extend(check_decoding(generator, name, prompts, tokens))
             for batch, context in contexts:
-                report.steps.extend(step_figures(generator, name, report.bandwidth, batch, context, tokens))
+                report.steps.extend(step_figures(generator, name, report.bandwidth, batch, context, 4 * tokens))
 
     report.part("bandwidth", bandwidth)
     report.part("self-checks", checks)

@@ -27,8 +27,9 @@ def test_counters_stay_within_the_budget(softgpu: ModuleType) -> None:
         assert entry["spill_bytes"] == 0, what
         assert entry["registers"] <= (budget["registers"] if same_compiler else 255), what
         assert entry["shared_bytes"] <= (budget["shared_bytes"] if same_compiler else 227 * 1024), what
-        # CTAs that wait for one another read a word as often as it takes.
-        assert entry["read_kb"] <= 1.001 * budget["read_kb"] and entry["written_kb"] <= budget["written_kb"], what
+        # CTAs that wait for one another read a word as often as it takes; compilers differ in how many lanes read one.
+        assert entry["read_kb"] <= (1.001 if same_compiler else 1.05) * budget["read_kb"], what
+        assert entry["written_kb"] <= budget["written_kb"], what
         assert entry["warp_instructions"] <= (1.02 if same_compiler else 2.0) * budget["warp_instructions"], what
         # The limits of design section 8.
         if entry["kernel"] == "linear":

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import idlm_kernels.triton
-from bench import gpu_report
-from bench.gpu_report import Case, Report
+from bench import gpu_cases, gpu_report
+from bench.gpu_cases import Case
+from bench.gpu_report import Report
 from idlm_kernels.model import ModelConfig
 from tests.tiny import tiny_config
 
@@ -22,12 +23,12 @@ CONFIG = tiny_config(
 
 
 def few_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
-    yield from gpu_report.linear_cases(config, device, 4)
-    yield gpu_report.attention_case(config, device, 2, 4, 70, branched=True)
-    yield gpu_report.attention_case(config, device, 1, 1, 64, branched=False)
-    yield gpu_report.sampling_case(config, device, 1, 2, 0.9)
-    yield gpu_report.rerank_case(config, device, 1, 2)
-    yield from gpu_report.layer_cases(config, device, 3)
+    yield from gpu_cases.linear_cases(config, device, 4)
+    yield gpu_cases.attention_case(config, device, 2, 4, 70, branched=True)
+    yield gpu_cases.attention_case(config, device, 1, 1, 64, branched=False)
+    yield gpu_cases.sampling_case(config, device, 1, 2, 0.9)
+    yield gpu_cases.rerank_case(config, device, 1, 2)
+    yield from gpu_cases.layer_cases(config, device, 3)
 
 
 def report_of(minutes: float = 60.0, **changes: Any) -> Report:
@@ -49,6 +50,7 @@ def report_of(minutes: float = 60.0, **changes: Any) -> Report:
 def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report, "self_check", lambda *_: None)  # has tests of its own
     monkeypatch.setattr(gpu_report, "RANK", 16)
+    monkeypatch.setattr(gpu_cases, "RANK", 16)
     report = report_of()
     assert report.left_out == [] and gpu_report.faults(report) == 0
     assert report.bandwidth == 2e8  # 2000 bytes in 10 us
@@ -128,6 +130,6 @@ def test_bits_that_depend_on_other_rows_are_wrong(monkeypatch: pytest.MonkeyPatc
 
     linear = idlm_kernels.triton.linear
     monkeypatch.setattr(idlm_kernels.triton, "linear", wrong)
-    case = next(gpu_report.linear_cases(CONFIG, torch.device("cpu"), 4))
+    case = next(gpu_cases.linear_cases(CONFIG, torch.device("cpu"), 4))
     figure = gpu_report.measure(case, "triton", 1e9, lambda calls: 1.0, {})
     assert figure.right == "bits of rows alone differ"
