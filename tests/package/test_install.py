@@ -211,6 +211,6 @@ second line"""
         assert done.returncode == 2 and message in done.stderr and str(python) in done.stderr
 
     def test_help_lists_every_target(self, tree: Path) -> None:
-        listed = set(re.findall(r"make (\w+) ", self.make(tree).stdout))
+        listed = set(re.findall(r"make ([\w-]+) ", self.make(tree).stdout))
         (phony,) = re.findall(r"^\.PHONY: (.*)$", (tree / "Makefile").read_text(), re.MULTILINE)
         assert listed >= set(phony.split())

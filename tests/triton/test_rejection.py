@@ -288,7 +288,7 @@ MUTANTS = {
     "u < p / 2q": (check_many, "u * q < p)", "u * q * 2.0 < p)"),
     "the uniform of another stream": (check_many, "i, kStreamAccept,", "i, kStreamTarget,"),
     "the uniform of the step": (check_many, "first_position + i, kStream", "first_position + i * 0, kStream"),
-    "drafts from the target's stream": (check_chain, "stream = kStreamDraft", "stream = stream * 1"),
+    "drafts from the target's stream": (check_chain, "stream = kStreamDraft\n", "stream = stream * 1\n"),
     "residual noise of the next position": (
         check_many,
         "first_position + a, kStream",

@@ -396,7 +396,7 @@ MUTANTS = {
     "what lies above the range forgotten": (check_rows, "n1 - n2, beyond + a2", "n1 - n2, beyond"),
     "range cut at the wrong pivot": (check_rows, "pivot2, pivot3, n2 - n3", "pivot3, pivot3 + 1, n2 - n3"),
     "min-p forgotten": (check_rows, "if least_share > 0.0:", "if least_share > 1.0:"),
-    "MASK can be sampled": (check_steps, "(id_ != mask_id)", "(id_ != mask_id - 1)"),
+    "MASK can be sampled": (check_steps, "(id_ != mask_id), x", "(id_ != mask_id - 1), x"),
     "highest id of ties": (
         check_ties,
         "tl.min(tl.where(best == score, best_id, kNoId), axis=0)",
