@@ -43,7 +43,7 @@ native: $(VENV)/.installed-dev ## build the CUDA kernels; needs nvcc 12.4 or new
 bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
 	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
-gpu-report: $(VENV)/.installed-dev ## check and time the kernels on this machine's GPU, in under 9 minutes
+gpu-report: $(VENV)/.installed-dev ## check and time the kernels on this machine's GPU, in minutes
 	@$(BIN)/python -m bench.gpu_report $(ARGS)
 
 wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc

@@ -106,6 +106,7 @@ class Report:
 def graph_timer(calls: list[Call]) -> float:
     """By replays of a CUDA graph that makes each call once."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from python_ref.rerank import NUM_CANDIDATES, next_state, unit
+from python_ref.rerank import next_state, unit
 
 from ._files import SafetensorsFile, require_finite, require_float
 from .config import ModelConfig
 from .errors import CheckpointError
-
-__all__ = ["FILE", "NUM_CANDIDATES", "RerankHead", "load_rerank_head"]
 
 FILE = "rerank_head.safetensors"
 

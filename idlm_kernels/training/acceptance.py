@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm_kernels.model.rerank import NUM_CANDIDATES, RerankHead
+from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
 from idlm_kernels.training.lora import GatedLora
+from python_ref.rerank import NUM_CANDIDATES
 
 
 @dataclass

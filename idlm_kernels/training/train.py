@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from idlm_kernels.model.errors import CheckpointError
-from idlm_kernels.model.rerank import NUM_CANDIDATES, RerankHead
+from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import CleanPass, DenseModel
 from idlm_kernels.training.lora import GatedLora
+from python_ref.rerank import NUM_CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from idlm_kernels.model.errors import CheckpointError
-from idlm_kernels.model.rerank import NUM_CANDIDATES
 from idlm_kernels.training import train as module
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
@@ -29,6 +28,7 @@ from idlm_kernels.training.train import (
     make_batch,
     train,
 )
+from python_ref.rerank import NUM_CANDIDATES
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Trained
 from tests.training.support import CPU, dense, greedy_samples, random_samples

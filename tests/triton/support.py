@@ -7,12 +7,16 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.ptx import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,6 +47,15 @@ def judge(got: Tensor, exact: Tensor, peer: Tensor, what: str = "result") -> Non
     # One rounding of the largest value is granted where the peer happens to be exact.
     allowed = allowed.clamp(min=torch.finfo(got.dtype).eps * float(exact[finite].abs().max()))
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_ieee(launches: Sequence[Launch]) -> None:
+    """No kernel flushes subnormals to zero, or divides or takes logarithms approximately."""
+    from bench.ptx import opcodes  # which needs Triton; conftest.py reads this file where there is none
+
+    for launch in launches:
+        found = opcodes(launch.ptx, "")
+        assert not [o for o in found if ".ftz" in o or o.startswith(("div.approx", "div.full", "lg2"))]
 
 
 _numbers = itertools.count()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import python_ref
-from bench.ptx import opcodes, recorded_launches
+from bench.ptx import recorded_launches
 from idlm_kernels.triton import sampling
 from python_ref import QState
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, mutant, same_bits
+from tests.triton.support import INTERPRETED, assert_ieee, caught, mutant, same_bits
 from tests.triton.test_sampling import DTYPES, rows_of
 
 BASE = DTYPES[0]
@@ -266,10 +266,7 @@ def test_arithmetic_is_ieee(softgpu: ModuleType) -> None:
     with recorded_launches(softgpu) as launches:
         check_chain(sampling)
     assert {launch.name for launch in launches} == {"cut", "perturb", "residual", "conclude"}
-    for launch in launches:
-        assert not [
-            o for o in opcodes(launch.ptx, "") if ".ftz" in o or o.startswith(("div.approx", "div.full", "lg2"))
-        ]
+    assert_ieee(launches)
 
 
 @pytest.mark.compiled

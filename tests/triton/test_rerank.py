@@ -14,7 +14,7 @@ from torch import Tensor
 
 import idlm_kernels
 import python_ref
-from bench.ptx import opcodes, recorded_launches, resources
+from bench.ptx import recorded_launches, resources
 from idlm_kernels.generate import SamplingParams, step
 from idlm_kernels.triton import rerank
 from python_ref import QState
@@ -30,7 +30,7 @@ from python_ref.sampling import (
 from tests.generate.test_rerank import with_head
 from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, mutant, same_bits
+from tests.triton.support import INTERPRETED, assert_ieee, caught, mutant, same_bits
 from tests.triton.test_end_to_end import PROMPTS, tiny_generator
 
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
@@ -267,10 +267,7 @@ def test_arithmetic_is_ieee(softgpu: ModuleType) -> None:
     with recorded_launches(softgpu) as launches:
         compare(rerank, args, laws_for(args))
         compare(rerank, args)
-    for launch in launches:
-        assert not [
-            o for o in opcodes(launch.ptx, "") if ".ftz" in o or o.startswith(("div.approx", "div.full", "lg2"))
-        ]
+    assert_ieee(launches)
 
 
 @pytest.mark.compiled

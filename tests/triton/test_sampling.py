@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from bench.ptx import opcodes, recorded_launches, resources
+from bench.ptx import recorded_launches, resources
 from idlm_kernels.triton import perturb, sampling
 from idlm_kernels.triton.noise import gumbel, uniform
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, mutant
+from tests.triton.support import INTERPRETED, assert_ieee, caught, mutant
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
@@ -323,10 +323,7 @@ def test_arithmetic_is_ieee(softgpu: ModuleType) -> None:
         check_rows(sampling)
         check_steps(sampling)
     assert {launch.name for launch in launches} == {"cut", "perturb", "pick", "decide"}
-    for launch in launches:
-        assert not [
-            o for o in opcodes(launch.ptx, "") if ".ftz" in o or o.startswith(("div.approx", "div.full", "lg2"))
-        ]
+    assert_ieee(launches)
 
 
 @pytest.mark.compiled
