@@ -25,7 +25,7 @@ def suffix_drafts(text: Tensor, lengths: Tensor, num_drafts: int) -> tuple[Tenso
     earlier = index < length - 1  # places where an earlier occurrence may end
     run = torch.ones_like(earlier)
     match = torch.zeros_like(text)
-    for back in range(LONGEST_MATCH):
+    for back in range(min(LONGEST_MATCH, max_len)):
         end = text.gather(1, (length - 1 - back).clamp(min=0))
         same = (text[:, : max_len - back] == end) & (length - 1 - back >= 0)
         run = run & torch.nn.functional.pad(same, (back, 0))

@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import os
+import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool
-from idlm_kernels.generate.params import SamplingParams
+from idlm_kernels.generate.params import SamplingParams, checked_seed
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
@@ -37,6 +39,17 @@ from python_ref.sampling import GREEDY_BELOW
 
 _T = TypeVar("_T")
 MAX_STOP_IDS = 64  # of a request
+
+
+_LEAST = {
+    "max_batch": 1,
+    "max_len": 2,
+    "page_size": 1,
+    "num_pages": 1,
+    "prefill_tokens": 1,
+    "epoch_steps": 1,
+    "lag": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,14 @@ class EngineOptions:
     synthetic_acceptance: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_size", "prefill_tokens", "epoch_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
-        if self.max_len < 2:
-            raise ValueError(f"max_len is {self.max_len}, wanted at least 2")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in ("num_pages", "lag"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name} is {value}, wanted at least {least}")
         if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
             raise ValueError(f"synthetic_acceptance is {self.synthetic_acceptance}, wanted 0 to 1")
 
@@ -99,8 +115,23 @@ class Request:
         return self.output.finish_reason is not None
 
 
+_state_of_process = {"has decoded": False, "forked since": False}
+
+
+def _in_child() -> None:
+    _state_of_process["forked since"] = _state_of_process["has decoded"]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 class Engine:
-    """Decodes requests; see the module. Not thread-safe: submit, cancel and run from one thread."""
+    """Decodes requests; see the module. One thread at a time: a second one gets a RuntimeError, and no wrong token.
+
+    It does not survive a fork: torch's threads are not copied, so a child would wait for them for good. A child of a
+    process that has decoded gets a RuntimeError; start processes with "spawn", or fork before the first decode.
+    """
 
     def __init__(
         self,
@@ -117,12 +148,14 @@ class Engine:
             raise ValueError(f"verify is {verify!r}, wanted one of {', '.join(MODES)}")
         if options.suffix_drafts and verify != "match":
             raise ValueError("suffix drafts have no law q: use verify='match'")
+        _check_process()
+        num_slots = options.max_len - 1 + policy.widest.max_rows
+        options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # larger ones hold no more
         self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
         self._lag = (1 if model.device.type == "cuda" else 0) if options.lag is None else options.lag
         self._id_limit = model.config.vocab_size
         if tokenizer is not None:
             self._id_limit = min(self._id_limit, tokenizer.vocab_size)
-        num_slots = options.max_len - 1 + policy.widest.max_rows
         model.reserve_positions(num_slots)
         per_request = -(-num_slots // options.page_size)
         self.pool = PagePool(options.num_pages or options.max_batch * per_request, options.page_size)
@@ -162,12 +195,30 @@ class Engine:
         self._active: list[Request] = []  # those with a place, by arrival
         self._free_places = list(range(options.max_batch))  # a heap
         self._arrivals = 0
+        self._thread = threading.Lock()  # held by the thread that is inside
+        self._epoch: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
+        self._interrupted = False  # in the middle of a step
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one thread at a time gets in, and none in a child of fork."""
+        _check_process()
+        if not self._thread.acquire(blocking=False):
+            raise RuntimeError("another thread is using this Engine: use one thread, or an Engine for each")
+        try:
+            yield
+        finally:
+            self._thread.release()
 
     # Requests
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
-        """Queue a request. ValueError or TypeError if it cannot run; nothing is queued then."""
-        prompt = self._checked_prompt(prompt)
+        """Queue a request. seed: 0 .. 2^64 - 1. ValueError or TypeError if it cannot run; nothing is queued then."""
+        with self._alone():
+            return self._submit(prompt, params, seed)
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
+        prompt, seed = self._checked_prompt(prompt), checked_seed(seed)
         limit = min(self.options.max_len, len(prompt) + params.max_tokens)
         needed = self.pool.pages_for(limit - 1 + self.policy.widest.max_rows)
         if needed > self.pool.num_pages:
@@ -184,11 +235,12 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request here, with the text so far. Its place is free from the next edge on."""
-        request.output.cancel()
-        if request.place is not None:
-            self._state.finish[request.place].fill_(STOPPED)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        with self._alone():
+            request.output.cancel()
+            if request.place is not None:
+                self._state.finish[request.place].fill_(STOPPED)
+            elif request in self._waiting:
+                self._waiting.remove(request)
 
     @property
     def busy(self) -> bool:
@@ -203,7 +255,32 @@ class Engine:
             yield from self.epoch()
 
     def epoch(self) -> Iterator[tuple[Request, StreamEvent]]:
-        """One edge and the steps after it. The host's view is complete again when the iterator is exhausted."""
+        """One edge and the steps after it.
+
+        An iterator that is left before its end costs events and no tokens: each step is given to all of its requests
+        before the first event is handed out, and the next call of `epoch` or `events` reads what is still unread.
+
+        Raises: RuntimeError where a step was interrupted (Ctrl-C): what the device holds is not known then.
+        """
+        with self._alone():
+            if self._interrupted:
+                raise RuntimeError("a step of this Engine was interrupted: make a new one and submit its requests again")
+            if self._epoch is not None:
+                self._epoch.close()
+            self._epoch = self._run_epoch()
+        return _Events(self._alone, self._epoch)
+
+    def _run_epoch(self) -> Generator[tuple[Request, StreamEvent], None, None]:
+        try:
+            yield from self._edge_and_steps()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._interrupted = True
+            raise
+
+    def _edge_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
+        _state_of_process["has decoded"] = True
         self._retire()
         plan = self.policy.choose(max(1, min(self.options.max_batch, len(self._active) + len(self._waiting))))
         # A recorded step serves any requests, so it must not depend on what these ask for.
@@ -280,7 +357,12 @@ class Engine:
             request.place = heapq.heappop(self._free_places)
             self._active.append(request)
             self._active.sort(key=lambda r: r.arrival)
-            self._state.place(request.place, tokens, request.params, request.seed, request.limit, request.stop_ids)
+            where = request.place
+            try:
+                self._state.place(where, tokens, request.params, request.seed, request.limit, request.stop_ids)
+            except Exception as error:  # whatever a parameter makes torch raise: the others go on
+                request.output.fail(f"{type(error).__name__}: {error}", error)
+                self._leave(request)
 
     def _compact(self) -> None:
         """Move requests down to the first places, so that a step runs no more of them than there are requests."""
@@ -341,7 +423,7 @@ class Engine:
             for request in group:
                 request.decoding = True
                 self.pool.publish(request.tokens, request.pages)
-            yield from self._read(outcome.packed().tolist(), dict(enumerate(group)))
+            yield from self._taken(outcome.packed().tolist(), dict(enumerate(group)))
 
     def _narrowed(self, first: int, last: int) -> Decoder:
         """The decoder with the q_state of some places and of the drafts of the plan."""
@@ -364,18 +446,22 @@ class Engine:
             return
         decoder, state = self._batch(self._buckets[bisect_left(self._buckets, max(decoding) + 1)])
         unread: deque[_Readback] = deque()
-        for _ in range(steps):
-            if all(request.ended for request in decoding.values()):
-                break
-            running = [r for r in decoding.values() if not r.ended]
-            outcome = self._guarded(running, partial(self._steps.run, decoder, state))
-            if outcome is None:
-                break
-            unread.append(_Readback(outcome))
-            if len(unread) > self._lag:
-                yield from self._read(unread.popleft().wait(), decoding)
-        while unread:
-            yield from self._read(unread.popleft().wait(), decoding)
+        try:
+            for _ in range(steps):
+                if all(request.ended for request in decoding.values()):
+                    break
+                running = [r for r in decoding.values() if not r.ended]
+                outcome = self._guarded(running, partial(self._steps.run, decoder, state))
+                if outcome is None:
+                    break
+                unread.append(_Readback(outcome))
+                if len(unread) > self._lag:
+                    yield from self._taken(unread.popleft().wait(), decoding)
+            while unread:
+                yield from self._taken(unread.popleft().wait(), decoding)
+        finally:
+            while unread:  # the iterator was left here
+                self._taken(unread.popleft().wait(), decoding)
 
     def _guarded(self, requests: list[Request], run: Callable[[], _T]) -> _T | None:
         """Run something on the device; an exception ends the requests that it was for, and no others: None then."""
@@ -385,15 +471,16 @@ class Engine:
                 return run()
         except Exception as error:  # whatever a backend may raise: the other requests go on
             for request in requests:
-                request.output.fail(f"{type(error).__name__}: {error}")
+                request.output.fail(f"{type(error).__name__}: {error}", error)
                 if request.place is not None:
                     self._state.finish[request.place].fill_(STOPPED)
             return None
 
-    def _read(self, rows: list[list[int]], requests: dict[int, Request]) -> Iterator[tuple[Request, StreamEvent]]:
+    def _taken(self, rows: list[list[int]], requests: dict[int, Request]) -> list[tuple[Request, StreamEvent]]:
         """Hand a step's results to its requests. In a run of steps the host waits nowhere else."""
         num_k = self._decoder.plan.num_drafts
         verified, accepted = [0] * num_k, [0] * num_k
+        events = []
         for place, request in requests.items():
             if request.ended:
                 continue
@@ -404,8 +491,9 @@ class Engine:
                 accepted[j] += j < num_accepted
             if request.ended and request.place is not None:
                 self._state.finish[request.place].clamp_(min=STOPPED)  # a stop string is known to the host alone
-            yield request, event
+            events.append((request, event))
         self.policy.observe(verified, accepted)
+        return events
 
     # Checks
 
@@ -446,7 +534,9 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction is {fraction}, wanted above 0 and at most 1")
     config = model.config
-    per_request = -(-(options.max_len - 1 + policy.widest.max_rows) // options.page_size)
+    num_slots = options.max_len - 1 + policy.widest.max_rows
+    options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # as Engine has it
+    per_request = -(-num_slots // options.page_size)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -459,6 +549,32 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
             f"{options.max_len} tokens needs {per_request}: lower max_len or raise the memory fraction"
         )
     return min(options.max_batch * per_request, fitting)
+
+
+def _check_process() -> None:
+    if _state_of_process["forked since"]:
+        raise RuntimeError(
+            "this process was forked from one that has decoded, and torch's threads do not survive that: start "
+            'processes with multiprocessing\'s "spawn", or fork before the first decode'
+        )
+
+
+class _Events:
+    """An epoch, each step of which keeps other threads out."""
+
+    def __init__(self, alone: Callable[[], Any], events: Generator[tuple[Request, StreamEvent], None, None]):
+        self._alone, self._events = alone, events
+
+    def __iter__(self) -> Iterator[tuple[Request, StreamEvent]]:
+        return self
+
+    def __next__(self) -> tuple[Request, StreamEvent]:
+        with self._alone():
+            return next(self._events)
+
+    def close(self) -> None:
+        with self._alone():
+            self._events.close()
 
 
 class _Readback:

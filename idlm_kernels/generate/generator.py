@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -189,6 +192,11 @@ class Generator:
         self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None, max_batch: int = 1
     ) -> PlanPolicy:
         """The choice among plans that these arguments leave, for up to max_batch requests; see `generate`."""
+        if row_budget is not None:
+            if isinstance(row_budget, bool) or not isinstance(row_budget, int):
+                raise TypeError(f"row_budget must be an int, got {type(row_budget).__name__}")
+            if row_budget < 1:
+                raise ValueError(f"row_budget is {row_budget}, wanted at least 1 row per request")
         acceptance = self._acceptance()
         longest = stride
         if longest == "auto":
@@ -221,23 +229,38 @@ class Stream:
     def __init__(self, engine: Engine, request: Request, policy: PlanPolicy):
         self._engine, self._request, self._policy = engine, request, policy
         self._events = engine.events()
+        self._ready: deque[StreamEvent] = deque()
+        self._lock = threading.Lock()  # a task that is cancelled leaves its thread in a step
 
     def __iter__(self) -> Iterator[StreamEvent]:
         return self
 
     def __next__(self) -> StreamEvent:
-        return next(self._events)[1]
+        self._fill()
+        if not self._ready:
+            raise StopIteration
+        return self._ready.popleft()
+
+    def _fill(self) -> None:
+        """Run a step, unless the event of an earlier one was not fetched."""
+        with self._lock:
+            if not self._ready:
+                self._ready.extend(event for _, event in islice(self._events, 1))
 
     def __aiter__(self) -> AsyncIterator[StreamEvent]:
         return self._steps_in_a_thread()
 
     async def _steps_in_a_thread(self) -> AsyncIterator[StreamEvent]:
-        while (event := await asyncio.to_thread(next, self, None)) is not None:
-            yield event
+        while True:
+            await asyncio.to_thread(self._fill)
+            if not self._ready:
+                return
+            yield self._ready.popleft()
 
     def cancel(self) -> None:
         """End the request here; no further step is run."""
-        self._engine.cancel(self._request)
+        with self._lock:
+            self._engine.cancel(self._request)
 
     @property
     def result(self) -> GenerationResult:

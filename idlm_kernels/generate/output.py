@@ -73,6 +73,7 @@ class RequestOutput:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.fault: Exception | None = None  # what ended the request, where that was not the request's own
         self.logprobs: list[float] | None = [] if logprobs else None
         self.status = 0
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
@@ -106,10 +107,11 @@ class RequestOutput:
             if self.finish_reason is not None:  # a stop string ended with this token
                 break
         if self.finish_reason is None and finish != RUNNING:
-            self.finish_reason = _REASONS[finish]
+            shown += self._flush()  # which may complete a stop string
+            if self.finish_reason is None or finish == FAILED:
+                self.finish_reason = _REASONS[finish]
             if finish == FAILED:
                 self.error = "the model gave NaN, or no finite logit"
-            shown += self._flush()
         self.token_ids += kept
         self._forwards += bool(kept)
         for j in range(min(num_drafts, num_accepted + 1, len(kept))):
@@ -125,14 +127,14 @@ class RequestOutput:
     def cancel(self) -> None:
         """End an unfinished request here; text that was held back for a stop string is its text after all."""
         if self.finish_reason is None:
-            self.finish_reason = "cancelled"
             self._text.append(self._flush())
+            self.finish_reason = "cancelled"  # also where what was held back completes a stop string
 
-    def fail(self, error: str) -> None:
-        """End an unfinished request with an error; its text so far stays."""
+    def fail(self, error: str, fault: Exception | None = None) -> None:
+        """End an unfinished request with an error; its text so far stays. fault: of the machine, not of the request."""
         if self.finish_reason is None:
-            self.finish_reason, self.error = "error", error
             self._text.append(self._flush())
+            self.finish_reason, self.error, self.fault = "error", error, fault
 
     def _push(self, tokens: Sequence[int]) -> str:
         return "" if self._detokenizer is None else self._release(self._detokenizer.push(tokens))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _SEEDS = 1 << 64
+_LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high, wanted in (
-            ("temperature", 0.0, math.inf, "a finite number >= 0"),
+            ("temperature", 0.0, _LARGEST_FP32, "a number >= 0 that fits fp32"),
             ("top_p", 0.0, 1.0, "a number above 0 and at most 1 (1 is off)"),
             ("min_p", 0.0, 1.0, "a number from 0 (off) to 1"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not (low <= value <= high) or math.isinf(value) or (name == "top_p" and value == 0):
+            if not (low <= value <= high) or (name == "top_p" and value == 0):
                 raise ValueError(f"{name} is {value}, wanted {wanted}")
         _int("top_k", self.top_k, 0, 2**31 - 1, "0 (off) or a positive number")
         _int("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1")
         if self.seed is not None:
-            _int("seed", self.seed, 0, _SEEDS - 1, "0 to 2^64 - 1")
+            checked_seed(self.seed)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {list(stop)}, wanted strings that are not empty")
@@ -60,6 +60,12 @@ def _int(name: str, value: int, low: int, high: int, wanted: str) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, wanted {wanted}")
+
+
+def checked_seed(seed: int) -> int:
+    """The seed itself. TypeError, ValueError unless it is an int of 64 bits."""
+    _int("seed", seed, 0, _SEEDS - 1, "0 to 2^64 - 1")
+    return seed
 
 
 def draw_seed() -> int:
