@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
 
 from idlm_kernels._version import __version__
 from idlm_kernels.cli import doctor, generate, train_adapter
+from idlm_kernels.cli.errors import EXIT_BAD_INPUT
 
 # Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
 app = typer.Typer(
@@ -40,8 +42,27 @@ def _idlm(
     pass
 
 
+def _open_streams() -> None:
+    """Give a closed stdin, stdout or stderr the null device: else the next file opened would take its number, and
+    Python would print to stdout what is meant for stderr."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is fd
+    if sys.stdin is None:
+        sys.stdin = open(0)  # noqa: SIM115 - open as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        print("idlm: error: stdout is closed, so there is nowhere to write to", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
 def main() -> None:
-    """The console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 130 for Ctrl-C."""
+    """The console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 3 where the machine failed and the
+    same command goes on, 130 for Ctrl-C."""
+    _open_streams()
     # Torch's threads wait for each other by spinning, for good as GNU OpenMP has it. Where other programs use the cores
     # too, that made a decode 10 to 20 times slower; a short spin costs nothing on a quiet machine (measured with the
     # default model on two cores: 50 tokens/s either way). Read by OpenMP when torch is imported, that is later.

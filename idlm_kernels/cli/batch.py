@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
+
+from idlm_kernels.cli.errors import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import Generator, PlanPolicy, SamplingParams
@@ -34,7 +39,7 @@ def generate_file(
     from rich.progress import Progress as Bar
 
     from idlm_kernels.generate import Engine, EngineOptions
-    from idlm_kernels.generate.batch_file import encoder, run_file
+    from idlm_kernels.generate.batch_file import RunStopped, encoder, run_file
     from idlm_kernels.generate.engine import pages_in_memory
 
     tokenizer = generator.tokenizer
@@ -70,4 +75,9 @@ def generate_file(
             rate = f"{progress.tokens / seconds:.1f} tokens/s" if seconds else ""
             bar.update(task, total=progress.total, completed=progress.lines, rate=rate)
 
-        return run_file(engine, source, target, params, encoder(tokenizer, chat, system), settings, report)
+        try:
+            return run_file(engine, source, target, params, encoder(tokenizer, chat, system), settings, report)
+        except RunStopped as stopped:
+            bar.stop()
+            print(f"idlm: stopped: {stopped}", file=sys.stderr)
+            raise typer.Exit(EXIT_STOPPED) from stopped

@@ -11,6 +11,7 @@ import typer
 
 EXIT_MISMATCH = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3  # by a fault of the machine; the same command goes on
 EXIT_INTERRUPTED = 130
 
 

@@ -5,20 +5,27 @@ A line of output answers the line of input of the same number and holds only wha
 that an interrupted and resumed run writes the same bytes as an undisturbed one. Lines are written whole and in order;
 they are on disk (fsync) at the edges of epochs. OUTPUT.run.json beside the output remembers how it was started, and
 goes when all is done.
+
+Only a line's own faults are its answer. A fault of the machine (no memory, a device that fails, a full disk) stops the
+run: what was not answered is answered by the next run. One process writes an output at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 from idlm_kernels.generate.engine import Engine, Request
-from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
+from idlm_kernels.generate.params import SamplingParams, checked_seed, draw_seed, mixed_seed
 from idlm_kernels.model.tokenizer import Tokenizer
 
 _PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)}
@@ -35,6 +42,10 @@ class Progress:
     tokens: int
 
 
+class RunStopped(RuntimeError):
+    """A fault of the machine ended a run. Nothing is lost: the same call goes on where it was."""
+
+
 def run_file(
     engine: Engine,
     source: Path,
@@ -49,30 +60,51 @@ def run_file(
     params: for lines that do not say otherwise; its seed is mixed with the line's number. encode: a line -> prompt ids.
     settings: what the output depends on besides; a run is resumed only with the settings that it was started with.
 
-    Raises: ValueError if the target belongs to something else; OSError if it cannot be written (what is there stays
-    whole, and the run can be resumed). A line that cannot run is answered with an "error", and the others go on.
+    Raises: ValueError if the target belongs to something else or another process writes it; OSError if it cannot be
+    written, RunStopped if the machine failed (what is there stays whole, and the run can be resumed). A line that
+    cannot run is answered with an "error", and the others go on.
     """
     digest, total = _digest(source)
-    base_seed, done, failed = _open_run(target, {**settings, "input_sha256": digest}, params.seed)
+    with _Output(target) as output:
+        base_seed, done, failed = _open_run(output, {**settings, "input_sha256": digest}, params.seed)
+        progress = Progress(done, total, failed, 0)
+        _answer_lines(engine, source, output, params, base_seed, encode, progress, report)
+        output.check()
+        _run_path(target).unlink()
+    return progress
+
+
+def _answer_lines(
+    engine: Engine,
+    source: Path,
+    output: _Output,
+    params: SamplingParams,
+    base_seed: int,
+    encode: Callable[[dict[str, Any]], list[int]],
+    progress: Progress,
+    report: Callable[[Progress], None],
+) -> None:
     waiting: dict[int, Request | dict[str, Any]] = {}  # by line number: running, or answered with an error
     window = 4 * engine.options.max_batch  # lines between the oldest unanswered one and the last one read
-    progress = Progress(done, total, failed, 0)
-    lines = _lines(source, skip=done)
+    lines = _lines(source, skip=progress.lines)
     exhausted = False
-    with target.open("ab") as file:
-        while not exhausted or waiting:
-            while not exhausted and len(waiting) < window:
-                number, line = next(lines, (-1, b""))
-                if number < 0:
-                    exhausted = True
-                else:
-                    waiting[number] = _submit(engine, number, line, params, base_seed, encode)
-            for _, event in engine.epoch():
-                progress.tokens += len(event.token_ids)
-            _write_answers(file, waiting, progress)
-            report(progress)
-    _run_path(target).unlink()
-    return progress
+    while not exhausted or waiting:
+        while not exhausted and len(waiting) < window:
+            number, line = next(lines, (-1, b""))
+            if number < 0:
+                exhausted = True
+            else:
+                waiting[number] = _submit(engine, number, line, params, base_seed, encode)
+        for _, event in engine.epoch():
+            progress.tokens += len(event.token_ids)
+        _write_answers(output, waiting, progress)
+        report(progress)
+        for number, request in sorted(waiting.items()):
+            if isinstance(request, Request) and request.output.fault is not None:
+                raise RunStopped(
+                    f"line {number}: {request.output.error}; {progress.lines} lines are answered and safe, run the "
+                    "same again for the others"
+                ) from request.output.fault
 
 
 def _submit(
@@ -85,9 +117,10 @@ def _submit(
 ) -> Request | dict[str, Any]:
     record: Any = None
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_no_number)
         if not isinstance(record, dict):
             raise ValueError(f"a line must be an object, got {type(record).__name__}")
+        _encoded({"id": record.get("id")})
         if unknown := sorted(set(record) - _KEYS):
             raise ValueError(f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
         own = dataclasses.replace(params, **{k: v for k, v in record.items() if k in _PARAMETERS})
@@ -95,45 +128,129 @@ def _submit(
         request = engine.submit(encode(record), own, seed)
         request.tag = record.get("id")
         return request
-    except (ValueError, TypeError) as error:
-        return {"id": record.get("id") if isinstance(record, dict) else None, "error": str(error)}
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # what the text of a line can cause
+        answer = {"id": record.get("id") if isinstance(record, dict) else None, "error": _told(error)}
+        try:
+            _encoded(answer)
+        except (ValueError, RecursionError):
+            answer["id"] = None
+        return answer
 
 
-def _write_answers(file: BinaryIO, waiting: dict[int, Request | dict[str, Any]], progress: Progress) -> None:
-    """Write the answers at the head of the queue, whole lines only, and see them to the disk."""
-    start = file.tell()
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _told(error: Exception) -> str:
+    return "the line is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _encoded(answer: dict[str, Any]) -> bytes:
+    """A line of output. Half a surrogate pair, which UTF-8 has no bytes for, stays the escape that it was."""
     try:
-        while waiting:
-            number = min(waiting)
-            request = waiting[number]
-            answer = _answer(request) if isinstance(request, Request) else request
-            if answer is None:
-                break
-            file.write(json.dumps({"index": number, **answer}, ensure_ascii=False).encode() + b"\n")
-            del waiting[number]
-            progress.lines += 1
-            progress.failed += "error" in answer
-        file.flush()
-        os.fsync(file.fileno())
+        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(answer, allow_nan=False).encode() + b"\n"
+
+
+def _write_answers(output: _Output, waiting: dict[int, Request | dict[str, Any]], progress: Progress) -> None:
+    """Write the answers at the head of the queue and see them to the disk."""
+    block, answers = b"", []
+    for number in sorted(waiting):
+        request = waiting[number]
+        answer = _answer(request) if isinstance(request, Request) else request
+        if answer is None:
+            break
+        block += _encoded({"index": number, **answer})
+        answers.append((number, answer))
+    try:
+        output.append(block)
     except OSError as error:
-        _cut(file, start)
         raise OSError(
             error.errno,
-            f"{error.strerror}; {progress.lines} lines are safe or will be repeated: make room and run the same again",
-            str(file.name),
+            f"{error.strerror}; {progress.lines} lines are safe: make room and run the same again",
+            str(output.path),
         ) from None
+    for number, answer in answers:
+        del waiting[number]
+        progress.lines += 1
+        progress.failed += "error" in answer
 
 
-def _cut(file: BinaryIO, size: int) -> None:
-    """Leave no half line behind a failed write, as far as the disk lets us; a resumed run cuts one off as well."""
+class _Output:
+    """The file of answers: locked against other processes, and written in whole blocks without a buffer.
+
+    Raises: ValueError if it is no regular file, if another process writes it, or if it was removed or replaced.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} is not a regular file, which a run that can be resumed needs")
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ValueError(f"{path} is being written by another process{_writer(path)}; wait for it") from None
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)  # and the lock with it
+
+    def check(self) -> None:
+        """That the path still leads to what is written."""
+        mine = os.fstat(self._fd)
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            what = "removed" if there is None else "replaced"
+            raise ValueError(f"{self.path} was {what} while it was being written: run the same again for its answers")
+
+    def append(self, block: bytes) -> None:
+        """Write all of it and see it to the disk, or leave the file as it was."""
+        self.check()
+        size = os.fstat(self._fd).st_size
+        try:
+            left = memoryview(block)
+            while left:
+                left = left[os.write(self._fd, left) :]
+            os.fsync(self._fd)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a resumed run cuts half a line off as well
+                self.cut(size)
+            raise
+
+    def lines(self) -> Iterator[bytes]:
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            yield from file
+
+    def cut(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+
+def _writer(target: Path) -> str:
+    """Who it is, as far as its run.json says so."""
     try:
-        os.ftruncate(file.fileno(), size)
-    except OSError:
-        return
+        return f" ({int(json.loads(_run_path(target).read_bytes())['pid'])})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _answer(request: Request) -> dict[str, Any] | None:
-    if not request.ended:
+    """None while there is none: the request runs, or the machine failed it."""
+    if not request.ended or request.output.fault is not None:
         return None
     output = request.output
     answer: dict[str, Any] = {"id": request.tag}
@@ -175,35 +292,63 @@ def _run_path(target: Path) -> Path:
     return target.with_name(target.name + ".run.json")
 
 
-def _open_run(target: Path, settings: dict[str, Any], seed: int | None) -> tuple[int, int, int]:
+def _open_run(output: _Output, settings: dict[str, Any], seed: int | None) -> tuple[int, int, int]:
     """Start or resume: (base seed, lines that are answered, those of them with an error)."""
-    path = _run_path(target)
+    target, path = output.path, _run_path(output.path)
     if not path.exists():
-        if target.exists() and target.stat().st_size:
+        if output.size:
             raise ValueError(f"{target} exists and is not an interrupted run; remove it or write elsewhere")
         base_seed = draw_seed() if seed is None else seed
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps({"base_seed": base_seed, **settings}))
-        os.replace(partial, path)
-        target.touch()
+        _remember(path, base_seed, settings)
         return base_seed, 0, 0
-    started = json.loads(path.read_text())
-    base_seed = started.pop("base_seed")
+    base_seed, started = _remembered(path, target)
     changed = sorted(k for k in {*started, *settings} if started.get(k) != settings.get(k))
     if changed or seed not in (None, base_seed):
         what = ", ".join(changed) or "seed"
         raise ValueError(f"{target} was started with another {what}; finish it as it was, or remove it and {path.name}")
+    _remember(path, base_seed, settings)
     lines = failed = whole = 0
-    target.touch()
-    with target.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            lines += 1
-            failed += "error" in json.loads(line)
-    os.truncate(target, whole)
+    for line in output.lines():
+        answer = _parsed(line)
+        if answer is None or answer.get("index") != lines:  # what a power cut left; it is answered again
+            break
+        whole += len(line)
+        lines += 1
+        failed += "error" in answer
+    output.cut(whole)
     return base_seed, lines, failed
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An answer; None for half a line, and for what no run has written."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return answer if line.endswith(b"\n") and isinstance(answer, dict) else None
+
+
+def _remember(path: Path, base_seed: int, settings: dict[str, Any]) -> None:
+    """Write run.json in one piece. pid: who writes the output, told to others who want to."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(json.dumps({"base_seed": base_seed, "pid": os.getpid(), **settings}).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _remembered(path: Path, target: Path) -> tuple[int, dict[str, Any]]:
+    """The base seed and the settings of an interrupted run."""
+    try:
+        started = json.loads(path.read_bytes())
+        base_seed = checked_seed(started.pop("base_seed"))
+        started.pop("pid", None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(
+            f"{path} is damaged, and with it how the run was started: remove it and {target.name}, and start again"
+        ) from None
+    return base_seed, started
 
 
 def encoder(tokenizer: Tokenizer, chat: bool, system: str | None) -> Callable[[dict[str, Any]], list[int]]:

@@ -1,5 +1,8 @@
 """The public ops: contract and checks here, arithmetic in the backends. One file per family."""
 
+# Before torch: torch imports it half-way through, and a Ctrl-C there would leave it in pieces and go unheard.
+import numpy  # noqa: F401
+
 from idlm_kernels.ops._dispatch import (
     Backend,
     backends,

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -63,8 +64,9 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-_chosen: dict[tuple[str, str], Callable[..., Any]] = {}
-_forced: str | None = None
+_chosen: dict[tuple[str | None, str, str], Callable[..., Any]] = {}  # by forced backend, op and device type
+_forced: str | None = None  # by set_backend, for the process
+_forced_here: ContextVar[str | None] = ContextVar("forced_here", default=None)  # by use_backend
 _verdicts: dict[tuple[str, str, str], str | None] = {}  # (backend, op, device model): why not, or None
 _warned: set[tuple[str, str, str]] = set()
 _checking = threading.Lock()
@@ -113,15 +115,14 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend` for the length of a with block."""
-    global _forced
-    previous = _forced
-    set_backend(name)
+    """`set_backend` for the length of a with block, in this thread (and task) alone."""
+    if name != "auto" and name not in _backends:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(['auto', *_backends])}")
+    token = _forced_here.set(name)
     try:
         yield
     finally:
-        _forced = previous
-        _chosen.clear()
+        _forced_here.reset(token)
 
 
 def _environment() -> str:
@@ -133,7 +134,7 @@ def _environment() -> str:
 
 def current_backend() -> str:
     """The forced backend's name, or `auto`."""
-    return _forced or _environment()
+    return _forced_here.get() or _forced or _environment()
 
 
 def models(device_type: str) -> dict[str, torch.device]:
@@ -219,7 +220,7 @@ def _choose(op: str, device_type: str) -> tuple[str, Callable[..., Any]]:
 
 def implementation(op: str, device_type: str) -> Callable[..., Any]:
     """The function that computes `op` on tensors of this device type."""
-    key = (op, device_type)
+    key = (_forced_here.get() or _forced, op, device_type)
     function = _chosen.get(key)
     if function is None:
         function = _chosen[key] = _choose(op, device_type)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
 from idlm_kernels.generate import batch_file as module
+from idlm_kernels.generate import engine as engine_module
 from idlm_kernels.generate.batch_file import Progress, run_file
 
 MakeGenerator = Callable[..., Generator]
@@ -163,3 +165,166 @@ def test_memory_stays_bounded(tmp_path: Path, make_generator: MakeGenerator) -> 
     run_file(engine, source, tmp_path / "out.jsonl", SamplingParams(max_tokens=2), encode, {}, report)
     assert 0 < most <= 4 * engine.options.max_batch
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 300
+
+
+def whole_lines(target: Path) -> list[dict[str, Any]]:
+    data = target.read_bytes()
+    assert data == b"" or data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+@pytest.mark.parametrize("room", [1, 700, 1500, 2900])
+def test_a_disk_that_is_full_in_the_middle_of_a_line(
+    room: int, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    """A real write that stops short, then fails: by the largest size that a file may have."""
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+    (tmp_path / "out.jsonl").touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(room, 700), hard))  # run.json takes some 300 bytes
+    try:
+        with pytest.raises(OSError, match="make room and run the same again"):
+            run(generator, source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    before = whole_lines(target)
+    assert [line["index"] for line in before] == list(range(len(before)))
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("left", [b"hello\n", b'"x"\n', b"[]\n", b'{"index": 77}\n', b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_a_line_that_no_run_has_written_is_cut(
+    left: bytes, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+    with pytest.raises(Killed):
+        run(generator, source, target, report=stop_at_once)
+    with target.open("ab") as file:
+        file.write(left + b'{"index": 3}\n')
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def stop_at_once(progress: Progress) -> None:
+    raise Killed
+
+
+def test_a_fault_of_the_machine_is_no_answer(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+    real, calls = engine_module.decode_step, 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise MemoryError
+        return real(*args)
+
+    policy = PlanPolicy.fixed(StepPlan("chain", 3))
+    options = EngineOptions(max_batch=3, max_len=60, page_size=4)
+    engine = Engine(generator.model, None, policy, "match", options, step=failing)
+    with pytest.raises(module.RunStopped, match="MemoryError.*run the same again") as stopped:
+        run_file(engine, source, target, PARAMS, encode, {"model": "tiny"})
+    assert isinstance(stopped.value.__cause__, MemoryError)
+    assert not any("MemoryError" in str(line.get("error")) for line in whole_lines(target))
+    assert (tmp_path / "out.jsonl.run.json").exists()
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("fault", [AttributeError("numpy"), MemoryError(), RuntimeError("CUDA")])
+def test_an_encoder_that_fails_by_no_fault_of_the_line_stops_the_run(
+    fault: Exception, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    def failing(record: dict[str, Any]) -> list[int]:
+        raise fault
+
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(type(fault)):
+        run_file(engine_of(make_generator()), source, target, PARAMS, failing, {"model": "tiny"})
+    assert target.read_bytes() == b"" and (tmp_path / "out.jsonl.run.json").exists()
+
+
+def test_two_runs_do_not_write_one_output(source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+
+    def second(progress: Progress) -> None:
+        with pytest.raises(ValueError, match=rf"written by another process \({os.getpid()}\)"):
+            run(generator, source, target)
+
+    run(generator, source, target, report=second)
+    assert len(whole_lines(target)) == 30
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_an_output_that_goes_away_while_it_is_written(
+    what: str, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+
+    def away(progress: Progress) -> None:
+        if progress.lines == 30:
+            target.unlink()
+            if what == "replaced":
+                target.touch()
+
+    with pytest.raises(ValueError, match=f"was {what} while"):
+        run(generator, source, target, report=away)
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_line_that_json_or_utf8_cannot_hold_is_answered_and_no_more(
+    tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    deep = "[" * 200_000
+    lines = [
+        '{"id": "s\\ud83d", "prompt": "x"}',
+        deep,
+        '{"id": ' + "[" * 900 + "]" * 900 + ', "prompt": "x"}',
+        '{"id": NaN, "prompt": "x"}',
+        '{"id": 1e999, "prompt": "x"}',
+        '{"id": "a", "prompt": "x", "temperature": 1e39}',
+        '{"id": "b", "prompt": "x", "temperature": 1' + "0" * 400 + "}",
+        '{"id": "c", "prompt": "x", "max_tokens": 1' + "0" * 5000 + "}",
+        '{"id": "\\udc00", "what\\udc00": 1}',
+        '{"id": "last", "prompt": "x"}',
+    ]
+    source.write_text("\n".join(lines))
+    progress = run(make_generator(), source, target)
+    answers = whole_lines(target)
+    assert [a["index"] for a in answers] == list(range(len(lines))) and progress.lines == len(lines)
+    assert answers[0]["id"] == "s\ud83d" and answers[0]["tokens"] > 0
+    assert all("error" in answers[i] for i in (1, 3, 4, 5, 6, 7, 8))
+    assert "nested too deeply" in answers[1]["error"] and "temperature" in answers[5]["error"]
+    assert answers[9]["tokens"] > 0
+    assert "NaN" not in target.read_text().replace("NaN is not JSON", "") and "Infinity" not in target.read_text()
+
+
+DAMAGED = ["", "{}", "[]", "null", '{"base_seed": "x"}', '{"base_seed": 1', "[" * 100_000, "\x00" * 50]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_run_json_is_named(text: str, source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    with pytest.raises(Killed):
+        run(generator, source, target, report=stop_at_once)
+    kept = target.read_bytes()
+    (tmp_path / "out.jsonl.run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"out\.jsonl\.run\.json is damaged.*start again"):
+        run(generator, source, target)
+    assert target.read_bytes() == kept
+
+
+def test_an_output_that_is_no_file_is_refused(source: Path, tmp_path: Path, make_generator: MakeGenerator) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"):
+        run(make_generator(), source, tmp_path / "pipe")

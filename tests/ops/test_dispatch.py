@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -170,3 +172,21 @@ def test_import_touches_no_device_and_no_backend():
     )
     root = str(next(iter(idlm_kernels.__path__))).removesuffix("idlm_kernels")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+
+
+def test_use_backend_in_one_thread_leaves_the_others_alone():
+    inside, seen = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("torch"):
+            inside.set()
+            assert seen.wait(60)
+            assert implementation("silu_and_mul", "cpu") is python_ref.silu_and_mul
+
+    before = implementation("silu_and_mul", "cpu")
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(other)
+        assert inside.wait(60)
+        assert current_backend() == "auto" and implementation("silu_and_mul", "cpu") is before
+        seen.set()
+        result.result()
