@@ -17,7 +17,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test lint types native bench gpu-report wheel clean
+.PHONY: help generate test lint types native bench gpu-report gpu-carry gpu-day wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -45,6 +45,12 @@ bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=ge
 
 gpu-report: $(VENV)/.installed-dev ## check and time the kernels on this machine's GPU, in minutes
 	@$(BIN)/python -m bench.gpu_report $(ARGS)
+
+gpu-carry: ## beforehand, where the code is written: what a GPU machine lacks, into .gpu [ARGS=full: ten minutes]
+	@bash bench/gpu_carry.sh $(ARGS)
+
+gpu-day: ## on a machine with an H100: prove and time everything, in eight minutes, with PYTHON=python3 and no .venv
+	@for p in $(PYTHON); do command -v "$$p" >/dev/null 2>&1 && break; done; PYTHON="$$p" bash bench/gpu_day.sh $(ARGS)
 
 wheel: $(VENV)/.installed-build ## build dist/*.tar.gz and dist/*.whl; needs neither a GPU nor nvcc
 	@rm -rf dist
@@ -75,7 +81,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(PINS)
-	@$(PIP) install --no-build-isolation -c constraints.txt -e . >&2
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[gguf]' >&2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(PINS)

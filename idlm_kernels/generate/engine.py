@@ -264,7 +264,7 @@ class Engine:
         """
         with self._alone():
             if self._interrupted:
-                raise RuntimeError("a step of this Engine was interrupted: make a new one and submit the requests again")
+                raise RuntimeError("a step of this Engine was interrupted: make a new one and submit its requests")
             if self._epoch is not None:
                 self._epoch.close()
             self._epoch = self._run_epoch()

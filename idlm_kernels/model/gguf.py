@@ -10,21 +10,24 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import importlib
 import math
 import mmap
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from .config import ModelConfig
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -48,8 +51,19 @@ _SCALARS = {
     12: "<d",
 }
 
-_FLOATS = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DEQUANTIZE_ELEMENTS = 1 << 22  # per call: `dequantize` holds its output twice
+
+
+def gguf_module(name: str) -> ModuleType:
+    """gguf.<name>. The package is imported where a GGUF is read, and is wanted nowhere else."""
+    try:
+        return importlib.import_module(f"gguf.{name}")
+    except ImportError as error:
+        raise CheckpointError(
+            "reading a GGUF file, as the default model is one, needs the package gguf: "
+            f"pip install 'idlm_kernels[gguf]' ({error})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -87,10 +101,9 @@ class GgufFile:
         stays cold."""
         place = self.tensors[name]
         raw = np.frombuffer(self._data, dtype=np.uint8, count=place.num_bytes, offset=place.offset)
-        if place.kind in _FLOATS:
-            return torch.frombuffer(bytearray(raw), dtype=_FLOATS[place.kind]).reshape(place.shape)
-        if place.kind == GGMLQuantizationType.BF16:
-            return torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).reshape(place.shape)
+        if dtype := _FLOATS.get(place.kind.name):
+            return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(place.shape)
+        dequantize = gguf_module("quants").dequantize
         out = np.empty(place.shape, dtype=np.float32)
         rows = out.reshape(-1, place.shape[-1])
         blocks = raw.reshape(rows.shape[0], -1)
@@ -109,6 +122,7 @@ class _HeaderReader:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position, self.size = path, data, 0, len(data)
+        self.constants = gguf_module("constants")
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if self.take(4, "magic") != _MAGIC:
@@ -170,7 +184,7 @@ class _HeaderReader:
         shape = tuple(self.scalar("<Q", f"shape of {name!r}") for _ in range(num_dims))[::-1]
         kind = self.scalar("<I", f"type of {name!r}")
         try:
-            tensor_type = GGMLQuantizationType(kind)
+            tensor_type = self.constants.GGMLQuantizationType(kind)
         except ValueError:
             raise self.error(f"tensor {name!r} has the unknown type {kind}") from None
         return name, shape, tensor_type, self.scalar("<Q", f"offset of {name!r}")
@@ -184,7 +198,7 @@ class _HeaderReader:
         for name, shape, kind, offset in entries:
             if name in tensors:
                 raise self.error(f"tensor {name!r} occurs twice")
-            block_size, block_bytes = GGML_QUANT_SIZES[kind]
+            block_size, block_bytes = self.constants.GGML_QUANT_SIZES[kind]
             if min(shape) < 1:
                 raise self.error(f"tensor {name!r} has the shape {list(shape)}")
             if shape[-1] % block_size:
@@ -333,7 +347,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             raise CheckpointError(f"{path}: {prefix}{key} is {number(key)}, wanted the head size {head_dim}")
     factors = None
     if ROPE_FREQS in file.tensors:
-        if file.tensors[ROPE_FREQS].kind != GGMLQuantizationType.F32:
+        if file.tensors[ROPE_FREQS].kind.name != "F32":
             raise CheckpointError(f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32")
         factors = tuple(file.tensor(ROPE_FREQS).flatten().tolist())
     try:

@@ -18,7 +18,6 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import numpy as np
-from gguf.constants import TokenType
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer as Backend
 from ._files import MAX_JSON_BYTES, read_json_object
 from .errors import CheckpointError
 from .gguf import eos_ids as gguf_eos_ids
+from .gguf import gguf_module
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -220,8 +220,9 @@ class Tokenizer:
             backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = _pre_tokenizer(_PRE_TOKENIZERS[pre])
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens(_added(tokens, kinds == TokenType.CONTROL, special=True))
-        backend.add_tokens(_added(tokens, kinds == TokenType.USER_DEFINED, special=False))
+        types = gguf_module("constants").TokenType
+        backend.add_special_tokens(_added(tokens, kinds == types.CONTROL, special=True))
+        backend.add_tokens(_added(tokens, kinds == types.USER_DEFINED, special=False))
 
         special = {}
         for name, key in _GGUF_SPECIAL_KEYS.items():
@@ -244,7 +245,7 @@ class Tokenizer:
         template = fields.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise CheckpointError("tokenizer.chat_template is not a string")
-        used = np.flatnonzero(kinds != TokenType.UNUSED)
+        used = np.flatnonzero(kinds != types.UNUSED)
         return cls(
             backend,
             special_tokens=special,
@@ -339,7 +340,7 @@ def _strings(fields: Mapping[str, Any], key: str) -> list[str]:
 def _token_kinds(fields: Mapping[str, Any], count: int) -> np.ndarray:
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is None:
-        return np.full(count, TokenType.NORMAL)
+        return np.full(count, gguf_module("constants").TokenType.NORMAL)
     if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu" or len(kinds) != count:
         raise CheckpointError(f"tokenizer.ggml.token_type does not give one type to each of the {count} tokens")
     return kinds

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import idlm_kernels
 
@@ -57,3 +60,16 @@ cli.main()
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("closed", "status"), [("0<&-", 2), ("1>&-", 2), ("2>&-", 2)])
+def test_a_closed_stream_is_no_traceback(closed: str, status: int, tmp_path: Path) -> None:
+    """A prompt from a closed stdin is empty; text has nowhere to go; and nothing meant for stderr lands in a file."""
+    code = "from idlm_kernels.cli import main; main()"
+    command = f'exec "{sys.executable}" -c "{code}" generate --raw {closed}'
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(["sh", "-c", command], text=True, **streams)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    if not closed.startswith("2"):
+        assert ("prompt is empty" if closed.startswith("0") else "stdout is closed") in done.stderr

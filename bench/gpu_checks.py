@@ -1,0 +1,608 @@
+"""What only hardware can show, in pieces that fail apart: each family in a process of its own, under a time limit.
+
+    python gpu_checks.py facts | selfcheck | rows | tiny           # all of it, processes side by side
+    python gpu_checks.py one selfcheck triton linear               # one piece, in this process
+    python gpu_checks.py report decoding|kernels --minutes 2 --output PATH   # bench.gpu_report, saved as it goes
+
+A CUDA error stays with its process, and a kernel that waits for ever takes its process with it: so no piece shares a
+process with another. Last line of each: VERDICT: ok, or what is wrong. Exit status 0, 1 (wrong), 124 (too late).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [os.getcwd(), str(Path(__file__).resolve().parent)]
+
+import torch
+from torch import Tensor
+
+REPEAT = 4  # launches of the same thing: what differs from one to the next is a race
+
+# (name, K, widths of the slices) of the linear layers of Qwen3-8B
+LAYERS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+    ("o", 4096, (4096,)),
+    ("qkv", 4096, (4096, 1024, 1024)),
+    ("gate_up", 4096, (12288, 12288)),
+    ("down", 12288, (4096,)),
+    ("lm_head", 4096, (151936,)),
+)
+COUNTS = (1, 2, 7, 8, 16, 56, 63, 64, 65, 128, 130)  # rows of a call, compared with the same rows among 512
+CONTEXTS = (1, 37, 255, 256, 257, 1023, 4096, 20000)
+
+
+def normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).bfloat16()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+Found = Iterator[tuple[str, str]]  # what was looked at, and "ok" or what is wrong
+
+
+def judged(what: str, *bits: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    wrong = sum(not same(a, b) for a, b in bits)
+    return what, "ok" if wrong == 0 else f"bits differ in {wrong} of {len(bits)} comparisons"
+
+
+def close(what: str, got: Tensor, wanted: Tensor, limit: float = 1e-2) -> tuple[str, str]:
+    error = relative(got, wanted)
+    return what, "ok" if error <= limit else f"off by {error:.2g}"  # NaN is no number below the limit
+
+
+def layer_rows(device: torch.device, name: str) -> Found:
+    """One linear layer: rows alone and among 512, any number of them, without and with the adapter."""
+    import idlm_kernels
+
+    k, slices = next((k, slices) for n, k, slices in LAYERS if n == name)
+    n = sum(slices)
+    x, weight = normal(device, 512, k), normal(device, n, k, scale=k**-0.5)
+    a, b = normal(device, 128 * len(slices), k, scale=k**-0.5), normal(device, n, 128, scale=0.3)
+    gate = torch.arange(512, device=device) % 3 != 0
+    fused = name == "gate_up"
+
+    def run(rows: slice, adapter: bool, nan: bool = False) -> Tensor:
+        op = (
+            idlm_kernels.linear_silu_and_mul
+            if fused
+            else idlm_kernels.gated_lora_linear
+            if adapter
+            else idlm_kernels.linear
+        )
+        if not adapter:
+            return op(x[rows], weight)
+        factors = (torch.full_like(a, torch.nan), torch.full_like(b, torch.nan)) if nan else (a, b)
+        options = dict(zip(("lora_a", "lora_b", "gate", "scale"), (*factors, gate[rows], 0.5), strict=True))
+        return op(x[rows], weight, **options, slices=slices)
+
+    whole = run(slice(0, 512), False)
+    exact = x[:64].float() @ weight.float().T
+    if fused:
+        exact = torch.nn.functional.silu(exact[:, : n // 2].bfloat16().float()) * exact[:, n // 2 :].bfloat16().float()
+    yield close(f"{name}: values", whole[:64], exact)
+    del exact
+    for adapter in (False, True) if name != "lm_head" else (False,):
+        among = run(slice(0, 512), adapter) if adapter else whole
+        if adapter:
+            yield judged(f"{name}: clean rows beside an adapter", (among[~gate], whole[~gate]))
+            yield judged(f"{name}: clean rows beside NaN", (run(slice(0, 512), True, True)[~gate], whole[~gate]))
+            yield f"{name}: the adapter acts", "ok" if not same(among[gate], whole[gate]) else "it changes nothing"
+        for count in COUNTS:
+            pairs = []
+            for first in dict.fromkeys((0, 5, 512 - count)):
+                rows = slice(first, first + count)
+                pairs += [(run(rows, adapter), among[rows]) for _ in range(REPEAT if first == 0 else 1)]
+            yield judged(f"{name}: {count} rows{' with the adapter' if adapter else ''}", *pairs)
+
+
+def branched_tail(stride: int, device: torch.device) -> Tensor:
+    k = stride - 1
+    masks = [(2 << i) - 1 for i in range(stride)]
+    for branch in range(stride):
+        first = stride + branch * k
+        masks += [((2 << branch) - 1) | (((2 << j) - 1) << first) for j in range(k)]
+    return torch.tensor([m - (1 << 64) if m >= 1 << 63 else m for m in masks], device=device)
+
+
+def attention_rows(device: torch.device) -> Found:
+    """Rows as AR, a chain, a branched step and a prefill see them: the same bits, alone and in a batch."""
+    import idlm_kernels
+    import python_ref
+
+    heads, kv_heads, dim = 32, 8, 128
+    for context in CONTEXTS:
+        slots = context + 512
+        q = normal(device, 512, heads, dim)
+        k, v = (normal(device, slots, kv_heads, dim) for _ in range(2))
+
+        def paged(
+            page_size: int, copies: int = 1, k: Tensor = k, v: Tensor = v, slots: int = slots
+        ) -> tuple[Tensor, ...]:
+            pages = -(-slots // page_size)
+            table = torch.randperm(pages * copies, device=device).view(copies, pages).to(torch.int32)
+            caches = []
+            for content in (k, v):
+                cache = torch.full((pages * copies, page_size, kv_heads, dim), torch.nan, device=device).bfloat16()
+                s = torch.arange(slots, device=device)
+                for c in range(copies):
+                    cache[table[c, s // page_size].long(), s % page_size] = content
+                caches.append(cache)
+            return (*caches, table)
+
+        def run(
+            rows: Tensor, cache: tuple[Tensor, ...], lengths: list[int], counts: list[int], **options: Any
+        ) -> Tensor:
+            start = torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32)
+            seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+            most = options.pop("most", max(counts))
+            return idlm_kernels.strided_attention(rows, *cache, seq_lens, start, max_query_len=most, **options)
+
+        cache = paged(64)
+        prefill = run(q, cache, [slots], [512])
+        if context <= 1023:
+            start = torch.tensor([0, 16], dtype=torch.int32, device=device)
+            lengths = torch.tensor([context + 16], dtype=torch.int32, device=device)
+            wide = (x.float() for x in cache[:2])
+            exact = python_ref.strided_attention(q[:16].float(), *wide, cache[2], lengths, start, max_query_len=16)
+            yield close(f"context {context}: values", prefill[:16], exact)
+        for count in (1, 4, 7, 16, 64, 130):
+            pairs = [(run(q[:count], cache, [context + count], [count]), prefill[:count]) for _ in range(REPEAT)]
+            yield judged(f"context {context}: {count} rows and a prefill of 512", *pairs)
+        last = run(q[511:], cache, [slots], [1])
+        yield judged(f"context {context}: the last row of a prefill alone", (last, prefill[511:]))
+        for stride in (4, 8):
+            count, tail = stride * stride, branched_tail(stride, device)
+            pairs = []
+            for _ in range(REPEAT):
+                got = run(q[:count], cache, [context + count], [count], tail_mask=tail)
+                pairs.append((got[:stride], prefill[:stride]))
+            yield judged(f"context {context}: clean rows of a branched step of {count}", *pairs)
+        odd = paged(24)
+        yield judged(f"context {context}: pages of 24", (run(q[:7], odd, [context + 7], [7]), prefill[:7]))
+        if context <= 4096:
+            many = paged(64, 33)
+            batch = q[:7].repeat(33, 1, 1)
+            pairs = []
+            for _ in range(REPEAT):
+                got = run(batch, many, [context + 7] * 33, [7] * 33)
+                pairs += [(got[i * 7 : i * 7 + 7], prefill[:7]) for i in (0, 16, 32)]
+            yield judged(f"context {context}: 7 rows in a batch of 33", *pairs)
+
+
+def other_rows(device: torch.device) -> Found:
+    """Norms, rotary, activation and sampling: a row alone and among others."""
+    import idlm_kernels
+
+    x, weight, residual = normal(device, 512, 4096), normal(device, 4096), normal(device, 512, 4096)
+    whole, summed = idlm_kernels.rms_norm(x, weight, 1e-6), residual.clone()
+    added = idlm_kernels.rms_norm(x, weight, 1e-6, residual=summed)
+    for rows in (slice(0, 1), slice(3, 10), slice(100, 116), slice(448, 512)):
+        own = residual[rows].clone()
+        pairs = [(idlm_kernels.rms_norm(x[rows], weight, 1e-6), whole[rows])]
+        pairs += [(idlm_kernels.rms_norm(x[rows], weight, 1e-6, residual=own), added[rows]), (own, summed[rows])]
+        yield judged(f"rms_norm: rows {rows.start} to {rows.stop}", *pairs)
+    qkv, table = normal(device, 64, 48 * 128), torch.randn(4096, 128, device=device)
+    weights = {"q_weight": normal(device, 128), "k_weight": normal(device, 128)}
+    where = torch.arange(64, device=device)
+
+    def rope(rows: slice) -> tuple[Tensor, ...]:
+        k, v = (torch.zeros(2, 64, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+        y = idlm_kernels.qk_norm_rope_append(qkv[rows], where[rows] + 9, table, where[rows], k, v, **weights)
+        return y, k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
+
+    among = rope(slice(0, 64))
+    for rows in (slice(0, 1), slice(3, 10), slice(16, 32)):
+        yield judged(
+            f"qk_norm_rope_append: rows {rows.start} to {rows.stop}",
+            *zip(rope(rows), (t[rows] for t in among), strict=True),
+        )
+    logits = normal(device, 64, 151_936, scale=3.0)
+    i = torch.arange(64, device=device)
+    each = ((i % 4) * 0.4, (i % 3).to(torch.int32) * 20, 1.0 - 0.1 * (i % 2), 0.02 * (i % 5 == 0), i * 977)
+    each = tuple(t.float() if t.is_floating_point() else t for t in each)
+    ids = idlm_kernels.sample_rows(logits, i + 100, *each, 151_936, -1)
+    for rows in (slice(0, 1), slice(7, 14), slice(48, 64)):
+        alone = idlm_kernels.sample_rows(logits[rows], i[rows] + 100, *(t[rows] for t in each), 151_936, -1)
+        yield f"sample_rows: rows {rows.start} to {rows.stop}", "ok" if torch.equal(alone, ids[rows]) else "ids differ"
+
+
+FAMILIES = (*(name for name, *_ in LAYERS), "attention", "other")
+
+
+def family_rows(device: torch.device, family: str) -> Found:
+    if family == "attention":
+        yield from attention_rows(device)
+    elif family == "other":
+        yield from other_rows(device)
+    else:
+        yield from layer_rows(device, family)
+
+
+def invariance(device: torch.device, backend: str) -> Found:
+    import idlm_kernels
+
+    with idlm_kernels.use_backend(backend):
+        for family in FAMILIES:
+            yield from family_rows(device, family)
+
+
+# Whole decodes of tiny models
+
+
+def _tiny_configs() -> list[tuple[Any, int]]:
+    from idlm_kernels.model.random_weights import SHAPES
+
+    qwen = dataclasses.replace(
+        SHAPES["qwen3-8b"],
+        vocab_size=5003,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=2,
+    )
+    llama = dataclasses.replace(
+        qwen,
+        architecture="llama",
+        qk_norm=False,
+        hidden_size=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    return [(qwen, 0), (qwen, 16), (llama, 16)]
+
+
+class _LazyTiny:
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        return iter(_tiny_configs())
+
+
+TINY = _LazyTiny()
+TINY_TOKENS = 96
+
+
+class EagerRecorder:
+    """Replays by running the step again, so that nothing but the recording differs."""
+
+    def __call__(self, step: Any) -> Any:
+        outcome = step()
+
+        def replay() -> None:
+            new = step()
+            for field in dataclasses.fields(outcome):
+                if (x := getattr(outcome, field.name)) is not None:
+                    x.copy_(getattr(new, field.name))
+
+        return replay, outcome
+
+
+def tiny_decodes(device: torch.device, backend: str) -> Found:
+    """AR against chain and branched, greedy and sampled; recorded and eager; `auto` and `triton`; `rejection` runs."""
+    import idlm_kernels
+    from bench.gpu_report import random_adapter
+    from idlm_kernels.generate import Generator, SamplingParams, engine
+    from idlm_kernels.generate.graphs import CudaRecorder
+    from idlm_kernels.model import Transformer
+    from idlm_kernels.model.random_weights import RandomCheckpoint
+
+    prompts = [[(7 * i * j + i) % 5003 for j in range(n)] for i, n in ((1, 40), (2, 5), (3, 300))]
+    with idlm_kernels.use_backend(backend), torch.inference_mode():
+        for config, rank in TINY:
+            adapter = random_adapter(config, device, rank) if rank else None
+            generator = Generator(
+                Transformer(RandomCheckpoint(config, device=device), device=device, adapter=adapter), page_size=16
+            )
+            name = f"{config.architecture} rank={rank}"
+            for temperature, top_p in ((0.0, 1.0), (0.9, 1.0), (1.2, 0.8)):
+                params = SamplingParams(
+                    max_tokens=TINY_TOKENS, temperature=temperature, top_p=top_p, seed=1, ignore_eos=True
+                )
+                texts = {}
+                for how, recorder in (("recorded", CudaRecorder), ("eager", EagerRecorder)):
+                    engine.CudaRecorder = recorder  # type: ignore[misc,assignment]
+                    for plan, stride in (("ar", 2), ("chain", 4), ("branched", 4), ("branched", 8), ("chain", 8)):
+                        if how == "eager" and (plan, stride) not in (("ar", 2), ("branched", 4)):
+                            continue
+                        found = generator.generate(prompts, params, plan=plan, stride=stride)  # type: ignore[arg-type]
+                        if errors := [r.error for r in found if r.error or r.finish_reason != "length"]:
+                            yield f"{name} T={temperature} {plan} {stride} {how}", f"ended early: {errors}"
+                        texts[plan, stride, how] = [r.token_ids for r in found]
+                wanted = texts["ar", 2, "recorded"]
+                for key, text in texts.items():
+                    wrong = sum(a != b for a, b in zip(text, wanted, strict=True))
+                    verdict = "ok" if wrong == 0 else f"{wrong} of {len(prompts)} texts differ from AR"
+                    yield f"{name} T={temperature} top_p={top_p} {key[0]} N={key[1]} {key[2]}", verdict
+            engine.CudaRecorder = CudaRecorder  # type: ignore[misc]
+            params = SamplingParams(max_tokens=TINY_TOKENS, temperature=1.0, seed=1, ignore_eos=True)
+            found = generator.generate(prompts, params, plan="branched", stride=4, verify="rejection")
+            bad = [r.error or r.finish_reason for r in found if r.finish_reason != "length"]
+            yield f"{name} rejection runs", "ok" if not bad else str(bad)
+
+
+# Pieces and processes
+
+
+def facts(device: torch.device) -> Found:
+    import triton
+    from triton.runtime.cache import triton_key
+
+    import idlm_kernels.native
+
+    p = torch.cuda.get_device_properties(device)
+    memory = f"{p.total_memory / 2**30:.1f} GiB L2 {p.L2_cache_size >> 20} MiB"
+    print(f"device {p.name} sm_{p.major}{p.minor} {p.multi_processor_count} SMs {memory}")
+    versions = f"torch {torch.__version__} cuda {torch.version.cuda} triton {triton.__version__}"
+    print(f"python {sys.version.split()[0]} {versions}")
+    import hashlib
+
+    print(f"triton key {hashlib.sha256(triton_key().encode()).hexdigest()[:16]}")
+    print(f"native {idlm_kernels.native.status()}")
+    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    best, median = min(times[2:]), sorted(times[2:])[5]
+    print(f"copy of 2 GiB: {2 * (2 << 30) / median / 1e9:.2f} TB/s median, {2 * (2 << 30) / best / 1e9:.2f} best")
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    print(f"8192^3 bf16 product: {2 * 8192**3 / sorted(times)[3] / 1e9:.0f} TFLOP/s")
+    yield "device", "ok" if (p.major, p.minor) == (9, 0) else f"sm_{p.major}{p.minor} is no H100"
+
+
+def selfcheck(device: torch.device, backend: str, op: str) -> Found:
+    from idlm_kernels.ops import _dispatch
+    from idlm_kernels.ops.self_check import self_check
+
+    found = _dispatch._backends[backend]
+    if (reason := found.unusable(device)) is not None:
+        yield f"{backend} {op}", f"not usable: {reason}"
+        return
+    start = time.monotonic()
+    yield f"{backend} {op}", self_check(found.load(), op, device) or "ok"
+    print(f"{backend} {op}: {time.monotonic() - start:.1f} s")
+
+
+_compilations = [0, 0, 0.0]  # from the cache, made here, seconds of the latter
+
+
+def count_compilations() -> None:
+    from triton import knobs
+
+    def listener(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        _compilations[0 if cache_hit else 1] += 1
+        if not cache_hit:
+            _compilations[2] += times.total / 1e6
+
+    knobs.compilation.listener = listener
+
+
+def tell_compilations() -> None:
+    hits, made, seconds = _compilations
+    print(f"Triton: {hits} kernels from the cache, {made} compiled in {seconds:.1f} s", flush=True)
+
+
+def one(what: str, *rest: str) -> int:
+    count_compilations()
+    if not torch.cuda.is_available():
+        print("VERDICT: torch sees no CUDA device here")
+        return 3
+    device = torch.device("cuda", 0)
+    run = {"facts": facts, "selfcheck": selfcheck, "tiny": tiny_decodes, "rows": None}[what]
+    if what == "rows":
+        import idlm_kernels
+
+        def run(device: torch.device, backend: str, family: str) -> Found:
+            with idlm_kernels.use_backend(backend), torch.inference_mode():
+                yield from family_rows(device, family)
+
+    good = 0
+    bad: list[str] = []
+    try:
+        for name, verdict in run(device, *rest):  # type: ignore[misc]
+            torch.cuda.synchronize()
+            if verdict == "ok":
+                good += 1
+            else:
+                bad.append(f"{name}: {verdict}")
+                print(f"WRONG {name}: {verdict}", flush=True)
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        bad.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    tell_compilations()
+    print(
+        f"VERDICT: ok, {good} checks"
+        if not bad
+        else f"VERDICT: {len(bad)} of {good + len(bad)} wrong: {'; '.join(bad)[:600]}"
+    )
+    return int(bool(bad))
+
+
+def pieces(what: str) -> list[tuple[str, ...]]:
+    if what == "selfcheck":
+        import idlm_kernels.native.backend as native
+        import idlm_kernels.triton as triton
+        from idlm_kernels.ops.self_check import CHECKS
+
+        return [
+            (what, name, op)
+            for name, module in (("triton", triton), ("cuda", native))
+            for op in CHECKS
+            if hasattr(module, op)
+        ]
+    if what == "rows":
+        return [(what, "triton", family) for family in FAMILIES]
+    if what == "tiny":
+        return [(what, "triton"), (what, "auto")]
+    return [(what,)]
+
+
+def side_by_side(what: str, seconds: float, jobs: int) -> int:
+    """Each piece in a process of its own; those that do not answer in time are killed."""
+    stop = time.monotonic() + seconds
+
+    def run(piece: tuple[str, ...]) -> tuple[tuple[str, ...], int, str]:
+        left = stop - time.monotonic()
+        if left < 2:
+            return piece, 124, "VERDICT: not begun, no time left"
+        command = [sys.executable, "-X", "faulthandler", __file__, "one", *piece, "--limit", str(max(left - 2, 1))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            text = process.communicate(timeout=left)[0]
+            return piece, process.returncode, text
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return piece, 124, process.communicate()[0] + "\nVERDICT: no answer in time (a kernel that waits for ever?)"
+
+    worst = good = 0
+    lines = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for piece, code, text in pool.map(run, pieces(what)):
+            last = next(
+                (line for line in text.splitlines()[::-1] if line.startswith("VERDICT")), f"VERDICT: ended with {code}"
+            )
+            print(f"===== {' '.join(piece)} (status {code})\n{text[-6000:]}", flush=True)
+            lines.append(f"{' '.join(piece[1:]) or what}: {last.removeprefix('VERDICT: ')}")
+            worst = max(worst, code if code >= 0 else 128 - code)
+            good += code == 0
+    print("=====")
+    for line in lines:
+        print(line)
+    wrong = [line for line in lines if ": ok" not in line]
+    print(f"VERDICT: {good} of {len(lines)} pieces ok" + (f"; {' | '.join(wrong)[:900]}" if wrong else ""))
+    return min(worst, 125)
+
+
+def partial_report(part: str, minutes: float, output: Path) -> int:
+    """bench.gpu_report, some of its parts, with everything found so far on disk after every piece."""
+    from bench import gpu_report
+    from bench.gpu_report import Report
+
+    attempt, whole_part = Report.attempt, Report.part
+    current: list[Report] = []
+
+    def save(report: Report) -> None:
+        record = {**vars(report), "figures": [dataclasses.asdict(f) for f in report.figures]}
+        record = {name: value for name, value in record.items() if not name.startswith("_")}
+        for path, text in (
+            (output.with_suffix(".md"), gpu_report.page(report)),
+            (output.with_suffix(".json"), json.dumps(record, indent=1)),
+        ):
+            path.with_suffix(".part").write_text(text)
+            path.with_suffix(".part").replace(path)
+
+    def saving(self: Report, name: str, run: Any) -> None:
+        attempt(self, name, run)
+        save(self)
+
+    def chosen(self: Report, name: str, run: Any) -> None:
+        if name == "bandwidth" or name.startswith(part):
+            whole_part(self, name, run)
+
+    class Growing(list):  # type: ignore[type-arg]
+        def extend(self, items: Any) -> None:
+            for item in items:
+                self.append(item)
+                print(item, file=sys.stderr, flush=True)
+                save(current[0])
+
+    real_init = Report.__init__
+
+    def init(self: Report, minutes: float) -> None:
+        real_init(self, minutes)
+        self.exactness, self.steps = Growing(), Growing()
+        current.append(self)
+
+    Report.attempt, Report.part, Report.__init__ = saving, chosen, init  # type: ignore[method-assign]
+    sys.argv = ["gpu_report", "--output", str(output), "--minutes", str(minutes)]
+    code = 0
+    count_compilations()
+    try:
+        gpu_report.main()
+    except SystemExit as end:
+        code = int(end.code is not None)
+        print(end, file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    tell_compilations()
+    if current:
+        r = current[0]
+        words = (
+            [f"{len(r.exactness)} decodes, {sum(w != 'ok' for _, w in r.exactness)} differ"]
+            if part == "decoding"
+            else []
+        )
+        if part == "kernels":
+            shares = sorted((f.floor_us / f.microseconds, f"{f.op} {f.shape}") for f in r.figures)
+            words.append(f"{len(r.figures)} figures, {sum(f.right != 'ok' for f in r.figures)} wrong")
+            words += (
+                [f"lowest share of the floor: {', '.join(f'{n} {s:.0%}' for s, n in shares[:3])}"] if shares else []
+            )
+        words += [f"{s['plan']} b={s['batch']} {s['step_ms']:.2f} ms ({s['share']:.0%})" for s in r.steps]
+        words += [f"NOT THERE {x}" for x in r.left_out[:4]]
+        words.insert(0, f"VERDICT: {'ok' if code == 0 else 'see the page'}: bandwidth {r.bandwidth / 1e12:.2f} TB/s")
+        print("; ".join(words)[:1500])
+    else:
+        print("VERDICT: it did not begin: torch sees no CUDA device here, or see the log")
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("facts", "selfcheck", "rows", "tiny", "one", "report"))
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--jobs", type=int, default=6)
+    parser.add_argument("--limit", type=float, default=0)
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--output", type=Path, default=Path("gpu-report"))
+    args = parser.parse_args()
+    if (
+        given := os.environ.get("PHASE_SECONDS")
+    ) and args.what != "one":  # of gpu_day.sh: end in time to say what was found
+        args.seconds = min(args.seconds, float(given) - 4)
+        args.minutes = min(args.minutes, max(float(given) - 25, 5) / 60)
+    if args.limit:
+        faulthandler.dump_traceback_later(args.limit, exit=False)
+    if args.what == "one":
+        return one(*args.rest)
+    if args.what == "report":
+        return partial_report(args.rest[0], args.minutes, args.output)
+    return side_by_side(args.what, args.seconds, args.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

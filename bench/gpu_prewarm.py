@@ -1,0 +1,423 @@
+"""Fill Triton's cache for sm_90 without touching a GPU: every kernel variant that the GPU day launches.
+
+    python gpu_prewarm.py [--parts selfcheck,report,decode,tiny,rows] [--claims DIR] [--launchers] [--list]
+
+Runs the very calls of the self-checks, of bench.gpu_report and of the decodes on CPU tensors that hold no data (their
+memory is never touched), with a launch that compiles and does not run. Several of these side by side share the work:
+each variant is claimed by whoever meets it first (files in --claims). Needs TRITON_CACHE_DIR to be the same absolute
+path as where the cache is used: Triton writes absolute paths into its index files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.getcwd())
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # this process compiles; it shall not open a context on the card
+
+try:
+    import gguf
+except ImportError:  # not on the device machine; of the model code only GGUF files need it
+    import types
+
+    gguf = types.ModuleType("gguf")
+    for name, members in (
+        ("constants", ("GGML_QUANT_SIZES", "GGMLQuantizationType", "TokenType")),
+        ("quants", ("dequantize",)),
+    ):
+        module = types.ModuleType(f"gguf.{name}")
+        for member in members:
+            setattr(module, member, type(member, (), {"__getattr__": lambda self, key: 0})())
+        sys.modules[f"gguf.{name}"] = module
+        setattr(gguf, name, module)
+    sys.modules["gguf"] = gguf
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+ARGS: argparse.Namespace
+COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "seconds": 0.0, "launchers": 0, "launcher_seconds": 0.0}
+SEEN: dict[str, str] = {}
+SLOW: list[tuple[float, str]] = []
+
+
+class CompileOnly:
+    """A Triton driver for a GPU that is not there: names the target, loads and launches nothing."""
+
+    def __init__(self) -> None:
+        self.get_current_device = lambda: 0
+        self.set_current_device = lambda d: None
+        self.get_current_stream = lambda d=0: 0
+        self.get_device_capability = lambda d=0: (9, 0)
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(ty)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def claimed(**kwargs: Any) -> bool:
+    """Triton's hook before a compilation: True skips it."""
+    text = f"{kwargs['repr']}|{kwargs['compile']['key']}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    SEEN[key] = kwargs["fn"].name
+    if ARGS.list:
+        return True
+    if ARGS.claims is None:
+        return False
+    try:
+        os.close(os.open(ARGS.claims / key, os.O_CREAT | os.O_EXCL))
+        return False
+    except FileExistsError:
+        COUNT["skipped"] += 1
+        return True
+
+
+def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+    COUNT["hits" if cache_hit else "compiled"] += 1
+    if not cache_hit:
+        seconds = times.total / 1e6 if hasattr(times, "total") else 0.0
+        SLOW.append((seconds, src.name))
+        if ARGS.verbose:
+            print(f"{time.process_time():7.1f} s cpu, {seconds:5.1f} s: {src.name}", file=sys.stderr, flush=True)
+    if ARGS.launchers:
+        build_launcher(src, metadata)
+
+
+_launchers: set[str] = set()
+
+
+def build_launcher(src: Any, metadata: Any) -> None:
+    """The C stub that calls a kernel of this signature: gcc takes a second for each, and there it would be serial."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    text = driver.make_launcher(dict(src.constants), dict(src.signature), getattr(metadata, "tensordesc_meta", None))
+    if (key := hashlib.sha256(text.encode()).hexdigest()) in _launchers:
+        return
+    _launchers.add(key)
+    start = time.perf_counter()
+    build._load_module_from_path = lambda name, path: None  # built, not loaded: that would take libcuda
+    try:
+        driver.compile_module_from_src(
+            src=text,
+            name="__triton_launcher",
+            library_dirs=driver.library_dirs(),
+            include_dirs=driver.include_dirs,
+            libraries=driver.libraries,
+        )
+        COUNT["launchers"] += 1
+    except Exception as error:  # no libcuda, no gcc: then the first launch makes it
+        print("launcher:", error, file=sys.stderr)
+        ARGS.launchers = False
+    COUNT["launcher_seconds"] += time.perf_counter() - start
+
+
+def launch(kernel: Any, grid: Any, like: Any, *args: Any, **meta: Any) -> None:
+    start = time.perf_counter()
+    kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=False)
+    COUNT["seconds"] += time.perf_counter() - start
+
+
+def prepare() -> None:
+    triton.runtime.driver.set_active(CompileOnly())
+    knobs.runtime.jit_cache_hook = claimed
+    knobs.compilation.listener = compiled
+    import dataclasses
+
+    import idlm_kernels.triton as backend
+    from idlm_kernels.ops import _dispatch
+    from idlm_kernels.triton import common
+
+    common.launch = launch
+    for name, module in list(sys.modules.items()):
+        if name.startswith("idlm_kernels.triton.") and hasattr(module, "launch"):
+            module.launch = launch
+    assert backend.linear.__globals__["launch"] is launch
+    _dispatch._backends["triton"] = dataclasses.replace(
+        _dispatch._backends["triton"], device_types=("cuda", "cpu"), automatic=False
+    )
+
+
+CPU = torch.device("cpu")
+
+
+def nothing(*shape: Any, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def selfcheck() -> None:
+    """Each op of the Triton backend as its self-check calls it; the references are left out."""
+    import idlm_kernels.triton as backend
+    from idlm_kernels.ops import self_check as module
+
+    def only_call(case: Any, op: str, arguments: Any) -> Any:
+        return module._call(case[0], op, arguments, case[1])[0]
+
+    module._compared = only_call
+    module._judge = module._same_bits = module._judge_laws = lambda *a, **k: None
+    for op, check in module.CHECKS.items():
+        attempt(f"self-check {op}", lambda: check((backend, CPU)))
+
+
+def report() -> None:
+    """The kernels of bench.gpu_report at their shapes."""
+    import idlm_kernels
+    from bench import gpu_cases
+    from idlm_kernels.model.random_weights import SHAPES
+
+    gpu_cases._normal = lambda device, *shape, scale=1.0: nothing(*shape)
+    with idlm_kernels.use_backend("triton"):
+        for case in gpu_cases.cases(SHAPES["qwen3-8b"], CPU):
+
+            def run(case: Any = case) -> None:
+                problem = case.make()
+                problem.call()
+                if problem.alone is not None:
+                    problem.alone()
+
+            attempt(f"{case.op} {case.shape}", run)
+
+
+class Recorder:
+    """As CudaRecorder calls a step: once before, once to record; a replay runs it again."""
+
+    def __call__(self, step: Any) -> Any:
+        step()
+        return step, step()
+
+
+def fake_ops() -> None:
+    """Launches compute nothing here, so what decides how a decode goes on is computed, or made up."""
+    import idlm_kernels.triton as backend
+    import python_ref
+    from idlm_kernels.generate import engine, generator
+    from idlm_kernels.ops import _dispatch
+
+    def verify(real: Any) -> Any:
+        def verify_accept(
+            logits: Any, query_start_loc: Any, num_drafts: Any, drafts: Any, *rest: Any, **options: Any
+        ) -> Any:
+            a, tokens, next_drafts, count = real(logits, query_start_loc, num_drafts, drafts, *rest, **options)
+            tokens.fill_(-1)[:, 0] = 5
+            present = (query_start_loc[1:] > query_start_loc[:-1]).to(torch.int32)
+            tokens[present == 0] = -1
+            return a.zero_(), tokens, next_drafts.fill_(7), count.copy_(present * drafts.shape[1])
+
+        return verify_accept
+
+    def advance(*args: Any, **options: Any) -> Any:
+        real_advance(*args, **options)
+        return python_ref.advance(*args, **options)
+
+    real_advance = backend.advance
+    backend.verify_accept = verify(backend.verify_accept)
+    backend.advance = advance
+    _dispatch._chosen.clear()
+    original = engine.Engine
+
+    class RecordedEngine(original):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{"recorder": Recorder(), **options})
+
+    generator.Engine = RecordedEngine
+    global ENGINE
+    ENGINE = RecordedEngine
+
+
+ENGINE: Any = None
+
+
+def empty_model(config: Any, rank: int, layers: int = 1, head: bool = False) -> Any:
+    """A model whose weights nobody has written. One layer: all have the same shapes."""
+    import dataclasses
+
+    from idlm_kernels.model import Transformer
+    from idlm_kernels.model.adapter import MODULES, Adapter
+
+    config = dataclasses.replace(config, num_layers=layers)
+
+    class Empty:
+        name, path = "empty", Path("empty")
+        shapes = config.tensor_shapes()
+
+        def tensor(self, name: str) -> torch.Tensor:
+            return nothing(*self.shapes[name])
+
+    Empty.config = config
+    adapter = None
+    if rank:
+        pairs = {}
+        for name, shape in config.tensor_shapes().items():
+            parts = name.split(".")
+            if len(parts) > 4 and parts[4] in MODULES and name.endswith("weight"):
+                pairs[int(parts[2]), parts[4]] = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
+        adapter = Adapter("empty", rank, 0.5, torch.zeros(config.hidden_size), pairs)
+        if head:
+            from bench.gpu_cases import HEAD_WIDTH
+            from idlm_kernels.model.adapter import RerankHead  # type: ignore[attr-defined]
+
+            h, w = config.hidden_size, HEAD_WIDTH
+            adapter.rerank_head = RerankHead(*(torch.zeros(s) for s in ((w, h), (w, h), (w, w), (h, w))))
+    mean = torch.Tensor.mean
+    torch.Tensor.mean = lambda self, *a, **k: nothing(self.shape[-1], dtype=torch.float32)  # of all embeddings
+    try:
+        model = Transformer(Empty(), dtype=torch.bfloat16, adapter=adapter)  # type: ignore[arg-type]
+    finally:
+        torch.Tensor.mean = mean
+    model.dtype = torch.bfloat16
+    model.norm = model.norm.bfloat16()
+    for layer in model.layers:
+        for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm"):
+            if (x := getattr(layer, name)) is not None:
+                setattr(layer, name, x.bfloat16())
+        for projection in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if projection.lora is not None:
+                projection.lora = projection.lora[0].bfloat16(), projection.lora[1].bfloat16()
+    if model.mask_embedding is not None:
+        model.mask_embedding = model.mask_embedding.bfloat16()
+    return model
+
+
+def decode() -> None:
+    """Whole decodes as bench.gpu_report makes them, with random weights of Qwen3-8B, plain and with an adapter."""
+    from idlm_kernels.model.random_weights import SHAPES
+
+    decodes(SHAPES["qwen3-8b"], (0, 128), ((3, 40, 64),), ((1, 1024), (8, 1024)))
+
+
+def tiny() -> None:
+    """The tiny models of gpu_checks.py."""
+    import gpu_checks
+
+    for config, rank in gpu_checks.TINY:
+        decodes(config, (rank,), ((3, 40, gpu_checks.TINY_TOKENS),), ())
+
+
+def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
+    import idlm_kernels
+    from bench import gpu_report
+    from bench.gpu_cases import PAGE_SIZE
+    from idlm_kernels.generate import EngineOptions, Generator, SamplingParams
+
+    fake_ops()
+    with idlm_kernels.use_backend("triton"), torch.inference_mode():
+        for rank in ranks:
+            generator = Generator(empty_model(config, rank))
+            for batch, prompt, tokens in batches:
+                prompts = [[(i * j) % config.vocab_size for j in range(prompt)] for i in range(1, batch + 1)]
+                params = SamplingParams(max_tokens=min(tokens, 9), temperature=0.9, seed=1, ignore_eos=True)
+                for plan, stride in gpu_report.PLANS:
+                    attempt(
+                        f"decode rank={rank} {plan}",
+                        lambda plan=plan, stride=stride: results(
+                            generator.generate(prompts, params, plan=plan, stride=stride), tokens
+                        ),
+                    )
+            for batch, context in contexts:
+                options = EngineOptions(
+                    max_batch=batch, max_len=context + 256, page_size=PAGE_SIZE, synthetic_acceptance=0.8
+                )
+                for plan, stride in gpu_report.PLANS:
+
+                    def run(plan: Any = plan, stride: int = stride, options: Any = options, batch: int = batch) -> None:
+                        engine = ENGINE(generator.model, None, generator.policy(plan, stride), "match", options)
+                        params = SamplingParams(max_tokens=9, ignore_eos=True)
+                        requests = [engine.submit([1] * context, params, seed) for seed in range(batch)]
+                        for _ in engine.events():
+                            pass
+                        for request in requests:
+                            if request.output.error:
+                                raise RuntimeError(request.output.error)
+
+                    attempt(f"steps rank={rank} {plan} batch={batch}", run)
+
+
+def results(found: Any, tokens: int) -> None:
+    for result in found:
+        if result.error:
+            raise RuntimeError(result.error)
+
+
+def rows() -> None:
+    """The row-invariance checks of gpu_checks.py."""
+    import gpu_checks
+
+    gpu_checks.normal = lambda device, *shape, scale=1.0: nothing(*shape)
+    gpu_checks.same = lambda *a: True
+    attempt("rows", lambda: [None for _ in gpu_checks.invariance(CPU, "triton")])
+
+
+FAILED: list[str] = []
+
+
+def attempt(name: str, run: Any) -> None:
+    try:
+        run()
+    except Exception as error:
+        FAILED.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        if ARGS.verbose:
+            traceback.print_exc()
+
+
+def main() -> int:
+    global ARGS
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", default="rows,selfcheck,decode,tiny,report")
+    parser.add_argument("--claims", type=Path)
+    parser.add_argument("--launchers", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--turn", type=int, default=0, help="begin with another part than the workers beside it")
+    ARGS = parser.parse_args()
+    if ARGS.claims:
+        ARGS.claims.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    prepare()
+    start = time.perf_counter()
+    # The order of decode before report matters: decode replaces ops that report does not mind.
+    with torch.inference_mode():
+        parts = ARGS.parts.split(",")
+        turn = ARGS.turn % len(parts)
+        for part in parts[turn:] + parts[:turn]:
+            begun = time.perf_counter()
+            attempt(part, globals()[part])
+            print(f"{part}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+    SLOW.sort(reverse=True)
+    record = {
+        **COUNT,
+        "variants": len(SEEN),
+        "wall": time.perf_counter() - start,
+        "failed": FAILED,
+        "slowest": SLOW[:8],
+    }
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
