@@ -4,8 +4,8 @@
 
 One product [M, K] x [K, N] of bf16 with fp32 sums, cut into tiles of different shapes, K always in the same order. Per
 tile shape the instruction that Triton chose is read off the PTX: wgmma m64nNk16 of several widths N (from shared
-memory), the same with fp16, and mma.sync m16n8k16 for tiles below 64 rows. The bits of every output are compared with those
-of the 64 x 64 tile. Equal bits mean that a row may be computed by either; a difference anywhere means that it may not.
+memory), the same with fp16, and mma.sync m16n8k16 for tiles below 64 rows. The bits of every output are compared with
+those of the 64 x 64 tile. Equal bits mean that a row may be computed by either; a difference anywhere, that it may not.
 Inputs: normal; normal times powers of two from 2^-20 to 2^20 (order and truncation of sums show); with Inf and NaN.
 On the emulator all shapes are equal by construction: only a card can answer.
 Also: is a product with operands swapped (D^T = B^T A^T) the same bits; are launches repeatable.

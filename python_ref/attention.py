@@ -73,7 +73,7 @@ def strided_attention(
     row = torch.where(is_row, start.unsqueeze(1) + i, 0)
     padded_tail = None if tail_mask is None else tail_mask[row]
 
-    # The cache in slot order, [B, S, Hkv, D]. Slots beyond seq_len may hold anything, so V is zeroed there: 0 * NaN.
+    # The cache in slot order, [B, S, Hkv, D].
     pages = page_table.long().clamp(0, k_cache.shape[0] - 1)
     k = k_cache[pages].flatten(1, 2).to(acc)
     v = v_cache[pages].flatten(1, 2).to(acc)
@@ -81,8 +81,6 @@ def strided_attention(
         k = k * k_scale.to(acc)
     if v_scale is not None:
         v = v * v_scale.to(acc)
-    written = torch.arange(v.shape[1], device=q.device) < seq_lens.unsqueeze(1)
-    v = torch.where(written[:, :, None, None], v, 0.0)
     visible = visible_slots(m, seq_lens.long(), max_query_len, k.shape[1], padded_tail, window)
 
     group = num_heads // num_kv_heads
@@ -92,7 +90,14 @@ def strided_attention(
     row_max = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(acc).min)  # a row that sees nothing stays finite
     p = torch.exp(scores - row_max)
     total = p.sum(-1, keepdim=True)
-    o = torch.einsum("bhgis,bshd->bhgid", p, v) / total.clamp(min=torch.finfo(acc).tiny)
+    # Slots that a row does not see may hold anything, and 0 * NaN is NaN: what is not finite stays out of the product
+    # and is added to the rows that see it.
+    o = torch.einsum("bhgis,bshd->bhgid", p, torch.where(v.isfinite(), v, 0.0))
+    sees = visible.to(acc)
+    for sign in (math.inf, -math.inf):
+        found = torch.einsum("bis,bshd->bhid", sees, ((v == sign) | v.isnan()).to(acc)).unsqueeze(2)
+        o = torch.where(found > 0, o + sign, o)
+    o = o / total.clamp(min=torch.finfo(acc).tiny)
     o = o.permute(0, 3, 1, 2, 4).reshape(batch, max_query_len, num_heads, head_dim)
     row_lse = (row_max + total.log()).squeeze(-1).permute(0, 3, 1, 2).reshape(batch, max_query_len, num_heads)
 

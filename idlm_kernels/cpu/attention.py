@@ -66,7 +66,6 @@ class _Item:
     stacked: int  # m * group, the rows that share a KV head
     padded: int  # rows of the matrices: at least MIN_ROWS
     pages: Tensor  # int64 [G * pages of a piece]
-    unwritten: tuple[tuple[int, int], ...]  # (piece, slot): V is zeroed from this slot on
     masked_leaf: int  # leaves before this one are seen whole by every row
     hidden: Tensor | None  # bool [G, L - masked_leaf, padded, LEAF]; None if all is seen
     visible: Tensor | None  # its complement as 0 and 1, fp32
@@ -190,11 +189,13 @@ def _attend(
     total = item.sum_scores(p).sum(-1, keepdim=True)  # [Hkv, G, padded, 1]
 
     v = _gather(v_cache, item, "v")
-    for piece, slot in item.unwritten:
-        v[:, piece].narrow(1, slot, leaves * LEAF - slot).zero_()  # whatever lies there: 0 * NaN
+    strays = None if item.hidden is None else _take_strays(v, item)
     o = _scratch.take("o", (batch, padded, head_dim))
     item.times_v(scores, v.view(batch, LEAF, head_dim), o)
-    o = item.sum_values(o.view(num_kv_heads, count, leaves, padded, head_dim)).div_(total.clamp(min=_TINY))
+    o = item.sum_values(o.view(num_kv_heads, count, leaves, padded, head_dim))
+    if strays is not None:
+        o = o + strays
+    o = o.div_(total.clamp(min=_TINY))
     if v_scale is not None:
         o.mul_(v_scale)
     if padded != stacked:
@@ -203,6 +204,22 @@ def _attend(
     if lse is not None:
         row_lse = total.log_().add_(row_max[:, :, 0])[:, :, :stacked].view(num_kv_heads, count, rows, group, 1)
         _by_head(lse.unsqueeze(2), item, num_kv_heads).copy_(row_lse)
+
+
+def _take_strays(v: Tensor, item: _Item) -> Tensor | None:
+    """Put 0 for what is not finite in the leaves of V that hold hidden slots, since 0 * NaN would reach rows that do
+    not see it. Returns what to add to o [Hkv, G, padded, D] for the rows that do, None if all is finite."""
+    some = v[:, :, item.masked_leaf * LEAF :]
+    if math.isfinite(float(some.sum())):
+        return None
+    assert item.visible is not None
+    sees = item.visible.transpose(1, 2).flatten(2)  # [G, padded, slots]
+    strays = torch.zeros(v.shape[0], item.count, item.padded, v.shape[3])
+    for sign in (math.inf, -math.inf):
+        found = torch.matmul(sees, ((some == sign) | some.isnan()).float())
+        strays += torch.where(found > 0, sign, 0.0)
+    some.masked_fill_(~some.isfinite(), 0.0)
+    return strays
 
 
 _LOWEST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
@@ -380,7 +397,6 @@ def _item(
             hidden[:, :stacked] = stacked_hidden
             hidden = hidden.unflatten(2, (-1, LEAF)).transpose(1, 2).contiguous()
     batch = num_kv_heads * len(pieces) * leaves
-    written = [max(min(piece.end, capacity), 0) for piece in pieces]
     return _Item(
         first_row=first_row,
         count=len(pieces),
@@ -389,7 +405,6 @@ def _item(
         stacked=stacked,
         padded=padded,
         pages=torch.from_numpy(pages).flatten(),
-        unwritten=tuple((g, slot) for g, slot in enumerate(written) if slot < leaves * LEAF),
         masked_leaf=masked_leaf,
         hidden=hidden,
         visible=None if hidden is None else (~hidden).float(),

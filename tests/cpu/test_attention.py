@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import idlm_kernels
 import python_ref
 from idlm_kernels.cpu import attention, products, strided_attention
 
@@ -428,3 +429,19 @@ def test_sums_over_leaves_are_in_order(inner: tuple[int, int]) -> None:
         for more in (1, 3, 21):
             padded = torch.cat([x, torch.zeros(2, 1, more, *inner)], 2)
             assert torch.equal(products.leaf_sum(leaves + more, math.prod(inner))(padded), want), (leaves, more)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_a_row_does_not_see_never_reaches_it(backend: str, value: float) -> None:
+    q, k, v = torch.randn(2, 1, 64), torch.randn(2, 4, 1, 64), torch.randn(2, 4, 1, 64)
+    table, lengths, start = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1]], [5], [0, 2]))
+    with idlm_kernels.use_backend(backend):
+        clean = idlm_kernels.strided_attention(q, k, v, table, lengths, start, max_query_len=2)
+        v[1, 0] = value  # the second row's own slot
+        got = idlm_kernels.strided_attention(q, k, v, table, lengths, start, max_query_len=2)
+        k[1, 0] = value
+        both = idlm_kernels.strided_attention(q, k, v, table, lengths, start, max_query_len=2)
+    assert torch.equal(got[0], clean[0]) and torch.equal(both[0], clean[0])
+    torch.testing.assert_close(got[1], torch.full_like(got[1], value), equal_nan=True)
+    assert not both[1].isfinite().any()

@@ -17,7 +17,9 @@ from idlm_kernels.generate import engine as module
 from idlm_kernels.generate.output import RequestOutput
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.generate.step import decode_step
+from idlm_kernels.model import Adapter, Transformer
 from tests.generate.test_requests import SpelledTokenizer
+from tests.tiny import TINY, MemoryCheckpoint
 
 MakeGenerator = Callable[..., Generator]
 
@@ -239,3 +241,18 @@ def test_a_page_far_larger_than_the_context_takes_no_memory(make_generator: Make
     small, large = make_generator(), make_generator(page_size=10**9)
     params = SamplingParams(max_tokens=5)
     assert large.generate([[1, 2]], params)[0].token_ids == small.generate([[1, 2]], params)[0].token_ids
+
+
+@pytest.mark.parametrize("plan", ["chain", "branched"])
+def test_what_an_adapter_makes_of_its_own_rows_never_reaches_the_text(plan: Any) -> None:
+    """All weights of the adapter are finite, the V of its MASK rows are not: the clean rows of a step do not see those."""
+    checkpoint = MemoryCheckpoint(TINY)
+    narrow, wide = checkpoint.tensors["model.layers.0.self_attn.v_proj.weight"].shape
+    huge = (torch.full((2, wide), 1e20), torch.full((narrow, 2), 1e20))
+    adapter = Adapter("huge", 2, 1.0, torch.ones(TINY.hidden_size), {(0, "v_proj"): huge})
+    generator = Generator(Transformer(checkpoint, adapter=adapter))  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=24)
+    (ar,) = generator.generate([[1, 2, 3]], params, plan="ar")
+    (strided,) = generator.generate([[1, 2, 3]], params, plan=plan, stride=4)
+    assert len(ar.token_ids) == 24
+    assert (strided.token_ids, strided.error) == (ar.token_ids, None)

@@ -536,3 +536,12 @@ MUTANTS = {
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check_, old, new = MUTANTS[name]
     assert caught(check_, mutant(attention, old, new, tmp_path))
+
+
+@pytest.mark.xfail(strict=True, reason="0 * NaN in the product with V: no selection yet (design section 4)")
+def test_a_value_that_a_row_does_not_see_never_reaches_it(softgpu) -> None:
+    q, k, v = torch.randn(2, 1, 64), torch.randn(2, 4, 1, 64), torch.randn(2, 4, 1, 64)
+    table, lengths, start = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1]], [5], [0, 2]))
+    v[1, 0] = float("inf")  # the second row's own slot
+    out = attention.strided_attention(q, k, v, table, lengths, start, max_query_len=2)
+    assert out[0].isfinite().all()
