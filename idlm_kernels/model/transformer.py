@@ -235,7 +235,9 @@ class Transformer:
             next_norm = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.norm
             x = ops.rms_norm(x, next_norm, eps, residual=residual)
         if logits_rows is not None:
-            x = x[logits_rows]
+            x, gate = x[logits_rows], gate[logits_rows]
+        if self.has_adapter:  # whose finite weights may still overflow: that spoils a proposal and nothing else
+            x = x.masked_fill(gate.unsqueeze(1) & ~x.isfinite(), 0.0)
         return ops.linear(x, self.head), x
 
 

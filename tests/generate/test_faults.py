@@ -245,7 +245,7 @@ def test_a_page_far_larger_than_the_context_takes_no_memory(make_generator: Make
 
 @pytest.mark.parametrize("plan", ["chain", "branched"])
 def test_what_an_adapter_makes_of_its_own_rows_never_reaches_the_text(plan: Any) -> None:
-    """All weights of the adapter are finite, the V of its MASK rows are not: the clean rows of a step do not see those."""
+    """Its weights are finite, the V and the logits of its MASK rows are not: clean rows do not see those."""
     checkpoint = MemoryCheckpoint(TINY)
     narrow, wide = checkpoint.tensors["model.layers.0.self_attn.v_proj.weight"].shape
     huge = (torch.full((2, wide), 1e20), torch.full((narrow, 2), 1e20))
