@@ -524,6 +524,9 @@ class Engine:
         if not params.ignore_eos:
             ends = set(self.model.config.eos_token_ids) | set(self.tokenizer.eos_ids if self.tokenizer else ())
         ends |= set(params.stop_token_ids)
+        if self.tokenizer is not None:  # no text shows a special token, so a stop that spells one is matched by its id
+            spelled = (self.tokenizer.special_id(stop) for stop in params.stop)
+            ends |= {end for end in spelled if end is not None}
         if len(ends) > MAX_STOP_IDS:
             raise ValueError(f"{len(ends)} stop ids with the end tokens, wanted at most {MAX_STOP_IDS}")
         return sorted(ends)

@@ -148,7 +148,16 @@ class _FolderCheckpoint(Checkpoint):
             require_float(self._files[tensor].path, tensor, self._files[tensor].dtype(tensor))
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._files[name].tensor(name)
+        tensor = self._files[name].tensor(name)
+        head = self._files.get("lm_head.weight") if self.config.tie_word_embeddings else None
+        if name == "model.embed_tokens.weight" and head is not None and not torch.equal(
+            tensor.view(torch.uint8), head.tensor("lm_head.weight").view(torch.uint8)
+        ):
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: tie_word_embeddings is true, but {head.path} holds an lm_head.weight "
+                "that differs from the embedding: set it to false, or remove the tensor"
+            )
+        return tensor
 
     def _read_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
@@ -246,7 +255,10 @@ def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
     changes: dict[str, Any] = {}
     generation = path / "generation_config.json"
     if generation.is_file():
-        more = token_ids(read_json_object(generation), "eos_token_id")
+        try:
+            more = token_ids(read_json_object(generation), "eos_token_id")
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("config:", f"{generation}:", 1)) from None
         changes["eos_token_ids"] = tuple(dict.fromkeys(config.eos_token_ids + more))
     if config.architecture == "sdar" and config.mask_token_id is None:
         changes["mask_token_id"] = _mask_from_tokenizer(path)

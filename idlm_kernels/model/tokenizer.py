@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -29,6 +30,7 @@ from .gguf import gguf_module
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TEMPLATE_OUTPUT = 1 << 24  # characters, of the whole and of any string or list that a template multiplies
 _MAX_ID = 2**32 - 1  # ids are 32 bits wide in the tokenizers library, which raises beyond
 
 
@@ -94,7 +96,8 @@ class Tokenizer:
             raise ValueError(
                 f"text holds half of a surrogate pair at index {error.start}; wanted valid Unicode"
             ) from None
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _refusing("the tokenizer failed", ValueError):
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids outside of the vocabulary add nothing; bytes that are no UTF-8 become
@@ -109,25 +112,37 @@ class Tokenizer:
         `add_special_tokens=False`: a template writes its special tokens itself.
 
         Args:
-            messages: dicts with at least "role" and "content".
+            messages: dicts with at least "role" and "content", which is text, None (no text), or a list of parts
+                {"type": "text", "text": ...} that are joined.
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further names that the template may read (`tools`, `enable_thinking`, ...).
 
-        Raises ValueError when there is no template, or when it fails or refuses the messages.
+        Raises ValueError when there is no template, when there are no messages, when a message holds something else
+        than text, or when the template fails, refuses the messages or writes more than 16 MB.
         """
         if self._chat_template is None:
             raise ValueError("the tokenizer has no chat template; give the prompt as raw text")
         if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
             raise TypeError("messages must be a list of dicts such as {'role': 'user', 'content': 'Hi'}")
+        if not messages:
+            raise ValueError("messages is empty, wanted at least one message")
+        messages = [_as_text(message) for message in messages]
         names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._compiled_template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **names
+            return _bounded(
+                self._compiled_template.generate(
+                    messages=messages, add_generation_prompt=add_generation_prompt, **names
+                )
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        except Exception as error:  # a template is a stranger's program
             raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token, which `decode` leaves out of a text; None if the text is none."""
+        token = self._backend.token_to_id(text)
+        return token if token in self.special_ids else None
 
     @cached_property
     def _compiled_template(self) -> jinja2.Template:
@@ -170,11 +185,10 @@ class Tokenizer:
             )
         if file.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES >> 20} MiB, which no vocabulary is")
-        try:
+        with _refusing(f"{file}: not a tokenizer that the tokenizers library reads", CheckpointError):
             backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{file}: not a tokenizer that the tokenizers library reads: {error}") from error
         settings = _optional_json(path / "tokenizer_config.json")
+        _add_missing(backend, settings.get("added_tokens_decoder"), path / "tokenizer_config.json")
         fallback = _optional_json(path / "special_tokens_map.json")
         special = {}
         for name in _SPECIAL_NAMES:
@@ -212,10 +226,8 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.ggml.merges holds {wrong!r}, wanted two tokens with a space between")
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         is_llama3 = _PRE_TOKENIZERS[pre] is _LLAMA3
-        try:
+        with _refusing("tokenizer.ggml.merges does not fit the tokens", CheckpointError):
             backend = Backend(models.BPE(vocab=vocab, merges=pairs, ignore_merges=is_llama3))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"tokenizer.ggml.merges does not fit the tokens: {error}") from error
         if _PRE_TOKENIZERS[pre] is _QWEN2:
             backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = _pre_tokenizer(_PRE_TOKENIZERS[pre])
@@ -363,6 +375,60 @@ _BYTE_OF_CHAR = _byte_of_char()
 # --- chat templates ---------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _refusing(what: str, kind: type[ValueError]) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises, a panic of its Rust code included, into one kind of error."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {error}") from error
+
+
+def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is text, as the OpenAI API defines it: None is no text, text parts are joined."""
+    content = message.get("content", "")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f'a message holds a part of type {kind!r}, wanted {{"type": "text", "text": ...}}')
+        content = "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"the content of a message is a {type(content).__name__}, wanted text or a list of parts")
+    return {**message, "content": content or ""} if "content" in message else dict(message)
+
+
+def _bounded(pieces: Iterator[str]) -> str:
+    """The pieces of a text, unless there are too many."""
+    kept, size = [], 0
+    for piece in pieces:
+        size += len(piece)
+        if size > _MAX_TEMPLATE_OUTPUT:
+            raise ValueError(f"it writes more than {_MAX_TEMPLATE_OUTPUT} characters")
+        kept.append(piece)
+    return "".join(kept)
+
+
+def _add_missing(backend: Backend, added: Any, file: Path) -> None:
+    """Tokens that tokenizer_config.json alone names: transformers adds them, so they are one id each."""
+    if not isinstance(added, dict):
+        return
+    numbered = {int(i): token for i, token in added.items() if re.fullmatch(r"\d{1,9}", i) and isinstance(token, dict)}
+    for token_id, token in sorted(numbered.items()):
+        content = token.get("content")
+        if not isinstance(content, str) or not content or backend.token_to_id(content) is not None:
+            continue
+        kinds = {name: token.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+        backend.add_tokens([AddedToken(content, **kinds)])
+        if backend.token_to_id(content) != token_id:
+            raise CheckpointError(
+                f"{file}: added_tokens_decoder gives {content!r} the id {token_id}, but beside the vocabulary of "
+                f"tokenizer.json it gets {backend.token_to_id(content)}"
+            )
+
+
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
@@ -397,10 +463,25 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A template cannot make a value that its own size does not justify."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        if operator == "**" and not (numbers and abs(right) <= 64 and abs(left) <= 2**64):
+            raise SecurityError(f"{left!r:.40} ** {right!r:.40} is beyond what a chat template may compute")
+        for one, times in ((left, right), (right, left)):
+            if hasattr(one, "__len__") and isinstance(times, int) and len(one) * times > _MAX_TEMPLATE_OUTPUT:
+                raise SecurityError(f"a {type(one).__name__} times {times} is longer than {_MAX_TEMPLATE_OUTPUT}")
+        return super().call_binop(context, operator, left, right)
+
+
 def _template_environment() -> ImmutableSandboxedEnvironment:
     """Templates are a stranger's code: sandboxed, with the globals and filters that transformers gives
     them."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
 

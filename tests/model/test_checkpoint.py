@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import struct
@@ -382,3 +383,28 @@ def test_tokenizer_larger_than_the_embedding(tiny_hf, write_folder):
     Tokenizer(models.WordLevel({str(i): i for i in range(301)}, unk_token="0")).save(str(folder / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="301 ids, the embedding only 300 rows"):
         _ = load_checkpoint(folder).tokenizer
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tiny_hf, write_folder):
+    folder, tensors = write_folder(tiny_hf())
+    (folder / "config.json").write_text(json.dumps(tiny_hf(tie_word_embeddings=True)))
+    with pytest.raises(CheckpointError, match=r"config\.json: tie_word_embeddings is true, but .* differs"):
+        load_checkpoint(folder).tensor("model.embed_tokens.weight")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(load_checkpoint(folder).tensor("model.embed_tokens.weight"), tensors["lm_head.weight"])
+
+
+def test_a_pipe_as_config_is_refused_and_not_waited_for(tiny_hf, write_folder):
+    folder, _ = write_folder(tiny_hf())
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: not a regular file"):
+        load_checkpoint(folder)
+
+
+def test_an_end_id_that_is_none_names_its_file(tiny_hf, write_folder):
+    folder, _ = write_folder(tiny_hf())
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is 'x'"):
+        load_checkpoint(folder)

@@ -414,6 +414,10 @@ def test_where_a_folder_keeps_its_template(tmp_path):
         ("{% for %}", "the chat template failed"),
         ("{% include '/etc/passwd' %}", "the chat template failed"),
         ("{{ messages[0]['role'] + 1 }}", "the chat template failed"),
+        ('{{ "a" * 3000000000 }}', "times 3000000000 is longer"),
+        ("{{ (3000000000 * [1]) | length }}", "is longer"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", "beyond what a chat template may compute"),
+        ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "writes more than"),
     ],
 )
 def test_templates_that_fail_or_break_out(ours, template, message):
@@ -428,10 +432,59 @@ def test_messages_are_checked(ours):
             ours.apply_chat_template(wrong)
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Hi", "Hi"),
+        (None, ""),
+        ([], ""),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+    ],
+)
+def test_the_content_of_a_message_is_text_or_parts_of_text(ours, content, text):
+    tokenizer = Tokenizer(ours._backend, special_tokens={}, chat_template="[{{ messages[0]['content'] }}]")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": content}]) == f"[{text}]"
+
+
+@pytest.mark.parametrize(
+    "content", [3, {"text": "a"}, ["a"], [{"type": "image_url"}], [{"type": "text"}], [{"type": "text", "text": None}]]
+)
+def test_other_contents_of_a_message_are_refused(ours, content):
+    with pytest.raises(ValueError, match="a message"):
+        ours.apply_chat_template([{"role": "user", "content": content}])
+
+
+def test_a_conversation_without_messages_is_refused(ours):
+    with pytest.raises(ValueError, match="messages is empty"):
+        ours.apply_chat_template([])
+
+
+def test_tokens_that_only_the_config_adds_are_one_id(tmp_path):
+    added = {"5": {"content": "<|new|>", "special": True}, "6": {"content": "<plain>"}, "0": {"content": "a"}}
+    tokenizer = Tokenizer.from_folder(save_tiny(tmp_path, added_tokens_decoder=added))
+    assert tokenizer.encode("a <|new|> b <plain>") == [0, 5, 1, 6]
+    assert tokenizer.special_id("<|new|>") == 5 and tokenizer.special_id("<plain>") is None
+    save_tiny(tmp_path, added_tokens_decoder={"9": {"content": "<|far|>"}})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: .*'<\|far\|>' the id 9"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_path):
+    save_tiny(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    settings["model"] = model | {"continuing_subword_prefix": "/dev/zero"}  # longer than the token it is cut from
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert not isinstance(caught.value.__cause__, Exception), "it is a BaseException, which `except Exception` misses"
+
+
 def test_strftime_now(ours):
     tokenizer = Tokenizer(ours._backend, special_tokens={}, chat_template="{{ strftime_now('%Y') }}")
     years = {str(datetime.now().year)}
-    text = tokenizer.apply_chat_template([])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": ""}])
     assert text in years | {str(datetime.now().year)}
 
 
