@@ -32,6 +32,11 @@ def tensor(
     """Check one tensor argument: rank, sizes (None = any), dtype, device; `inner`: the last stride must be 1."""
     # A layer makes some 30 of these checks: first everything at once, then what exactly is wrong.
     if isinstance(x, Tensor):
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: {name} requires a gradient, and this op is for inference and has none: call it under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
         given = x.shape
         if len(given) == len(shape) and x.dtype in dtypes and x.device == device:
             for wanted, size in zip(shape, given):  # noqa: B905 - equal lengths, and strict costs time
@@ -74,8 +79,30 @@ def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
     if not inputs or torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
         return  # such tensors have no memory that could be shared
     for other in inputs:
-        if other is not None and x.numel() and other.numel() and x.data_ptr() == other.data_ptr():
+        if other is not None and _share_memory(x, other):
             raise ValueError(f"{op}: {name} shares its memory with another argument, wanted separate memory")
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have a byte in common, as far as sizes and strides tell: True for views that are woven into
+    each other, unless they are other columns of the same rows."""
+    if not (x.numel() and y.numel()):
+        return False
+    (x_first, x_end), (y_first, y_end) = _bytes_of(x), _bytes_of(y)
+    if x_end <= y_first or y_end <= x_first:
+        return False
+    row = x.stride(0) * x.element_size() if x.dim() > 1 else 0
+    if row <= 0 or y.dim() < 2 or y.stride(0) * y.element_size() != row:
+        return True
+    x_width, y_width = (last - first for first, last in (_bytes_of(x[0]), _bytes_of(y[0])))
+    between = (y_first - x_first) % row
+    return between < x_width or between + y_width > row
+
+
+def _bytes_of(x: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and one past its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
 def all_writable(op: str, written: Sequence[tuple[str, Tensor | None]], *inputs: Tensor | None) -> None:
