@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +38,9 @@ class Check:
 
 
 @reported()
-def doctor() -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
     """Show versions, devices, the backend of each op and whether its rows keep their bits.
 
     Where there is a GPU, every kernel for it is first compared with the references on small problems, as `auto` does at
@@ -50,25 +54,29 @@ def doctor() -> None:
     import idlm_kernels
     import idlm_kernels.native
 
-    facts = Table(show_header=False, box=None)
-    facts.add_row("idlm_kernels", __version__)
-    facts.add_row("python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})")
-    facts.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})")
-    facts.add_row("triton", _version("triton"))
-    facts.add_row("native", idlm_kernels.native.status())
-    facts.add_row("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    facts = {
+        "idlm_kernels": __version__,
+        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
+        "triton": _version("triton"),
+        "native": idlm_kernels.native.status(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    }
     device_types = ["cpu"]
     if torch.cuda.is_available():
         device_types.append("cuda")
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             memory = f"{device.total_memory / 2**30:.0f} GiB"
-            facts.add_row(f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}")
+            facts[f"cuda:{index}"] = f"{device.name}, sm_{device.major}{device.minor}, {memory}"
     else:
-        facts.add_row("cuda", "no device")
+        facts["cuda"] = "no device"
 
-    console = Console()
-    console.print(facts)
+    console = Console(quiet=as_json)
+    table = Table(show_header=False, box=None)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    console.print(table)
     places = _places(device_types)
     checks = _checks([(backend, model, device) for backend, model, device, unusable in places if unusable is None])
     with warnings.catch_warnings():
@@ -77,10 +85,13 @@ def doctor() -> None:
     ops = Table("op", *device_types)
     for op in chosen["cpu"]:
         ops.add_row(op, *(chosen[device_type][op] for device_type in device_types))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        kept = (_rows_keep_their_bits(device_type, dtype) for device_type in device_types)
-        name = str(dtype).removeprefix("torch.")
-        ops.add_row(f"rows of a {name} linear", *("keep their bits" if k else "depend on other rows" for k in kept))
+    kept = {
+        str(dtype).removeprefix("torch."): {kind: _rows_keep_their_bits(kind, dtype) for kind in device_types}
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    }
+    for name, by_device in kept.items():
+        words = ("keep their bits" if k else "depend on other rows" for k in by_device.values())
+        ops.add_row(f"rows of a {name} linear", *words)
 
     console.print("Backend of each op:")
     console.print(ops)
@@ -90,6 +101,15 @@ def doctor() -> None:
         if unusable is not None:
             console.print(f"Backend {backend.name} is not usable on {model}: {unusable}.", markup=False)
     _show(checks, console)
+    if as_json:
+        record = {
+            "facts": facts,
+            "ops": chosen,
+            "rows_keep_their_bits": kept,
+            "unusable": {f"{b.name} on {model}": why for b, model, _, why in places if why is not None},
+            "checks": [{"verdict": check.word, **dataclasses.asdict(check)} for check in checks],
+        }
+        print(json.dumps(record), flush=True)
     if any(check.word == "wrong" for check in checks):
         raise typer.Exit(EXIT_MISMATCH)
 

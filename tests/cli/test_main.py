@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import idlm_kernels
+from idlm_kernels.ops import OPS
 
 
 def idlm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +38,15 @@ def test_help_names_every_command_and_flag_and_hides_the_refused_ones() -> None:
         "--page-size",
     } <= shown
     assert "--grammar" not in shown and "--repetition-penalty" not in shown
+
+
+def test_doctor_as_json_says_what_the_tables_say() -> None:
+    done = idlm("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["facts"]["idlm_kernels"] == idlm_kernels.__version__ and "torch" in record["facts"]
+    assert set(record["ops"]["cpu"]) == set(OPS) and record["rows_keep_their_bits"]["float32"]["cpu"] in (True, False)
+    assert isinstance(record["checks"], list)
 
 
 def test_doctor_names_versions_and_the_backend_of_each_op() -> None:
