@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,3 +257,11 @@ def test_what_an_adapter_makes_of_its_own_rows_never_reaches_the_text(plan: Any)
     (strided,) = generator.generate([[1, 2, 3]], params, plan=plan, stride=4)
     assert len(ar.token_ids) == 24
     assert (strided.token_ids, strided.error) == (ar.token_ids, None)
+
+
+def test_a_stop_string_that_spells_a_special_token_is_matched_by_its_id(make_generator: MakeGenerator) -> None:
+    """A text never shows the token, so the string alone would never fire."""
+    tokenizer: Any = SimpleNamespace(vocab_size=61, eos_ids=(7,), special_id={"<s>": 3}.get)
+    policy = PlanPolicy.fixed(StepPlan("chain", 2))
+    engine = Engine(make_generator().model, tokenizer, policy, "match", EngineOptions(max_len=60))
+    assert engine._stop_ids(SamplingParams(stop=("<s>", "x"))) == [3, 7]
