@@ -53,25 +53,9 @@ export OMP_NUM_THREADS=4 GOMP_SPINCOUNT=5000
 # Triton writes absolute paths into its cache, so a cache that was made elsewhere serves at this very path only.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/idlm-triton-cache}
 mkdir -p "$TRITON_CACHE_DIR"
-if ! "$PY" -c 'import gguf' 2>/dev/null; then  # the model code imports it, for GGUF files alone
+if ! "$PY" -c 'import gguf' 2>/dev/null; then  # wanted for GGUF files alone, which no phase but the tests reads
   wheel=$(ls "$CARRY"/gguf-*.whl 2>/dev/null | head -n 1)
-  if [ -n "$wheel" ]; then
-    export PYTHONPATH=$PYTHONPATH:$wheel  # pure Python: it can stay a wheel
-  else
-    mkdir -p /tmp/gguf-stub/gguf
-    cat > /tmp/gguf-stub/gguf/__init__.py <<'STUB'
-class _Any:
-    def __getattr__(self, name): return 0 if not name.startswith("__") else object.__getattribute__(self, name)
-    def __getitem__(self, key): return (1, 1)
-    def __call__(self, *a, **k): raise RuntimeError("gguf is not installed here")
-STUB
-    echo 'from gguf import _Any
-GGML_QUANT_SIZES, GGMLQuantizationType, TokenType = _Any(), _Any(), _Any()' > /tmp/gguf-stub/gguf/constants.py
-    echo 'from gguf import _Any
-dequantize = _Any()' > /tmp/gguf-stub/gguf/quants.py
-    export PYTHONPATH=$PYTHONPATH:/tmp/gguf-stub
-    echo "gguf: neither installed nor carried, a stub stands in"
-  fi
+  [ -n "$wheel" ] && export PYTHONPATH=$PYTHONPATH:$wheel  # pure Python: it can stay a wheel
 fi
 [ -f "$CARRY/triton-cache.tar.xz" ] && tar -C "$TRITON_CACHE_DIR" -xJf "$CARRY/triton-cache.tar.xz" && echo "Triton cache: $(ls "$TRITON_CACHE_DIR" | wc -l) entries carried"
 # bench/ and tests/ have no __init__.py: a package of that name among hundreds installed there would go before them.
