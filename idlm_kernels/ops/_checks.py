@@ -84,25 +84,44 @@ def writable(op: str, name: str, x: Tensor, *inputs: Tensor | None) -> None:
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common, as far as sizes and strides tell: True for views that are woven into
-    each other, unless they are other columns of the same rows."""
+    """Whether two tensors have a byte in common. Views that are woven into each other are told apart; where that would
+    take long, the answer is True."""
     if not (x.numel() and y.numel()):
         return False
-    (x_first, x_end), (y_first, y_end) = _bytes_of(x), _bytes_of(y)
-    if x_end <= y_first or y_end <= x_first:
+    apart = y.data_ptr() - x.data_ptr()
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return apart == 0
+    x_size, y_size = x.element_size(), y.element_size()
+    if apart >= _reach(x) * x_size or -apart >= _reach(y) * y_size:
         return False
-    row = x.stride(0) * x.element_size() if x.dim() > 1 else 0
-    if row <= 0 or y.dim() < 2 or y.stride(0) * y.element_size() != row:
-        return True
-    x_width, y_width = (last - first for first, last in (_bytes_of(x[0]), _bytes_of(y[0])))
-    between = (y_first - x_first) % row
-    return between < x_width or between + y_width > row
+    # A byte is common where -y_size < apart + sum of stride * difference < x_size, each difference within its bounds.
+    bounds: dict[int, tuple[int, int]] = {}
+    for tensor, size, sign in ((x, x_size, -1), (y, y_size, 1)):
+        for count, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            low, high = bounds.get(stride * size, (0, 0))
+            most = sign * (count - 1)
+            bounds[stride * size] = (low + min(most, 0), high + max(most, 0))
+    dims = sorted(((stride, *bound) for stride, bound in bounds.items() if stride), reverse=True)
+    tries = 256
+
+    def meet(at: int, apart: int) -> bool:
+        nonlocal tries
+        tries -= 1
+        if at == len(dims) or tries <= 0:
+            return tries <= 0 or -y_size < apart < x_size
+        stride, low, high = dims[at]
+        least = sum(s * lo for s, lo, _ in dims[at + 1 :])
+        most = sum(s * hi for s, _, hi in dims[at + 1 :])
+        first = max(low, -((apart + most + y_size - 1) // stride))
+        last = min(high, (x_size - 1 - apart - least) // stride)
+        return any(meet(at + 1, apart + stride * difference) for difference in range(first, last + 1))
+
+    return meet(0, apart)
 
 
-def _bytes_of(x: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor, and one past its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last of a tensor in memory, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def all_writable(op: str, written: Sequence[tuple[str, Tensor | None]], *inputs: Tensor | None) -> None:
