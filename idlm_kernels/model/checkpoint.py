@@ -150,9 +150,7 @@ class _FolderCheckpoint(Checkpoint):
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._files[name].tensor(name)
         head = self._files.get("lm_head.weight") if self.config.tie_word_embeddings else None
-        if name == "model.embed_tokens.weight" and head is not None and not torch.equal(
-            tensor.view(torch.uint8), head.tensor("lm_head.weight").view(torch.uint8)
-        ):
+        if name == "model.embed_tokens.weight" and head is not None and not _same(tensor, head.tensor("lm_head.weight")):
             raise CheckpointError(
                 f"{self.path / 'config.json'}: tie_word_embeddings is true, but {head.path} holds an lm_head.weight "
                 "that differs from the embedding: set it to false, or remove the tensor"
@@ -247,6 +245,11 @@ def _pickle_error(path: Path) -> CheckpointError:
         "safetensors, "
         "for example with transformers' save_pretrained"
     )
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two stored tensors are one: shape, dtype and bytes."""
+    return x.shape == y.shape and x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
