@@ -149,8 +149,9 @@ class _FolderCheckpoint(Checkpoint):
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._files[name].tensor(name)
-        head = self._files.get("lm_head.weight") if self.config.tie_word_embeddings else None
-        if name == "model.embed_tokens.weight" and head is not None and not _same(tensor, head.tensor("lm_head.weight")):
+        is_tied = self.config.tie_word_embeddings and name == "model.embed_tokens.weight"
+        head = self._files.get("lm_head.weight") if is_tied else None
+        if head is not None and not _same(tensor, head.tensor("lm_head.weight")):
             raise CheckpointError(
                 f"{self.path / 'config.json'}: tie_word_embeddings is true, but {head.path} holds an lm_head.weight "
                 "that differs from the embedding: set it to false, or remove the tensor"

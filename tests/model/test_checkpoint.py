@@ -390,7 +390,7 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(tiny_hf, write_f
     (folder / "config.json").write_text(json.dumps(tiny_hf(tie_word_embeddings=True)))
     with pytest.raises(CheckpointError, match=r"config\.json: tie_word_embeddings is true, but .* differs"):
         load_checkpoint(folder).tensor("model.embed_tokens.weight")
-    for other in (torch.tensor(1.0), tensors["model.embed_tokens.weight"].half()):  # of another shape, of another dtype
+    for other in (torch.tensor(1.0), tensors["model.embed_tokens.weight"].half()):  # another shape, another dtype
         save_file(tensors | {"lm_head.weight": other}, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match="differs"):
             load_checkpoint(folder).tensor("model.embed_tokens.weight")
