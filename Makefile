@@ -11,23 +11,24 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PINS   := pyproject.toml setup.py constraints.txt
+CPU_KERNELS := $(if $(wildcard csrc/build_cpu.py),native-cpu)
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
 # The text goes to the program through the environment, exactly as it was given: neither make nor the shell expands it.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test lint types native bench gpu-report gpu-carry gpu-day wheel clean
+.PHONY: help generate test lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-generate: $(VENV)/.installed ## decode text: make generate PROMPT="..." [ARGS="--max-tokens 64 --check"]
+generate: $(VENV)/.installed $(CPU_KERNELS) ## decode text: make generate PROMPT="..." [ARGS="--max-tokens 64 --check"]
 	@[ -n "$$PROMPT" ] || { echo 'make generate: no prompt given; write: make generate PROMPT="Why is the sky blue?"' >&2; exit 2; }
 	@$(BIN)/idlm generate --prompt="$$PROMPT" $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the tests: make test [ARGS="tests/ops -k rms_norm"]
+test: $(VENV)/.installed-dev $(CPU_KERNELS) ## run the tests: make test [ARGS="tests/ops -k rms_norm"]
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style with ruff
@@ -36,11 +37,14 @@ lint: $(VENV)/.installed-dev ## check style with ruff
 types: $(VENV)/.installed-dev ## check types with mypy
 	@$(BIN)/mypy
 
+native-cpu: $(VENV)/.torch ## build the CPU kernels in place, where that is not done; needs a C++ compiler, else says so and goes on
+	@$(BIN)/python csrc/build_cpu.py --if-needed || true
+
 native: $(VENV)/.installed-dev ## build the CUDA kernels; needs nvcc 12.4 or newer
 	@$(BIN)/python csrc/build.py $(ARGS)
 	@$(BIN)/python -c 'import idlm_kernels.native as native; print(native.status())'
 
-bench: $(VENV)/.installed-dev ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
+bench: $(VENV)/.installed-dev $(CPU_KERNELS) ## run a benchmark of bench/: make bench [BENCH=generator] [ARGS="--threads 2"]
 	@$(BIN)/python -m bench.$(BENCH) $(ARGS)
 
 gpu-report: $(VENV)/.installed-dev ## check and time the kernels on this machine's GPU, in minutes

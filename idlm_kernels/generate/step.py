@@ -23,6 +23,7 @@ from idlm_kernels.generate.drafts import (
 from idlm_kernels.generate.plan import StepPlan, plan_rows, prefill_rows
 from idlm_kernels.generate.rerank import rerank_drafts
 from idlm_kernels.generate.state import FAILED, RUNNING, DecodeState
+from idlm_kernels.model.cpu_stack import CpuCache
 from idlm_kernels.model.transformer import KVCache, Transformer
 from python_ref import STATUS_EMPTY_ROW, STATUS_NAN, QState
 from python_ref.noise import uniform
@@ -40,7 +41,7 @@ class Decoder:
     """
 
     model: Transformer
-    cache: KVCache
+    cache: KVCache | CpuCache
     plan: StepPlan
     verify: str
     q_state: QState | None = None

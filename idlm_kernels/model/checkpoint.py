@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from idlm_kernels.cpu.native import GGUF_BLOCKS, Blocks
+
 from ._files import SafetensorsFile, read_json_object, require_finite, require_float
 from .config import ModelConfig, token_ids
 from .download import default_model
@@ -88,6 +90,14 @@ class Checkpoint(ABC):
         tensor = self._read(name)
         require_finite(self.path, name, tensor)
         return tensor
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A quantised weight as it is stored, where the CPU kernels take it so; a view of the file."""
+        return None
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether `tensor` gives fp32 because the file holds less than 16 bits a number."""
+        return False
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -183,6 +193,19 @@ class _GgufCheckpoint(Checkpoint):
         if self.config.architecture == "llama" and _ROTARY_LINEAR.search(name):
             tensor = undo_rotary_permutation(tensor, self.config.head_dim)
         return tensor
+
+    def blocks(self, name: str) -> Blocks | None:
+        found = self._file.blocks(self._gguf_names[name])
+        if found is None or found[0] not in GGUF_BLOCKS:
+            return None
+        kind, data = found
+        order = None
+        if self.config.architecture == "llama" and _ROTARY_LINEAR.search(name):
+            order = undo_rotary_permutation(torch.arange(data.shape[0], dtype=torch.int32), self.config.head_dim)
+        return Blocks(kind, data, order)
+
+    def is_quantised(self, name: str) -> bool:
+        return self._file.blocks(self._gguf_names[name]) is not None
 
     def _read_tokenizer(self) -> Tokenizer:
         try:

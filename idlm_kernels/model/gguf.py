@@ -15,6 +15,7 @@ import math
 import mmap
 import re
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -115,6 +116,17 @@ class GgufFile:
             except NotImplementedError:
                 raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
         return torch.from_numpy(out)
+
+    def blocks(self, name: str) -> tuple[str, torch.Tensor] | None:
+        """The type of a quantised matrix and its rows as they are stored, uint8 [rows, bytes], read-only; None for
+        another tensor."""
+        place = self.tensors[name]
+        if place.kind.name in _FLOATS or len(place.shape) != 2:
+            return None
+        raw = np.frombuffer(self._data, dtype=np.uint8, count=place.num_bytes, offset=place.offset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no tensors that cannot be written; nobody writes this one
+            return place.kind.name, torch.from_numpy(raw).view(place.shape[0], -1)
 
 
 class _HeaderReader:

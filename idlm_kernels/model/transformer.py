@@ -6,17 +6,22 @@ It owns no arithmetic: everything is an op of `idlm_kernels.ops`, so each backen
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from idlm_kernels import ops
+from idlm_kernels.cpu import native
 from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
+from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, unsupported
 from idlm_kernels.model.errors import CheckpointError
 from python_ref import rotary_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -120,21 +125,22 @@ class Transformer:
         self.has_adapter = adapter is not None
         self.acceptance = None if adapter is None else adapter.acceptance
         self._checkpoint, self._adapter = checkpoint, adapter
+        self._inv_freq = config.inv_freq().to(self.device)
+        self.rotary = rotary_table(self._inv_freq, 1024)
 
         self.embedding = self._load("model.embed_tokens.weight").to(self.weight_dtype).to(self.device)
-        self.layers = [self._layer(i) for i in range(config.num_layers)]
-        self.norm = self._vector("model.norm.weight")
         head = self.embedding if config.tie_word_embeddings else self._load("lm_head.weight")
-        self.head = ops.prepare_weight(head.to(self.weight_dtype).to(self.device))
+        self.stack = self._cpu_stack(checkpoint, adapter, dtype)
+        if self.stack is None:
+            self.layers = [self._layer(i) for i in range(config.num_layers)]
+            self.norm = self._vector("model.norm.weight")
+            self.head = ops.prepare_weight(head.to(self.weight_dtype).to(self.device))
         self.mask_embedding = self._mask_embedding()
         self.rerank_head = None
         if adapter is not None and adapter.rerank_head is not None:
             self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
             # A CPU backend may keep the head's weight in a form of its own, whose rows cannot be picked.
             self.head_rows = head.to(self.weight_dtype).to(self.device)
-        self._inv_freq = config.inv_freq().to(self.device)
-        self.rotary = rotary_table(self._inv_freq, 0)
-        self.reserve_positions(1024)
         del self._checkpoint, self._adapter
 
     # Loading
@@ -178,6 +184,20 @@ class Transformer:
                 lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
         return Projection(weight, bias, widths, lora, scale)
 
+    def _cpu_stack(
+        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype
+    ) -> CpuStack | None:
+        """The layers in the compiled CPU kernels; None where there are none, or they do not take this model."""
+        if self.device.type != "cpu" or native.library() is None or ops.current_backend() not in ("auto", "cpu"):
+            return None
+        if why := unsupported(self.config, adapter):
+            logger.info("the native CPU kernels do not take %s: %s", checkpoint.name, why)
+            return None
+        stored = dtype == "auto"
+        return CpuStack(
+            checkpoint, adapter, None if stored else self.weight_dtype, self.rotary, torch.get_num_threads()
+        )
+
     def _mask_embedding(self) -> Tensor | None:
         """What MASK rows embed: the adapter's vector, else the model's own MASK token (None), else the mean token."""
         if self._adapter is not None and self._adapter.mask_embedding is not None:
@@ -190,17 +210,30 @@ class Transformer:
         """Let the rotary table cover positions 0 .. count - 1. Not to be called while a graph refers to it."""
         if count > self.rotary.shape[0]:
             self.rotary = rotary_table(self._inv_freq, count)
+            if self.stack is not None:
+                self.stack.set_rotary(self.rotary)
 
     # Running
 
-    def new_cache(self, num_pages: int, page_size: int) -> KVCache:
+    def new_cache(self, num_pages: int, page_size: int) -> KVCache | CpuCache:
+        if self.stack is not None:
+            return CpuCache(self.config, num_pages, page_size)
         return KVCache(self.config, num_pages, page_size, self.dtype, self.device)
 
-    def forward(self, rows: Rows, cache: KVCache, logits_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows: Rows, cache: KVCache | CpuCache, logits_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [T, V] of the rows and what the LM head made them from, [T, H].
 
         logits_rows int64 [R]: only of these rows. K and V of all rows are written.
         """
+        if self.stack is not None:
+            assert isinstance(cache, CpuCache)
+            x = self.stack.embedding.rows(rows.ids)
+            if self.mask_embedding is not None:
+                x = torch.where(rows.is_mask.unsqueeze(1), self.mask_embedding, x)
+            return self.stack.forward(x, rows, cache, logits_rows)
+        assert isinstance(cache, KVCache)
         eps, gate = self.config.rms_norm_eps, rows.is_mask
         residual = ops.embed(
             rows.ids, self.embedding, is_mask=gate, mask_embedding=self.mask_embedding, dtype=self.dtype

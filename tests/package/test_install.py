@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = (
         f"from setuptools import build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
     )
-    pure = {**os.environ, "IDLM_SKIP_CUDA_BUILD": "1"}
+    pure = {**os.environ, "IDLM_SKIP_CUDA_BUILD": "1", "IDLM_SKIP_CPU_BUILD": "1"}
     done = subprocess.run([sys.executable, "-c", build], cwd=source, env=pure, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
@@ -65,6 +65,24 @@ def test_the_wheel_carries_licence_notice_and_the_command(built: Path) -> None:
         assert {"licenses/LICENSE", "licenses/NOTICE"} <= info.keys()
         assert "idlm = idlm_kernels.cli:main" in archive.read(info["entry_points.txt"]).decode()
         assert "Requires-Python: >=3.10" in archive.read(info["METADATA"]).decode()
+
+
+def test_a_wheel_built_where_there_is_a_cpp_compiler_brings_the_cpu_kernels(tmp_path: Path) -> None:
+    """The compiler is a stand-in that writes what it is asked to; that it can also fail is seen in the log alone."""
+    source = tmp_path / "source"
+    junk = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results", "tests", "*.so")
+    shutil.copytree(ROOT, source, ignore=junk)
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done\n')
+    compiler.chmod(0o755)
+    build = f"from setuptools import build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    environ = {**os.environ, "IDLM_SKIP_CUDA_BUILD": "1", "CXX": str(compiler)}
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not wheel.name.endswith("-none-any.whl"), "a wheel with machine code is not for every machine"
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert held == ["idlm_kernels/cpu/libidlm_cpu.so"]
 
 
 def test_the_sdist_can_be_tested_and_built_again(built: Path) -> None:

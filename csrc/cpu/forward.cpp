@@ -1,0 +1,278 @@
+// A forward as a list of stages over a pool of threads: per layer nine, then the final norm and the LM head.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "job.h"
+#include "pool.h"
+
+namespace idlm_cpu {
+
+extern const Isa isa_plain;
+#if defined(__x86_64__)
+extern const Isa isa_avx2, isa_avx512;
+#endif
+
+namespace {
+
+const Isa* const kSets[] = {
+#if defined(__x86_64__)
+    &isa_avx512, &isa_avx2,
+#endif
+    &isa_plain};
+
+// Memory that grows and is never shrunk.
+template <class T>
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  T* at_least(size_t count) {
+    if (count > count_) {
+      std::free(data_);
+      count_ = 0;
+      data_ = (T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+      if (!data_) throw std::bad_alloc();
+      count_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_ = 0;
+};
+
+struct Scratch {
+  Buffer<float> x, d, sum, low, qkv, attended, activated, scores;
+  Buffer<int16_t> q;
+};
+
+// One forward at a time. A child of fork has none of the threads: it starts anew and leaves what it inherited alone.
+struct Process {
+  std::mutex busy;
+  pid_t owner = getpid();
+  Pool pool;
+  Scratch scratch;
+};
+
+Process& process() {
+  static Process* one = new Process;  // never destroyed: a thread may outlive static objects
+  if (one->owner != getpid()) one = new Process;
+  return *one;
+}
+
+const Isa* chosen_isa = nullptr;
+
+const Isa& isa() {
+  if (!chosen_isa)
+    for (const Isa* set : kSets)
+      if (set->runs_here()) {
+        chosen_isa = set;
+        break;
+      }
+  return *chosen_isa;
+}
+
+thread_local char message[200];
+
+template <class... Args>
+const char* fault(const char* format, Args... args) {
+  snprintf(message, sizeof message, format, args...);
+  return message;
+}
+
+// Whether every index of the rows lies where it may; whatever passes is computed without a further look.
+const char* fault_of(const idlm_cpu_cache& c, const idlm_cpu_rows& r) {
+  if (r.query_start_loc[0] != 0) return fault("query_start_loc begins with %d, wanted 0", r.query_start_loc[0]);
+  for (int b = 0; b < r.batch; b++) {
+    const int count = r.query_start_loc[b + 1] - r.query_start_loc[b];
+    if (count < 0) return fault("query_start_loc falls at request %d", b);
+    if (count == 0) continue;
+    const int64_t pages = ((int64_t)r.seq_lens[b] + c.page_size - 1) / c.page_size;
+    if (r.seq_lens[b] < count) return fault("request %d has %d rows, but a length of %d", b, count, r.seq_lens[b]);
+    if (pages > r.page_table_stride) return fault("request %d has %d tokens, more than its pages hold", b, r.seq_lens[b]);
+    for (int64_t p = 0; p < pages; p++) {
+      const int32_t page = r.page_table[b * r.page_table_stride + p];
+      if (page < 0 || page >= c.num_pages) return fault("page_table names page %d of %lld", page, (long long)c.num_pages);
+    }
+  }
+  const int count = r.query_start_loc[r.batch];
+  for (int i = 0; i < count; i++) {
+    if (r.positions[i] < 0 || r.positions[i] >= r.max_position)
+      return fault("row %d has position %lld, the rotary table %lld rows", i, (long long)r.positions[i], (long long)r.max_position);
+    if (r.slots[i] >= c.num_pages * c.page_size) return fault("row %d has slot %lld, beyond the cache", i, (long long)r.slots[i]);
+  }
+  for (int i = 0; i < r.num_logits; i++) {
+    const int64_t row = r.logits_rows ? r.logits_rows[i] : i;
+    if (row < 0 || row >= count) return fault("logits are wanted of row %lld, there are %d", (long long)row, count);
+  }
+  return nullptr;
+}
+
+int ceil_div(int64_t a, int64_t b) { return (int)((a + b - 1) / b); }
+
+// Groups of 16 outputs of a unit: enough units for every thread to have some work left when another is late.
+int groups_per_unit(int groups, int threads, int multiple) {
+  const int wanted = std::max(1, groups / (threads * 8));
+  return ceil_div(wanted, multiple) * multiple;
+}
+
+// The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, each in even tiles.
+RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_rows, bool apart) {
+  RowPlan plan = {count, {}, std::vector<int32_t>(count), {}};
+  for (bool masks : {false, true})
+    for (int i = 0; i < count; i++)
+      if ((apart && rows.is_mask[chosen ? chosen[i] : i]) == masks) plan.row.push_back(i);
+  int clean = 0;
+  for (int i = 0; i < count; i++) clean += !(apart && rows.is_mask[chosen ? chosen[i] : i]);
+  for (bool masks : {false, true}) {
+    int first = masks ? clean : 0;
+    const int last = masks ? count : clean;
+    while (first < last) {
+      const int tiles = ceil_div(last - first, most_rows), size = ceil_div(last - first, tiles);
+      for (int i = first; i < first + size; i++) plan.tile_of[i] = (int)plan.tiles.size();
+      plan.tiles.push_back({first, size, masks});
+      first += size;
+    }
+  }
+  return plan;
+}
+
+enum StageKind { kPrepareQkv, kQkv, kAttend, kPrepareO, kO, kPrepareUp, kGateUp, kPrepareDown, kDown, kPerLayer };
+
+void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_rows& rows, int threads, Process& p) {
+  const Isa& kernels = isa();
+  const int count = rows.query_start_loc[rows.batch];
+  const int most = std::max(count, rows.num_logits);
+  const int widest = std::max({m.hidden, m.heads * m.head_dim, m.intermediate});
+  int lowest = 0, longest = 0;
+  for (int l = 0; l < m.num_layers; l++)
+    for (const idlm_cpu_linear* w : {&m.layers[l].qkv, &m.layers[l].o, &m.layers[l].gate_up, &m.layers[l].down})
+      if (w->lora_a) lowest = std::max(lowest, w->parts * w->rank);
+  int64_t queries = 0;
+  for (int b = 0; b < rows.batch; b++) {
+    const int own = rows.query_start_loc[b + 1] - rows.query_start_loc[b];
+    if (own) longest = std::max(longest, rows.seq_lens[b]);
+    queries += own * (m.heads / m.kv_heads);
+  }
+
+  Scratch& s = p.scratch;
+  Job job = {};
+  job.model = &m;
+  job.cache = &cache;
+  job.rows = &rows;
+  job.all = plan_of(count, rows, nullptr, kernels.most_rows, true);
+  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows, m.head.kind == IDLM_CPU_Q4);
+  const size_t activations = (size_t)most * widest;
+  job.in = {s.x.at_least(activations), s.q.at_least(activations), s.d.at_least(activations / kBlock + 1),
+            s.sum.at_least(activations / kBlock + 1), s.low.at_least((size_t)most * lowest + 1)};
+  job.qkv = s.qkv.at_least((size_t)count * (m.heads + 2 * m.kv_heads) * m.head_dim + 1);
+  job.attended = s.attended.at_least((size_t)count * m.heads * m.head_dim + 1);
+  job.activated = s.activated.at_least((size_t)count * m.intermediate + 1);
+  job.score_stride = ((int64_t)longest + 2 * kTile + 15) / 16 * 16 + 16;
+  float* scores = s.scores.at_least((size_t)threads * kernels.most_queries * job.score_stride);
+  std::vector<float*> per_thread(threads);
+  for (int t = 0; t < threads; t++) per_thread[t] = scores + (size_t)t * kernels.most_queries * job.score_stride;
+  job.scores = per_thread.data();
+
+  // Attention units: (request, KV head, some of its query vectors), narrower where there would be too few of them.
+  int at_once = kernels.most_queries;
+  while (at_once > 1 && queries * m.kv_heads / at_once < 3 * threads) at_once--;
+  struct Unit {
+    int request, head, first, last;
+  };
+  std::vector<Unit> attention;
+  for (int b = 0; b < rows.batch; b++) {
+    const int own = (rows.query_start_loc[b + 1] - rows.query_start_loc[b]) * (m.heads / m.kv_heads);
+    for (int h = 0; h < m.kv_heads; h++)
+      for (int first = 0; first < own; first += at_once) attention.push_back({b, h, first, std::min(own, first + at_once)});
+  }
+
+  const int all_heads = m.heads + 2 * m.kv_heads;
+  const int per_unit = count <= 4 * threads ? 1 : count <= 16 * threads ? 4 : 8;  // rows
+  const int o = groups_per_unit(m.hidden / 16, threads, 4), up = groups_per_unit(m.intermediate / 8, threads, 4);
+  const int vocabulary_groups = ceil_div(m.head.n, 16), head = groups_per_unit(vocabulary_groups, threads, 4);
+  std::vector<int> units;
+  for (int l = 0; l < m.num_layers; l++)
+    for (int n : {ceil_div(count, per_unit), all_heads, (int)attention.size(), ceil_div(count, per_unit), ceil_div(m.hidden / 16, o),
+                  ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit), ceil_div(m.hidden / 16, o)})
+      units.push_back(n);
+  units.push_back(ceil_div(rows.num_logits, per_unit));
+  units.push_back(rows.num_logits ? ceil_div(vocabulary_groups, head) : 0);
+
+  p.pool.run(units, threads, [&](int stage, int unit, int thread) {
+    const int layer = stage / kPerLayer;
+    const int first = unit * per_unit, last = std::min(count, first + per_unit);
+    if (layer == m.num_layers) {
+      if (stage % kPerLayer == 0) return kernels.final_norm(job, first, std::min(rows.num_logits, first + per_unit));
+      return kernels.head(job, unit * head, std::min(vocabulary_groups, (unit + 1) * head));
+    }
+    const idlm_cpu_layer& l = m.layers[layer];
+    switch (stage % kPerLayer) {
+      case kPrepareQkv: return kernels.prepare(job, l.qkv, rows.x, l.attention_norm, first, last);
+      case kQkv: return kernels.qkv(job, layer, unit, unit + 1);
+      case kAttend: {
+        const Unit& a = attention[unit];
+        return kernels.attend(job, layer, thread, a.request, a.head, a.first, a.last);
+      }
+      case kPrepareO: return kernels.prepare(job, l.o, job.attended, nullptr, first, last);
+      case kO: return kernels.add_linear(job, l.o, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
+      case kPrepareUp: return kernels.prepare(job, l.gate_up, rows.x, l.mlp_norm, first, last);
+      case kGateUp: return kernels.gate_up(job, l.gate_up, unit * up, std::min(m.intermediate / 8, (unit + 1) * up));
+      case kPrepareDown: return kernels.prepare(job, l.down, job.activated, nullptr, first, last);
+      default: return kernels.add_linear(job, l.down, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace idlm_cpu
+
+using namespace idlm_cpu;
+
+extern "C" {
+
+const char* idlm_cpu_forward(const idlm_cpu_model* model, const idlm_cpu_cache* cache, const idlm_cpu_rows* rows, int32_t threads) {
+  if (threads < 1 || threads > 1024) return fault("%d threads, wanted 1 to 1024", threads);
+  if (const char* found = fault_of(*cache, *rows)) return found;
+  if (rows->query_start_loc[rows->batch] == 0) return nullptr;
+  try {
+    Process& p = process();
+    std::lock_guard<std::mutex> lock(p.busy);
+    run(*model, *cache, *rows, threads, p);
+  } catch (const std::bad_alloc&) {
+    return fault("there is no memory for a forward of %d rows", rows->query_start_loc[rows->batch]);
+  } catch (const std::exception& error) {
+    return fault("%s", error.what());
+  }
+  return nullptr;
+}
+
+const char* idlm_cpu_isa(int32_t index) {
+  for (const Isa* set : kSets)
+    if (set->runs_here() && index-- == 0) return set->name;
+  return nullptr;
+}
+
+int32_t idlm_cpu_use_isa(const char* name) {
+  for (const Isa* set : kSets)
+    if (set->runs_here() && strcmp(set->name, name) == 0) {
+      chosen_isa = set;
+      return 0;
+    }
+  return 1;
+}
+
+int32_t idlm_cpu_abi(void) {
+  return (int32_t)(sizeof(idlm_cpu_linear) + 1000 * sizeof(idlm_cpu_layer) + 7 * sizeof(idlm_cpu_model) + 11 * sizeof(idlm_cpu_cache) +
+                   13 * sizeof(idlm_cpu_rows));
+}
+
+const char* idlm_cpu_source_hash(void) { return IDLM_CPU_SOURCE_HASH; }
+
+}  // extern "C"

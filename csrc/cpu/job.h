@@ -1,0 +1,65 @@
+// What a forward hands to its kernels, and the table of kernels of one instruction set.
+#pragma once
+#include <vector>
+
+#include "idlm/cpu.h"
+
+namespace idlm_cpu {
+
+constexpr int kBlock = 32;      // k per block of quantised weights and activations
+constexpr int kTile = 16;       // slots of a tile of K
+
+// The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
+// that order. Whole blocks of 32 along k lie interleaved by the rows of a tile: place p of a tile [first, first + count) has
+// block b at (first * blocks + b * count + p - first).
+struct Tile {
+  int32_t first, count;
+  bool is_mask;
+};
+struct RowPlan {
+  int32_t count;
+  std::vector<int32_t> row;      // of a place
+  std::vector<int32_t> tile_of;  // a place
+  std::vector<Tile> tiles;
+};
+
+// The inputs of a linear layer, as fp32 and quantised in blocks of 32 along k: x = d * q. Clean rows have q in 16 bits, so
+// that they are what fp32 gives but for near-ties. MASK rows only propose: 8 bits, half the arithmetic.
+struct Activations {
+  float* x;      // [places][k]
+  int16_t* q;    // [places][k], interleaved as above; 8 bits take the first half of a block's room
+  float* d;      // [places][k / 32], interleaved
+  float* sum;    // [places][k / 32], interleaved: d * the sum of q, what the m of a Q4 block is multiplied with
+  float* low;    // [places][parts * rank] scale * x A^T, on MASK rows
+};
+
+struct Job {
+  const idlm_cpu_model* model;
+  const idlm_cpu_cache* cache;
+  const idlm_cpu_rows* rows;
+  RowPlan all, wanted;        // the rows of the layers, and of those the ones whose logits are wanted
+  Activations in;
+  float* qkv;                 // [rows][(heads + 2 kv_heads) * head_dim]
+  float* attended;            // [rows][heads * head_dim]
+  float* activated;           // [rows][intermediate]
+  float* const* scores;       // per thread [most_queries][most slots]
+  int64_t score_stride;
+};
+
+// The kernels of an instruction set. [first, last): places, heads, or groups of 16 outputs that a thread has claimed.
+struct Isa {
+  const char* name;
+  bool (*runs_here)();
+  int32_t most_rows;     // of a tile
+  int32_t most_queries;  // of one KV head that share a read of K and V
+  // The rows' input of a linear layer: normed (norm not null) or as it is, quantised, and times A on MASK rows.
+  void (*prepare)(const Job&, const idlm_cpu_linear&, const float* source, const float* norm, int first, int last);
+  void (*qkv)(const Job&, int layer, int first_head, int last_head);
+  void (*attend)(const Job&, int layer, int thread, int request, int kv_head, int first_query, int last_query);
+  void (*add_linear)(const Job&, const idlm_cpu_linear&, float* y, int first_group, int last_group);
+  void (*gate_up)(const Job&, const idlm_cpu_linear&, int first_group, int last_group);
+  void (*final_norm)(const Job&, int first, int last);
+  void (*head)(const Job&, int first_group, int last_group);
+};
+
+}  // namespace idlm_cpu

@@ -1,0 +1,152 @@
+// Weights from their stored form into groups of 16 outputs, and single rows back. No value changes.
+#include <cmath>
+#include <cstring>
+
+#include "job.h"
+
+namespace {
+
+constexpr int kLanes = 16, kBlock = 32;
+
+int64_t group_bytes(int kind, int64_t k) {
+  switch (kind) {
+    case IDLM_CPU_Q4: return k / kBlock * 320;
+    case IDLM_CPU_Q8: return k / kBlock * 544;
+    case IDLM_CPU_F32: return k * 64;
+    default: return k * 32;
+  }
+}
+
+float from_f16(uint16_t h) {
+  const uint32_t rest = h & 0x7fff;
+  uint32_t bits = rest < 0x400 ? 0 : (rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u);
+  float value;
+  memcpy(&value, &bits, 4);
+  if (rest < 0x400) value = (float)rest * 0x1p-24f;
+  return h & 0x8000 ? -value : value;
+}
+
+bool is_finite_f16(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
+
+// -8 d of Q4_0, exact but for scales of 8192 and more, which no such file holds.
+uint16_t minus_eight(uint16_t d) {
+  const int exponent = d >> 10 & 31;
+  if ((d & 0x7fff) == 0) return 0;
+  if (exponent == 0) {  // a subnormal, times eight
+    uint32_t fraction = (d & 0x3ff) << 3, e = 1;
+    if (fraction < 0x400) e = 0;
+    while (fraction >= 0x800) fraction >>= 1, e++;
+    return (uint16_t)(((d & 0x8000) ^ 0x8000) | (e << 10) | (fraction & 0x3ff));
+  }
+  return (uint16_t)((((d & 0x8000) ^ 0x8000) | ((exponent + 3) << 10)) | (d & 0x3ff));
+}
+
+// Where number j of 8 lies in a lane's 32 bits: even ones in the low half, odd ones in the high half, so that a mask gives
+// pairs of 16-bit numbers; 0, 2, 1, 3 and 4, 6, 5, 7 in the low and the high halves of the bytes, as the bytes of Q8 do.
+int q4_shift(int j) {
+  static const int within[4] = {0, 8, 4, 12};  // of the pairs (0, 1), (2, 3), (4, 5), (6, 7)
+  return j % 2 * 16 + within[j / 2];
+}
+
+// One row of Q4 or Q8 blocks into lane `lane` of its group. False where a scale is not finite.
+bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, int lane) {
+  for (int64_t b = 0; b < k / kBlock; b++) {
+    uint16_t d, m = 0;
+    memcpy(&d, row, 2);
+    row += 2;
+    if (source_kind == IDLM_CPU_GGUF_Q8_0) {
+      uint8_t* target = group + b * 512;
+      static const int order[4] = {0, 2, 1, 3};
+      for (int i = 0; i < kBlock; i++) target[i / 4 * 64 + lane * 4 + order[i % 4]] = row[i];
+      memcpy(group + k * kLanes + b * 32 + lane * 2, &d, 2);
+      row += kBlock;
+    } else {
+      if (source_kind == IDLM_CPU_GGUF_Q4_1) {
+        memcpy(&m, row, 2);
+        row += 2;
+      } else {
+        if ((d >> 10 & 31) > 27) return false;
+        m = minus_eight(d);
+      }
+      uint8_t* target = group + b * 320;
+      for (int i = 0; i < 4; i++) {
+        uint32_t word = 0;
+        for (int j = 0; j < 8; j++) {
+          const int at = 8 * i + j;
+          const uint32_t number = at < 16 ? row[at] & 15 : row[at - 16] >> 4;
+          word |= number << q4_shift(j);
+        }
+        memcpy(target + i * 64 + lane * 4, &word, 4);
+      }
+      memcpy(target + 256 + lane * 2, &d, 2);
+      memcpy(target + 288 + lane * 2, &m, 2);
+      row += 16;
+    }
+    if (!is_finite_f16(d) || !is_finite_f16(m)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t idlm_cpu_packed_bytes(int32_t kind, int64_t n, int64_t k) { return (n + kLanes - 1) / kLanes * group_bytes(kind, k); }
+
+int32_t idlm_cpu_pack(int32_t source_kind, const void* source, int64_t row_bytes, const int32_t* order, int64_t n, int64_t k,
+                      void* packed, int64_t first_group, int64_t step) {
+  const bool is_q4 = source_kind == IDLM_CPU_GGUF_Q4_0 || source_kind == IDLM_CPU_GGUF_Q4_1;
+  const int kind = is_q4 ? IDLM_CPU_Q4 : source_kind == IDLM_CPU_GGUF_Q8_0 ? IDLM_CPU_Q8 : source_kind;
+  const int64_t size = group_bytes(kind, k);
+  for (int64_t i = 0; i < n; i++) {
+    uint8_t* group = (uint8_t*)packed + (first_group + i / kLanes * step) * size;
+    const int lane = i % kLanes;
+    const uint8_t* row = (const uint8_t*)source + (order ? order[i] : i) * row_bytes;
+    if (kind == IDLM_CPU_F32) {
+      for (int64_t c = 0; c < k; c++) memcpy(group + (c * kLanes + lane) * 4, row + c * 4, 4);
+    } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
+      for (int64_t c = 0; c < k; c++) memcpy(group + (c * kLanes + lane) * 2, row + c * 2, 2);
+    } else if (!pack_row(source_kind, row, k, group, lane)) {
+      return 1;
+    }
+  }
+  return 0;
+}
+
+void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, float* out) {
+  const int64_t size = group_bytes(kind, k);
+  for (int64_t i = 0; i < count; i++, out += k) {
+    if (ids[i] < 0 || ids[i] >= n) {
+      memset(out, 0, k * sizeof(float));
+      continue;
+    }
+    const uint8_t* group = (const uint8_t*)packed + ids[i] / kLanes * size;
+    const int lane = ids[i] % kLanes;
+    for (int64_t c = 0; c < k; c++) {
+      const int64_t b = c / kBlock, at = c % kBlock;
+      uint16_t half;
+      if (kind == IDLM_CPU_F32) {
+        memcpy(out + c, group + (c * kLanes + lane) * 4, 4);
+      } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
+        memcpy(&half, group + (c * kLanes + lane) * 2, 2);
+        uint32_t bits = (uint32_t)half << 16;
+        if (kind == IDLM_CPU_BF16) memcpy(out + c, &bits, 4);
+        else out[c] = from_f16(half);
+      } else if (kind == IDLM_CPU_Q8) {
+        static const int order[4] = {0, 2, 1, 3};
+        memcpy(&half, group + k * kLanes + b * 32 + lane * 2, 2);
+        out[c] = from_f16(half) * (float)(int8_t)group[b * 512 + at / 4 * 64 + lane * 4 + order[at % 4]];
+      } else {
+        uint32_t word;
+        uint16_t m;
+        memcpy(&word, group + b * 320 + at / 8 * 64 + lane * 4, 4);
+        memcpy(&half, group + b * 320 + 256 + lane * 2, 2);
+        memcpy(&m, group + b * 320 + 288 + lane * 2, 2);
+        const uint32_t number = word >> q4_shift(at % 8) & 15;
+        out[c] = from_f16(half) * (float)number + from_f16(m);
+      }
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,125 @@
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <chrono>
+
+namespace idlm_cpu {
+namespace {
+
+constexpr uint64_t kIndexBits = 20, kIndexMask = (1u << kIndexBits) - 1, kGenerationMask = (1u << 24) - 1;
+constexpr int kSpins = 200;                                    // before a thread offers its core to others
+constexpr auto kAwake = std::chrono::microseconds(2000);       // after a run: the next step follows within that
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void relax(int& spins) {
+  if (++spins < kSpins) relax();
+  else std::this_thread::yield();
+}
+
+}  // namespace
+
+Pool::~Pool() { resize(1); }
+
+void Pool::resize(int threads) {
+  if (width_ == threads) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (auto& thread : threads_) thread.join();
+  threads_.clear();
+  stop_ = false;
+  width_ = threads;
+  const uint64_t seen = generation_.load();
+  for (int i = 1; i < threads; i++) threads_.emplace_back([this, i, seen] { work(i, seen); });
+}
+
+void Pool::run(const std::vector<int>& units, int threads, const Unit& unit) {
+  resize(threads);
+  const int count = (int)units.size();
+  if (shares_.size() < (size_t)count * threads || (int)done_.size() < count) {
+    resize(1);  // so that nobody looks at the old ones
+    shares_ = std::vector<Word>((size_t)count * threads);
+    done_ = std::vector<Word>(count);
+    resize(threads);
+  }
+  const uint64_t generation = (generation_.load() + 1) & kGenerationMask;
+  // Every word gets the new generation and no units first: a late thread of the last run can take nothing from here on.
+  for (Word& share : shares_) share.store(generation << 40);
+  for (Word& done : done_) done.store(generation << 40, std::memory_order_relaxed);
+  unit_ = &unit;
+  count_.store(count);
+  for (int s = 0; s < count; s++)
+    for (int t = 0; t < threads; t++)
+      shares_[s * threads + t].store(generation << 40 | (uint64_t)share(units[s], t + 1, threads) << kIndexBits | share(units[s], t, threads),
+                                     std::memory_order_release);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    generation_.store(generation);
+  }
+  if (asleep_.load()) wake_.notify_all();
+  stages(generation, count, 0);
+}
+
+bool Pool::claim(Word& share, uint64_t generation, int* unit) {
+  uint64_t word = share.load(std::memory_order_acquire);
+  while (word >> 40 == generation && (word & kIndexMask) < (word >> kIndexBits & kIndexMask))
+    if (share.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      *unit = (int)(word & kIndexMask);
+      return true;
+    }
+  return false;
+}
+
+// Runs what it can get of every stage and waits for the rest of it; returns early when the run is over.
+void Pool::stages(uint64_t generation, int count, int thread) {
+  const int threads = width_;
+  for (int s = 0; s < count; s++) {
+    Word& done = done_[s];
+    for (int i = 0; i < threads; i++) {
+      Word& share = shares_[s * threads + (thread + i) % threads];
+      for (int unit; claim(share, generation, &unit);) {
+        (*unit_)(s, unit, thread);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+    for (int spins = 0;; relax(spins)) {
+      const uint64_t word = done.load(std::memory_order_acquire);
+      if (word >> 40 != generation) return;
+      // The end of the last share is the number of units; the word still belongs to this run if `done` does afterwards.
+      const uint64_t last = shares_[(s + 1) * threads - 1].load(std::memory_order_acquire);
+      if (last >> 40 != generation) return;
+      if ((word & kIndexMask) == (last >> kIndexBits & kIndexMask)) break;
+    }
+  }
+}
+
+void Pool::work(int thread, uint64_t seen) {
+  for (;;) {
+    const auto start = std::chrono::steady_clock::now();
+    uint64_t generation = generation_.load(std::memory_order_acquire);
+    for (int spins = 0; generation == seen; generation = generation_.load(std::memory_order_acquire)) {
+      if (stop_) return;
+      relax(spins);
+      if (spins % kSpins || std::chrono::steady_clock::now() - start < kAwake) continue;
+      std::unique_lock<std::mutex> lock(mutex_);
+      asleep_++;
+      wake_.wait(lock, [&] { return stop_ || generation_.load() != seen; });
+      asleep_--;
+    }
+    seen = generation;
+    stages(generation, count_.load(), thread);
+  }
+}
+
+}  // namespace idlm_cpu

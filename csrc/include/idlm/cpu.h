@@ -1,0 +1,105 @@
+// The CPU side: one call computes a whole forward of a transformer, with a LoRA adapter on MASK rows. A C interface
+// without torch, CUDA or Python in it; every struct is plain memory that the caller owns.
+//
+// Exactness: the bits of a row depend on that row, on what it sees, on the model and on the instruction set in use. They
+// do not depend on other rows, on their number, on the batch, on pages, or on the number of threads.
+#ifndef IDLM_CPU_H
+#define IDLM_CPU_H
+
+#include <stdint.h>
+
+#define IDLM_CPU_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// How numbers are stored. Q4 and Q8 are GGUF's blocks of 32 along k: value = d * q + m (Q4_1; Q4_0 with m = -8 d), d * q (Q8_0).
+enum { IDLM_CPU_Q4 = 0, IDLM_CPU_Q8 = 1, IDLM_CPU_F16 = 2, IDLM_CPU_BF16 = 3, IDLM_CPU_F32 = 4 };
+// What a source of `idlm_cpu_pack` may be besides: GGUF's own block layouts.
+enum { IDLM_CPU_GGUF_Q4_0 = 10, IDLM_CPU_GGUF_Q4_1 = 11, IDLM_CPU_GGUF_Q8_0 = 12 };
+
+// y = x W^T + bias, and on MASK rows + scale * (x A_p^T) B^T, where p is the part of A that a group of 16 outputs takes.
+typedef struct {
+  const void* weight;   // [ceil(n / 16)] groups of 16 outputs, from idlm_cpu_pack
+  const float* bias;    // [n] or null
+  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter
+  const void* lora_b;   // [n / 16][rank][16]
+  const uint8_t* part;  // [n / 16]
+  int32_t kind;         // of weight
+  int32_t lora_kind;    // F16, BF16 or F32
+  int32_t n, k;
+  int32_t rank, parts;  // rank: padded to a multiple of 16
+  float scale;
+} idlm_cpu_linear;
+
+typedef struct {
+  const float* attention_norm;  // [hidden]
+  const float* mlp_norm;        // [hidden]
+  const float* q_norm;          // [head_dim] or null
+  const float* k_norm;
+  idlm_cpu_linear qkv;          // n = (heads + 2 kv_heads) * head_dim
+  idlm_cpu_linear o;
+  idlm_cpu_linear gate_up;      // groups of 16 outputs in turns: gate, up
+  idlm_cpu_linear down;
+} idlm_cpu_layer;
+
+typedef struct {
+  const idlm_cpu_layer* layers;
+  const float* norm;    // [hidden]
+  const float* rotary;  // [positions][head_dim]: the cosines of head_dim / 2 angles, then the sines
+  idlm_cpu_linear head; // n = vocabulary
+  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
+  float eps;
+  int32_t has_adapter;
+} idlm_cpu_model;
+
+// Keys lie transposed in tiles of 16 slots, so that 16 scores are 16 lanes.
+typedef struct {
+  float* k;  // [layers][pages][kv_heads][ceil(page_size / 16)][head_dim][16]
+  float* v;  // [layers][pages][kv_heads][page_size][head_dim]
+  int64_t num_pages;
+  int32_t page_size;
+} idlm_cpu_cache;
+
+// The rows of a forward, packed by request; rows past query_start_loc[batch] are not computed.
+typedef struct {
+  const int64_t* positions;        // [rows]
+  const int64_t* slots;            // [rows] page * page_size + offset, -1: K and V are not kept
+  const uint8_t* is_mask;          // [rows]
+  const int32_t* page_table;       // [batch][page_table_stride]
+  const int32_t* seq_lens;         // [batch], these rows included
+  const int32_t* query_start_loc;  // [batch + 1]
+  const int64_t* tail_mask;        // [rows] or null: plain causal rows
+  const int64_t* logits_rows;      // [num_logits] or null: all rows
+  float* x;                        // [rows][hidden] in: embeddings; overwritten
+  float* hidden;                   // [num_logits][hidden] out: what the LM head reads
+  float* logits;                   // [num_logits][vocabulary] out
+  int64_t page_table_stride;
+  int64_t max_position;            // rows of the rotary table
+  int32_t batch, num_logits;
+} idlm_cpu_rows;
+
+// Bytes of a packed weight.
+IDLM_CPU_API int64_t idlm_cpu_packed_bytes(int32_t kind, int64_t n, int64_t k);
+// Packs rows of `source` (row_bytes apart; order[i] is the source row of output i, null: i) as the groups first,
+// first + step, .. of a packed weight. Returns 0, or 1 where a block's scale is not finite.
+IDLM_CPU_API int32_t idlm_cpu_pack(int32_t source_kind, const void* source, int64_t row_bytes, const int32_t* order, int64_t n, int64_t k,
+                      void* packed, int64_t first_group, int64_t step);
+// Rows of a packed weight in fp32, out [count][k]; an id outside 0 .. n - 1 gives zeros.
+IDLM_CPU_API void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t n, int64_t k, const int64_t* ids, int64_t count, float* out);
+
+// Runs a forward on up to `threads` threads, the caller's included. Returns null, or a sentence: then nothing was computed.
+IDLM_CPU_API const char* idlm_cpu_forward(const idlm_cpu_model* model, const idlm_cpu_cache* cache, const idlm_cpu_rows* rows, int32_t threads);
+
+// The instruction sets that this build has and this CPU runs, best first, by name; null past the last one.
+IDLM_CPU_API const char* idlm_cpu_isa(int32_t index);
+// Chooses one by name for the process; returns 0, or 1 where there is none such.
+IDLM_CPU_API int32_t idlm_cpu_use_isa(const char* name);
+IDLM_CPU_API const char* idlm_cpu_source_hash(void);  // of the sources that it was built from
+IDLM_CPU_API int32_t idlm_cpu_abi(void);  // sizes of the structs above, mixed: a caller with other ones must not go on
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,232 @@
+"""The layers of a transformer on a CPU as one call of the compiled kernels, on weights as they are stored.
+
+Between embedding and logits a forward is some 300 ops on small tensors, whose calls cost more than their work. Here it
+is one (csrc/cpu/forward.cpp): row-invariant in the same sense, with bits of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.cpu import native
+from idlm_kernels.cpu.native import Blocks, PackedWeight
+from idlm_kernels.model.adapter import Adapter
+from idlm_kernels.model.checkpoint import Checkpoint
+from idlm_kernels.model.config import ModelConfig
+from idlm_kernels.model.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from idlm_kernels.model.transformer import Rows
+
+_LANES = 16
+_MAX_RANK = 512
+
+
+def unsupported(config: ModelConfig, adapter: Adapter | None) -> str | None:
+    """Why the kernels do not take a model; None if they do."""
+    if config.head_dim % 32 or config.head_dim > 256:
+        return f"its head_dim is {config.head_dim}, wanted a multiple of 32 up to 256"
+    if config.hidden_size % 16 or config.intermediate_size % 16:
+        return f"its widths {config.hidden_size} and {config.intermediate_size} are no multiples of 16"
+    if adapter is not None and adapter.rank > _MAX_RANK:
+        return f"its adapter has rank {adapter.rank}, wanted at most {_MAX_RANK}"
+    return None
+
+
+class CpuCache:
+    """Paged keys and values of every layer, in the layout of the kernels: keys lie transposed in tiles of 16 slots."""
+
+    def __init__(self, config: ModelConfig, num_pages: int, page_size: int):
+        layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
+        self.page_size, self.num_pages = page_size, num_pages
+        self.k = torch.zeros(layers, num_pages, heads, -(-page_size // _LANES), dim, _LANES)
+        self.v = torch.zeros(layers, num_pages, heads, page_size, dim)
+        self.struct = native.Cache(self.k.data_ptr(), self.v.data_ptr(), num_pages, page_size)
+
+
+class CpuStack:
+    """The packed weights of a model and the call that runs them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype | None, rotary: Tensor, threads: int
+    ):
+        """dtype: of the weights; as they are stored when None."""
+        library = native.library()
+        assert library is not None
+        self._library, self._config = library, checkpoint.config
+        self._checkpoint, self._adapter, self._dtype = checkpoint, adapter, dtype
+        self._kept: list[Any] = []  # what the structs point to
+        config = self._config
+        self._layers = (native.Layer * config.num_layers)()
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            for i, layer in enumerate(pool.map(self._layer, range(config.num_layers))):
+                self._layers[i] = layer
+        self.embedding = self._packed([("model.embed_tokens.weight", 0, 1)])
+        head = self.embedding if config.tie_word_embeddings else self._packed([("lm_head.weight", 0, 1)])
+        self._model = native.Model(
+            layers=self._layers,
+            norm=self._vector("model.norm.weight"),
+            head=native.Linear(weight=head.address, kind=head.kind, n=head.n, k=head.k),
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            has_adapter=adapter is not None,
+        )
+        self._kept += [self.embedding, head]
+        self.set_rotary(rotary)
+        del self._checkpoint, self._adapter
+
+    def set_rotary(self, rotary: Tensor) -> None:
+        self._rotary = rotary.contiguous()
+        self._model.rotary = self._rotary.data_ptr()
+
+    # Loading
+
+    def _keep(self, x: Tensor) -> int:
+        self._kept.append(x)
+        return x.data_ptr()
+
+    def _vector(self, name: str) -> int:
+        return self._keep(self._checkpoint.tensor(name).float().contiguous())
+
+    def _stored(self, name: str) -> Tensor | Blocks:
+        """A weight in the form that is packed: GGUF blocks, or a tensor of the dtype that was asked for."""
+        if self._dtype is None:
+            blocks = self._checkpoint.blocks(name)
+            if blocks is not None:
+                return blocks
+        tensor = self._checkpoint.tensor(name)
+        if self._dtype is not None:
+            return tensor.to(self._dtype)
+        if self._checkpoint.is_quantised(name):  # in blocks that the kernels do not take: any 16 bits hold what is left
+            return tensor.half()
+        return tensor
+
+    def _packed(self, parts: Sequence[tuple[str, int, int]]) -> PackedWeight:
+        """Weights packed side by side: (name, first group, step of the groups)."""
+        stored = [self._stored(name) for name, _, _ in parts]
+        kinds = {native.GGUF_BLOCKS[w.kind][1] if isinstance(w, Blocks) else native.DTYPES[w.dtype] for w in stored}
+        if len(kinds) > 1:  # stored in different ways: all in fp32
+            stored = [self._checkpoint.tensor(name).float() for name, _, _ in parts]
+            kinds = {native.F32}
+        packed = PackedWeight(kinds.pop(), sum(w.shape[0] for w in stored), stored[0].shape[1])
+        for weight, (name, first, step) in zip(stored, parts, strict=True):
+            try:
+                packed.put(weight, first, step)
+            except ValueError as error:
+                raise CheckpointError(f"{self._checkpoint.path}: {name}: {error}") from None
+        return packed
+
+    def _layer(self, index: int) -> native.Layer:
+        config, prefix = self._config, f"model.layers.{index}"
+        q, kv = (heads * config.head_dim // _LANES for heads in (config.num_heads, config.num_kv_heads))
+        norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+        if config.qk_norm:
+            norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        return native.Layer(
+            qkv=self._linear(index, "self_attn", [("q_proj", 0, 1), ("k_proj", q, 1), ("v_proj", q + kv, 1)]),
+            o=self._linear(index, "self_attn", [("o_proj", 0, 1)]),
+            gate_up=self._linear(index, "mlp", [("gate_proj", 0, 2), ("up_proj", 1, 2)]),
+            down=self._linear(index, "mlp", [("down_proj", 0, 1)]),
+            **{field: self._vector(f"{prefix}.{name}.weight") for field, name in norms.items()},
+        )
+
+    def _linear(self, index: int, block: str, modules: Sequence[tuple[str, int, int]]) -> native.Linear:
+        names = [f"model.layers.{index}.{block}.{module}" for module, _, _ in modules]
+        packed = self._packed(
+            [(f"{name}.weight", first, step) for name, (_, first, step) in zip(names, modules, strict=True)]
+        )
+        self._kept.append(packed)
+        linear = native.Linear(weight=packed.address, kind=packed.kind, n=packed.n, k=packed.k)
+        # Which module each group of 16 outputs belongs to, and which 16 of its outputs they are.
+        shapes = self._config.tensor_shapes()
+        part = torch.empty(packed.n // _LANES, dtype=torch.uint8)
+        for i, (name, (_, first, step)) in enumerate(zip(names, modules, strict=True)):
+            part[first : first + shapes[f"{name}.weight"][0] // _LANES * step : step] = i
+        if self._config.mlp_bias if block == "mlp" else self._config.attention_bias:
+            biases = [self._checkpoint.tensor(f"{name}.bias").float().view(-1, _LANES) for name in names]
+            linear.bias = self._keep(_in_groups(biases, part))
+        if self._adapter is not None:
+            self._add_lora(linear, self._adapter, index, [module for module, _, _ in modules], part)
+        return linear
+
+    def _add_lora(
+        self, linear: native.Linear, adapter: Adapter, index: int, modules: Sequence[str], part: Tensor
+    ) -> None:
+        pairs = [adapter.pair(index, module) for module in modules]
+        dtypes = {x.dtype for pair in pairs if pair is not None for x in pair}
+        if not dtypes:
+            return
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = dtype if dtype in native.DTYPES else torch.float32
+        rank = -(-adapter.rank // _LANES) * _LANES
+        a = torch.zeros(len(modules), rank, linear.k, dtype=dtype)
+        b = []
+        for i, pair in enumerate(pairs):
+            width = int((part == i).sum()) * _LANES
+            padded = torch.zeros(width, rank, dtype=dtype)
+            if pair is not None:
+                a[i, : pair[0].shape[0]] = pair[0]
+                padded[:, : pair[1].shape[1]] = pair[1]
+            b.append(padded.view(-1, _LANES, rank))
+        linear.lora_a = self._keep(a.view(len(modules), -1, _LANES, linear.k).transpose(2, 3).contiguous())
+        linear.lora_b = self._keep(_in_groups(b, part).transpose(1, 2).contiguous())
+        linear.part = self._keep(part)
+        linear.lora_kind, linear.rank, linear.parts = native.DTYPES[dtype], rank, len(modules)
+        linear.scale = adapter.scale
+
+    # Running
+
+    def forward(self, x: Tensor, rows: Rows, cache: CpuCache, logits_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] and what the LM head made them from [R, H], of the rows of x fp32 [T, H], which is overwritten.
+
+        R: the wanted rows, or all up to query_start_loc[B]. Raises ValueError for rows that lie outside of the cache.
+        """
+        config, (positions, slots, is_mask) = self._config, (rows.positions, rows.slot_mapping, rows.is_mask)
+        query_start_loc = rows.query_start_loc.contiguous()
+        wanted = int(query_start_loc[-1]) if logits_rows is None else len(logits_rows)
+        hidden = torch.empty(wanted, config.hidden_size)
+        logits = torch.empty(wanted, config.vocab_size)
+        seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
+        assert page_table.stride(1) == 1 or page_table.shape[1] <= 1
+        struct = native.Rows(
+            positions.data_ptr(),
+            slots.data_ptr(),
+            is_mask.data_ptr(),
+            page_table.data_ptr(),
+            seq_lens.data_ptr(),
+            query_start_loc.data_ptr(),
+            None if tail_mask is None else tail_mask.data_ptr(),
+            None if logits_rows is None else logits_rows.data_ptr(),
+            x.data_ptr(),
+            hidden.data_ptr(),
+            logits.data_ptr(),
+            page_table.stride(0),
+            self._rotary.shape[0],
+            len(seq_lens),
+            wanted,
+        )
+        fault = self._library.idlm_cpu_forward(
+            ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(struct), torch.get_num_threads()
+        )
+        if fault is not None:
+            raise ValueError(f"forward: {fault.decode()}")
+        return logits, hidden
+
+
+def _in_groups(parts: Sequence[Tensor], part: Tensor) -> Tensor:
+    """Groups of several modules [groups, 16, ...] in the order in which they are packed."""
+    out = parts[0].new_empty(len(part), *parts[0].shape[1:])
+    for i, x in enumerate(parts):
+        out[part == i] = x
+    return out
