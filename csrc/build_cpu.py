@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "libidlm_cpu.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
-QUIET = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+QUIET = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 SETS = {"plain": [], "avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni"))]}
 

@@ -4,6 +4,7 @@
 // head_dim; the maximum; exponentials; their sum, slot s in lane s % 16; and one chain of fused multiply-adds over the
 // slots that the row sees, in their order. None of it depends on pages, on other queries, or on how units are cut.
 // A slot that a row does not see is left out by selection: whatever it holds never reaches the row.
+#pragma once
 #include "stages.h"
 
 namespace idlm_cpu {

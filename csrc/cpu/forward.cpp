@@ -68,16 +68,6 @@ Process& process() {
 
 const Isa* chosen_isa = nullptr;
 
-const Isa& isa() {
-  if (!chosen_isa)
-    for (const Isa* set : kSets)
-      if (set->runs_here()) {
-        chosen_isa = set;
-        break;
-      }
-  return *chosen_isa;
-}
-
 thread_local char message[200];
 
 template <class... Args>
@@ -231,6 +221,23 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
 }
 
 }  // namespace
+
+const Isa& isa() {
+  if (!chosen_isa)
+    for (const Isa* set : kSets)
+      if (set->runs_here()) {
+        chosen_isa = set;
+        break;
+      }
+  return *chosen_isa;
+}
+
+void with_pool(const std::function<void(Pool&)>& function) {
+  Process& p = process();
+  std::lock_guard<std::mutex> lock(p.busy);
+  function(p.pool);
+}
+
 }  // namespace idlm_cpu
 
 using namespace idlm_cpu;
@@ -270,7 +277,8 @@ int32_t idlm_cpu_use_isa(const char* name) {
 
 int32_t idlm_cpu_abi(void) {
   return (int32_t)(sizeof(idlm_cpu_linear) + 1000 * sizeof(idlm_cpu_layer) + 7 * sizeof(idlm_cpu_model) + 11 * sizeof(idlm_cpu_cache) +
-                   13 * sizeof(idlm_cpu_rows));
+                   13 * sizeof(idlm_cpu_rows) + 17 * sizeof(idlm_cpu_plan) + 19 * sizeof(idlm_cpu_decision) +
+                   23 * sizeof(idlm_cpu_reranking));
 }
 
 const char* idlm_cpu_source_hash(void) { return IDLM_CPU_SOURCE_HASH; }

@@ -1,5 +1,6 @@
 // What a forward hands to its kernels, and the table of kernels of one instruction set.
 #pragma once
+#include <functional>
 #include <vector>
 
 #include "idlm/cpu.h"
@@ -60,6 +61,19 @@ struct Isa {
   void (*gate_up)(const Job&, const idlm_cpu_linear&, int first_group, int last_group);
   void (*final_norm)(const Job&, int first, int last);
   void (*head)(const Job&, int first_group, int last_group);
+  // The first of the largest of n numbers but for one (-1: none); -1 where that is not finite, or any of them is NaN.
+  int64_t (*best)(const float* x, int64_t n, int64_t but);
+  // The `most` best of n numbers, of ties the first ones, in order; NaN counts as -inf, which is never taken. How many.
+  int (*best_few)(const float* x, int64_t n, int64_t but, int most, int64_t* ids, float* values);
+  // y_i = a_i . x for the rows first .. last - 1 of a matrix [..][n] of a dense kind.
+  void (*times)(const void* a, int kind, const float* x, int64_t n, int64_t first, int64_t last, float* y);
+  // y = x / rms(x), of a row of a dense kind.
+  void (*unit)(const void* x, int kind, int64_t n, float* y);
 };
+
+const Isa& isa();
+class Pool;
+// Runs a function with the pool of this process, no other at the same time.
+void with_pool(const std::function<void(Pool&)>& function);
 
 }  // namespace idlm_cpu

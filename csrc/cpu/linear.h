@@ -5,6 +5,7 @@
 // how many rows and groups are computed together changes no bit. A Q4 block of 16 outputs is 320 bytes; per row it takes 16
 // dot products of 512 bits, 8 on a MASK row. At two of those a cycle and 10 bytes a cycle from memory, about four clean
 // rows cost what the bytes cost.
+#pragma once
 #include <cmath>
 
 #include "job.h"

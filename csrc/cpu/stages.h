@@ -1,4 +1,5 @@
 // The stages of a layer around the linear ones: norms, rotary embedding with the K and V write, gated SiLU.
+#pragma once
 #include "linear.h"
 
 namespace idlm_cpu {

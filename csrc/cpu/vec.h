@@ -1,5 +1,6 @@
 // Sixteen lanes, whatever the instruction set: GCC's and Clang's vector extensions, and the few instructions they lack.
 // Included once per instruction set, inside a namespace of that name (see isa_*.cpp).
+#pragma once
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)

@@ -7,6 +7,7 @@ So does it for fp64, which serves to judge the other dtypes. No function support
 from idlm_kernels.cpu.attention import strided_attention
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight, strategy_of
 from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.cpu.rerank import rerank_drafts
 from idlm_kernels.cpu.sampling import sample_rows, verify_accept
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "linear_silu_and_mul",
     "prepare_weight",
     "qk_norm_rope_append",
+    "rerank_drafts",
     "rms_norm",
     "sample_rows",
     "silu_and_mul",

@@ -98,8 +98,39 @@ class Rows(Structure):
     )
 
 
+class Plan(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "page_table")),
+        *((name, c_int64) for name in ("text_stride", "drafts_stride", "page_table_stride", "mask_id")),
+        *((name, c_int32) for name in ("batch", "num_k", "branched", "page_size")),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "tail_mask", "is_mask", "seq_lens")),
+        ("query_start_loc", c_void_p),
+    )
+
+
+class Decision(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts")),
+        *((name, c_int64) for name in ("logits_stride", "drafts_stride", "vocabulary", "id_limit", "mask_id")),
+        *((name, c_int32) for name in ("batch", "num_k", "branched")),
+        *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
+    )
+
+
+class Reranking(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "hidden", "first_mask", "previous", "drafts", "num_drafts")),
+        *((name, c_void_p) for name in ("embedding", "head", "from_hidden", "from_previous", "from_state", "to_query")),
+        *((name, c_int64) for name in ("logits_stride", "vocabulary", "id_limit", "mask_id")),
+        *((name, c_int32) for name in ("batch", "num_k", "rows", "width", "state", "embedding_kind")),
+        ("out", c_void_p),
+    )
+
+
 def _abi() -> int:
-    sizes = zip((Linear, Layer, Model, Cache, Rows), (1, 1000, 7, 11, 13), strict=True)
+    sizes = zip(
+        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking), (1, 1000, 7, 11, 13, 17, 19, 23), strict=True
+    )
     return sum(factor * ctypes.sizeof(struct) for struct, factor in sizes)
 
 
@@ -141,6 +172,11 @@ def _load() -> ctypes.CDLL | str:
     library.idlm_cpu_unpack_rows.restype = None
     library.idlm_cpu_forward.argtypes = (c_void_p, c_void_p, c_void_p, c_int32)
     library.idlm_cpu_forward.restype = c_char_p
+    library.idlm_cpu_plan_rows.argtypes = (c_void_p, c_int32)
+    library.idlm_cpu_plan_rows.restype = None
+    library.idlm_cpu_verify_greedy.argtypes = (c_void_p,)
+    library.idlm_cpu_rerank_greedy.argtypes = (c_void_p, c_int32)
+    library.idlm_cpu_rerank_greedy.restype = c_char_p
     library.idlm_cpu_isa.restype = c_char_p
     library.idlm_cpu_use_isa.argtypes = (c_char_p,)
     if (isa := os.environ.get("IDLM_CPU_ISA")) and library.idlm_cpu_use_isa(isa.encode()):
@@ -226,3 +262,4 @@ class PackedWeight:
             self.kind, self.address, self.n, self.k, ids.data_ptr(), len(ids), out.data_ptr()
         )
         return out
+

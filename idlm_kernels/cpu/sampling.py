@@ -22,6 +22,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.cpu.noise import gumbel_at, gumbel_row
+from idlm_kernels.cpu.step import verify_greedy
 from python_ref.noise import STREAM_DRAFT, STREAM_TARGET, uniform
 from python_ref.sampling import (
     GREEDY_BELOW,
@@ -238,6 +239,16 @@ def verify_accept(
             status=status,
             out=out,
         )
+    if mode == "match" and logit_bias is None:
+        decided = verify_greedy(
+            logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, branched
+        )
+        if decided is not None:
+            if out is None:
+                return decided
+            for target, value in zip(out, decided, strict=True):
+                target.copy_(value)
+            return out
     batch, num_k = drafts.shape
     rows = _Rows(logits, logit_bias, id_limit, mask_id)
     starts, counts, all_drafts = query_start_loc.tolist(), num_drafts.tolist(), drafts.tolist()

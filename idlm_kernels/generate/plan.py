@@ -6,6 +6,7 @@ rows for each branch. `plan_rows` is a pure function of device tensors with shap
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from idlm_kernels.cpu import native
 from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.model.transformer import Rows
 
@@ -103,6 +105,8 @@ def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) 
 
 def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
+    if state.lengths.device.type == "cpu" and (library := native.library()) is not None:
+        return _plan_rows_natively(library, plan, state, page_size)
     batch, num_k, device = state.batch, plan.num_drafts, state.lengths.device
     running = state.finish == RUNNING
     length, n = state.lengths.long(), state.num_drafts.long()
@@ -146,6 +150,26 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         tail_mask=tail_mask,
         max_query_len=plan.max_rows,
     )
+
+
+def _plan_rows_natively(library: ctypes.CDLL, plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
+    """`plan_rows` in one call."""
+    batch, most = state.batch, plan.max_rows
+    ids, positions, slots = torch.empty(3, batch * most, dtype=torch.int64).unbind()
+    is_mask = torch.empty(batch * most, dtype=torch.bool)
+    tail_mask = torch.empty(batch * most, dtype=torch.int64) if plan.branched else None
+    seq_lens, query_start_loc = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
+    table = state.page_table
+    struct = native.Plan(
+        *(x.data_ptr() for x in (state.text, state.drafts, state.lengths, state.num_drafts, state.finish, table)),
+        *(state.text.stride(0), state.drafts.stride(0), table.stride(0), state.mask_id),
+        *(batch, plan.num_drafts, plan.branched, page_size),
+        *(ids.data_ptr(), positions.data_ptr(), slots.data_ptr()),
+        None if tail_mask is None else tail_mask.data_ptr(),
+        *(is_mask.data_ptr(), seq_lens.data_ptr(), query_start_loc.data_ptr()),
+    )
+    library.idlm_cpu_plan_rows(ctypes.byref(struct), most)
+    return Rows(ids, is_mask, positions, slots, table, seq_lens, query_start_loc, tail_mask, most)
 
 
 def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_masks: int, page_size: int) -> Rows:

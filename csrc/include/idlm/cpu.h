@@ -92,6 +92,55 @@ IDLM_CPU_API void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t
 // Runs a forward on up to `threads` threads, the caller's included. Returns null, or a sentence: then nothing was computed.
 IDLM_CPU_API const char* idlm_cpu_forward(const idlm_cpu_model* model, const idlm_cpu_cache* cache, const idlm_cpu_rows* rows, int32_t threads);
 
+// What a step does besides the forward; contracts in docs, references in python_ref and idlm_kernels/generate/plan.py.
+
+typedef struct {
+  const int64_t* text;        // [batch][text_stride]
+  const int64_t* drafts;      // [batch][drafts_stride]
+  const int32_t* lengths;     // [batch]
+  const int32_t* num_drafts;
+  const int32_t* finish;      // 0: running
+  const int32_t* page_table;  // [batch][page_table_stride]
+  int64_t text_stride, drafts_stride, page_table_stride;
+  int64_t mask_id;            // the id that MASK rows are given
+  int32_t batch, num_k, branched, page_size;
+  int64_t *ids, *positions, *slots, *tail_mask;  // out [batch * most rows]; tail_mask is null for a chain
+  uint8_t* is_mask;
+  int32_t *seq_lens, *query_start_loc;           // out [batch], [batch + 1]
+} idlm_cpu_plan;
+IDLM_CPU_API void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows);
+
+typedef struct {
+  const float* logits;             // [rows][logits_stride]
+  const int32_t* query_start_loc;  // [batch + 1]
+  const int32_t* num_drafts;
+  const int64_t* drafts;           // [batch][drafts_stride]
+  int64_t logits_stride, drafts_stride, vocabulary, id_limit, mask_id;
+  int32_t batch, num_k, branched;
+  int32_t* num_accepted;           // out [batch]
+  int64_t* tokens;                 // out [batch][num_k + 1]
+  int64_t* next_drafts;            // out [batch][num_k]
+  int32_t* next_num_drafts;        // out [batch]
+} idlm_cpu_decision;
+// `match` where every request is greedy. Returns 1, with nothing decided, where a row or a draft is out of the ordinary (NaN,
+// infinity, an id beyond the vocabulary): the general way then finds the right result and the status bits.
+IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
+
+typedef struct {
+  const float *logits, *hidden;     // [rows][logits_stride], [rows][width]
+  const int32_t* first_mask;        // [batch]
+  const int64_t* previous;          // [batch]
+  const int64_t* drafts;            // [batch][num_k]
+  const int32_t* num_drafts;        // [batch]
+  const void *embedding, *head;     // [vocabulary][width], of `embedding_kind`: F16, BF16 or F32
+  const float *from_hidden, *from_previous, *from_state, *to_query;  // [state][width] twice, [state][state], [width][state]
+  int64_t logits_stride, vocabulary, id_limit, mask_id;
+  int32_t batch, num_k, rows, width, state, embedding_kind;
+  int64_t* out;                     // [batch][num_k]
+} idlm_cpu_reranking;
+// rerank_drafts where every request is greedy. Returns null or a sentence.
+IDLM_CPU_API const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads);
+
 // The instruction sets that this build has and this CPU runs, best first, by name; null past the last one.
 IDLM_CPU_API const char* idlm_cpu_isa(int32_t index);
 // Chooses one by name for the process; returns 0, or 1 where there is none such.

@@ -1,0 +1,159 @@
+// What a decode step does before and after its forward, for requests that all decode greedily.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "job.h"
+#include "pool.h"
+
+using namespace idlm_cpu;
+
+extern "C" {
+
+void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
+  const idlm_cpu_plan& p = *plan;
+  int32_t t = 0;
+  p.query_start_loc[0] = 0;
+  for (int b = 0; b < p.batch; b++) {
+    const int64_t length = p.lengths[b];
+    const bool running = p.finish[b] == 0;
+    const int n = p.num_drafts[b], branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * p.num_k : 0;
+    for (int r = 0; r < m; r++, t++) {
+      const bool is_clean = r <= n;
+      const int index = r - 1 - n, branch = p.branched && p.num_k ? index / p.num_k : n;
+      const int j = p.branched && p.num_k ? index % p.num_k : index;
+      const int64_t at = length - 1 + r;
+      p.ids[t] = !is_clean ? p.mask_id : r == 0 ? p.text[b * p.text_stride + length - 1] : p.drafts[b * p.drafts_stride + r - 1];
+      p.is_mask[t] = !is_clean;
+      p.positions[t] = length - 1 + (is_clean ? r : 1 + branch + j);
+      p.slots[t] = (int64_t)p.page_table[b * p.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size;
+      if (p.tail_mask) {
+        const uint64_t own = (((uint64_t)2 << (is_clean ? 0 : j)) - 1) << std::min(63, 1 + n + (is_clean ? 0 : branch) * p.num_k);
+        p.tail_mask[t] = (int64_t)(is_clean ? ((uint64_t)2 << r) - 1 : (((uint64_t)2 << branch) - 1) | own);
+      }
+    }
+    p.seq_lens[b] = running ? (int32_t)(length - 1 + m) : 0;
+    p.query_start_loc[b + 1] = t;
+  }
+  for (; t < p.batch * most_rows; t++) {  // padding
+    p.ids[t] = 0, p.is_mask[t] = 0, p.positions[t] = 0, p.slots[t] = -1;
+    if (p.tail_mask) p.tail_mask[t] = 0;
+  }
+}
+
+int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
+  const idlm_cpu_decision& p = *decision;
+  const Isa& kernels = isa();
+  auto best = [&](int64_t row) { return kernels.best(p.logits + row * p.logits_stride, std::min(p.id_limit, p.vocabulary), p.mask_id); };
+  for (int b = 0; b < p.batch; b++) {
+    const int start = p.query_start_loc[b], m = p.query_start_loc[b + 1] - start, n = p.num_drafts[b];
+    int64_t *tokens = p.tokens + b * (int64_t)(p.num_k + 1), *next = p.next_drafts + b * (int64_t)p.num_k;
+    const int64_t* drafts = p.drafts + b * p.drafts_stride;
+    std::fill(tokens, tokens + p.num_k + 1, -1);
+    std::fill(next, next + p.num_k, -1);
+    p.num_accepted[b] = 0, p.next_num_drafts[b] = 0;
+    if (m <= 0) continue;
+    if (n < 0 || n > std::min(m - 1, p.num_k)) return 1;
+    int a = 0;
+    for (int i = 0; i <= n; i++) {  // every clean row, as its faults count even where its token does not
+      const int64_t y = best(start + i);
+      if (y < 0 || (i < n && (drafts[i] < 0 || drafts[i] >= p.vocabulary))) return 1;
+      if (a == i) {
+        tokens[i] = y;
+        if (i < n && drafts[i] == y) a++;
+      }
+    }
+    p.num_accepted[b] = a;
+    const int first = 1 + n + (p.branched ? a * p.num_k : 0);
+    if (p.num_k == 0 || first + p.num_k > m || (!p.branched && a != n)) continue;
+    for (int j = 0; j < p.num_k; j++)
+      if ((next[j] = best(start + first + j)) < 0) return 1;
+    p.next_num_drafts[b] = p.num_k;
+  }
+  return 0;
+}
+
+const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads) {
+  constexpr int kCandidates = 32, kUnit = 64;
+  const idlm_cpu_reranking& p = *reranking;
+  const Isa& kernels = isa();
+  const int bytes = p.embedding_kind == IDLM_CPU_F32 ? 4 : 2, units = (p.state + kUnit - 1) / kUnit, up = (p.width + kUnit - 1) / kUnit;
+  std::vector<int> chosen;
+  for (int b = 0; b < p.batch; b++) {
+    for (int j = 0; j < p.num_k; j++) p.out[b * p.num_k + j] = p.drafts[b * p.num_k + j];
+    if (p.num_drafts[b] > 0) chosen.push_back(b);
+  }
+  const int count = (int)chosen.size(), rows = count * p.num_k;
+  if (rows == 0) return nullptr;
+  struct Candidates {
+    int count;
+    int64_t ids[kCandidates];
+    float values[kCandidates];
+  };
+  std::vector<Candidates> found(rows);
+  std::vector<float> hidden((size_t)rows * p.width), part((size_t)rows * p.state), before((size_t)count * p.width),
+      state((size_t)count * p.state), next((size_t)count * p.state), query((size_t)count * p.width);
+  auto row_of = [&](int r) {
+    return std::clamp<int64_t>(p.first_mask[chosen[r / p.num_k]] + (int64_t)(r % p.num_k), 0, p.rows - 1);
+  };
+  auto embedded = [&](const void* table, int64_t id) {
+    return (const uint8_t*)table + std::clamp<int64_t>(id, 0, p.vocabulary - 1) * p.width * bytes;
+  };
+  auto choose = [&](int c, int j) {
+    const Candidates& of = found[c * p.num_k + j];
+    int64_t best = p.mask_id == 0 ? 1 : 0;
+    float most = -INFINITY;
+    for (int i = 0; i < of.count; i++) {
+      float score;
+      kernels.times(embedded(p.head, of.ids[i]), p.embedding_kind, &query[(size_t)c * p.width], p.width, 0, 1, &score);
+      score += of.values[i];
+      if (score > most) most = score, best = of.ids[i];
+    }
+    p.out[chosen[c] * p.num_k + j] = best;
+  };
+  // First every row's candidates and its part of the state; then draft after draft: previous embedding, state, query, choice.
+  std::vector<int> stages = {rows, rows * units};
+  for (int j = 0; j < p.num_k; j++) stages.insert(stages.end(), {count, count * units, count * up, count});
+  const Pool::Unit run = [&](int stage, int unit, int) {
+    if (stage == 0) {
+      const int64_t row = row_of(unit);
+      found[unit].count = kernels.best_few(p.logits + row * p.logits_stride, std::min(p.id_limit, p.vocabulary), p.mask_id, kCandidates,
+                                           found[unit].ids, found[unit].values);
+      return kernels.unit(p.hidden + row * p.width, IDLM_CPU_F32, p.width, &hidden[(size_t)unit * p.width]);
+    }
+    if (stage == 1) {
+      const int r = unit / units, first = unit % units * kUnit;
+      return kernels.times(p.from_hidden, IDLM_CPU_F32, &hidden[(size_t)r * p.width], p.width, first, std::min(p.state, first + kUnit),
+                           &part[(size_t)r * p.state]);
+    }
+    const int j = (stage - 2) / 4;
+    switch ((stage - 2) % 4) {
+      case 0: {
+        const int64_t previous = j == 0 ? p.previous[chosen[unit]] : p.out[chosen[unit] * p.num_k + j - 1];
+        if (j) std::copy_n(&next[(size_t)unit * p.state], p.state, &state[(size_t)unit * p.state]);
+        return kernels.unit(embedded(p.embedding, previous), p.embedding_kind, p.width, &before[(size_t)unit * p.width]);
+      }
+      case 1: {
+        const int c = unit / units, first = unit % units * kUnit, last = std::min(p.state, first + kUnit);
+        float *y = &next[(size_t)c * p.state], add[kUnit];
+        kernels.times(p.from_previous, IDLM_CPU_F32, &before[(size_t)c * p.width], p.width, first, last, y);
+        if (j) kernels.times(p.from_state + (int64_t)first * p.state, IDLM_CPU_F32, &state[(size_t)c * p.state], p.state, 0, last - first, add);
+        for (int i = first; i < last; i++) {
+          const float x = part[(size_t)(c * p.num_k + j) * p.state + i] + y[i] + (j ? add[i - first] : 0.f);
+          y[i] = x / (1.f + std::exp(-x));
+        }
+        return;
+      }
+      case 2: {
+        const int c = unit / up, first = unit % up * kUnit;
+        return kernels.times(p.to_query, IDLM_CPU_F32, &next[(size_t)c * p.state], p.state, first, std::min(p.width, first + kUnit),
+                             &query[(size_t)c * p.width]);
+      }
+      default: return choose(unit, j);
+    }
+  };
+  with_pool([&](Pool& pool) { pool.run(stages, threads, run); });
+  return nullptr;
+}
+
+}  // extern "C"

@@ -1,0 +1,126 @@
+"""What a decode step does around its forward, by the compiled kernels, where every request decodes greedily.
+
+Each function returns None where the kernels are absent or do not take the call; the general way then computes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.cpu import native
+from python_ref.sampling import GREEDY_BELOW
+
+Decided = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def all_greedy(temperature: Tensor) -> bool:
+    return bool((temperature < GREEDY_BELOW).all())
+
+
+def _rows_are_dense(*tensors: Tensor) -> bool:
+    return all(x.stride(-1) == 1 or x.shape[-1] <= 1 for x in tensors)
+
+
+def verify_greedy(
+    logits: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    drafts: Tensor,
+    temperature: Tensor,
+    id_limit: int,
+    mask_id: int,
+    branched: bool,
+) -> Decided | None:
+    """`verify_accept` with mode="match"; None too where NaN, infinity or a draft beyond the vocabulary is met."""
+    library = native.library()
+    if library is None or logits.dtype != torch.float32 or logits.shape[0] == 0 or not _rows_are_dense(logits, drafts):
+        return None
+    if query_start_loc.dtype != torch.int32 or num_drafts.dtype != torch.int32 or drafts.dtype != torch.int64:
+        return None
+    if not all_greedy(temperature):
+        return None
+    batch, num_k = drafts.shape
+    query_start_loc, num_drafts = query_start_loc.contiguous(), num_drafts.contiguous()
+    counts = torch.empty(2, batch, dtype=torch.int32)
+    tokens = torch.empty(batch, num_k + 1, dtype=torch.int64)
+    next_drafts = torch.empty(batch, num_k, dtype=torch.int64)
+    decision = native.Decision(
+        logits.data_ptr(),
+        query_start_loc.data_ptr(),
+        num_drafts.data_ptr(),
+        drafts.data_ptr(),
+        logits.stride(0),
+        drafts.stride(0),
+        logits.shape[1],
+        id_limit,
+        mask_id,
+        batch,
+        num_k,
+        branched,
+        counts.data_ptr(),
+        tokens.data_ptr(),
+        next_drafts.data_ptr(),
+        counts[1].data_ptr(),
+    )
+    if library.idlm_cpu_verify_greedy(ctypes.byref(decision)):
+        return None
+    return counts[0], tokens, next_drafts, counts[1]
+
+
+def rerank_greedy(
+    logits: Tensor,
+    hidden: Tensor,
+    first_mask: Tensor,
+    previous: Tensor,
+    drafts: Tensor,
+    num_drafts: Tensor,
+    temperature: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    id_limit: int,
+    mask_id: int,
+) -> Tensor | None:
+    """`rerank_drafts` without a q_state. weights: embedding, head_rows, from_hidden, from_previous, from_state, to_query.
+
+    Of candidates within rounding of each other another one may be chosen than the reference chooses.
+    """
+    library, (embedding, head, *small) = native.library(), weights
+    if library is None or logits.dtype != torch.float32 or hidden.dtype != torch.float32 or logits.shape[0] == 0:
+        return None
+    if embedding.dtype != head.dtype or embedding.dtype not in native.DTYPES or hidden.shape[1] % 16:
+        return None
+    if small[0].shape[0] % 16 or any(x.dtype != torch.float32 or not x.is_contiguous() for x in small):
+        return None
+    if first_mask.dtype != torch.int32 or num_drafts.dtype != torch.int32 or not drafts.is_contiguous():
+        return None
+    if not (embedding.is_contiguous() and head.is_contiguous() and hidden.is_contiguous() and _rows_are_dense(logits)):
+        return None
+    if head.shape[0] < id_limit or not all_greedy(temperature):
+        return None
+    first_mask, previous, num_drafts = first_mask.contiguous(), previous.contiguous(), num_drafts.contiguous()
+    out = torch.empty_like(drafts)
+    reranking = native.Reranking(
+        logits.data_ptr(),
+        hidden.data_ptr(),
+        first_mask.data_ptr(),
+        previous.data_ptr(),
+        drafts.data_ptr(),
+        num_drafts.data_ptr(),
+        *(x.data_ptr() for x in weights),
+        logits.stride(0),
+        min(embedding.shape[0], head.shape[0]),
+        id_limit,
+        mask_id,
+        *drafts.shape,
+        logits.shape[0],
+        hidden.shape[1],
+        small[0].shape[0],
+        native.DTYPES[embedding.dtype],
+        out.data_ptr(),
+    )
+    fault = library.idlm_cpu_rerank_greedy(ctypes.byref(reranking), torch.get_num_threads())
+    if fault is not None:
+        raise RuntimeError(f"rerank_drafts: {fault.decode()}")
+    return out
