@@ -28,7 +28,7 @@ from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.params import SamplingParams, checked_seed, draw_seed, mixed_seed
 from idlm_kernels.model.tokenizer import Tokenizer
 
-_PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)}
+_PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)} - {"logprobs"}
 _KEYS = _PARAMETERS | {"id", "prompt", "messages"}
 
 
@@ -85,7 +85,7 @@ def _answer_lines(
     report: Callable[[Progress], None],
 ) -> None:
     waiting: dict[int, Request | dict[str, Any]] = {}  # by line number: running, or answered with an error
-    window = 4 * engine.options.max_batch  # lines between the oldest unanswered one and the last one read
+    window = 4 * engine.options.max_num_seqs  # lines between the oldest unanswered one and the last one read
     lines = _lines(source, skip=progress.lines)
     exhausted = False
     while not exhausted or waiting:
