@@ -145,7 +145,7 @@ class PlanPolicy:
         if model.device.type != "cpu":
             return cls(tuple(plans), CostTable.roofline(model), list(acceptance))
         costs = {} if costs is None else costs
-        key = (*plans, max_num_seqs)
+        key = (*plans, max_num_seqs.bit_length())  # what `measure` reads of it
         if key not in costs:
             costs[key] = CostTable.measure(model, plans, max_num_seqs)
         return cls(tuple(plans), costs[key], list(acceptance))
