@@ -37,7 +37,7 @@ def strided_attention(
 
     A request with m rows and length seq_len has written them at slots seq_len - m .. seq_len - 1. Without `tail_mask`
     row i sees slots <= seq_len - m + i (chain plans, AR, prefill chunks of any length). With it, a row sees every
-    slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (branched plans, draft trees).
+    slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (quadratic plans, draft trees).
 
     Args:
         q: [T, Hq, D], fp16, bf16, fp32 or fp64; D is 64, 128 or 256 on GPU backends.
@@ -63,6 +63,19 @@ def strided_attention(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: I-DLM, arXiv 2604.11035 (visibility: design section 3); paging: Kwon et al., arXiv 2309.06180.
+
+    Example: two requests of 4 and 1 rows over one cache of ones; attention over equal values gives that value.
+
+        >>> q, cache = torch.randn(5, 8, 64), torch.ones(32, 16, 2, 64)  # 8 heads, 2 KV heads, pages of 16 tokens
+        >>> page_table = torch.arange(32, dtype=torch.int32).view(2, 16)
+        >>> seq_lens, query_start_loc = torch.tensor([100, 37]).int(), torch.tensor([0, 4, 5]).int()
+        >>> lse = torch.empty(5, 8)
+        >>> out = strided_attention(
+        ...     q, 0 * cache, cache, page_table, seq_lens, query_start_loc, max_query_len=4, lse=lse)
+        >>> out.shape, bool((out == 1).all())
+        (torch.Size([5, 8, 64]), True)
+        >>> lse[:, 0].exp().round()  # keys of zeros: e^lse counts the slots that each row sees
+        tensor([ 97.,  98.,  99., 100.,  37.])
     """
     op, device = "strided_attention", check.device_of("strided_attention", "q", q)
     check.tensor(op, "q", q, (None, None, None), check.FLOATS, device)

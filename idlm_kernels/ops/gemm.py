@@ -21,6 +21,12 @@ def prepare_weight(weight: Tensor) -> Tensor:
     Returns a tensor with the same shape, dtype and device: the weight itself, or a handle to a packed copy that only
     `linear` and `gated_lora_linear` of the same backend may read (any other reader would find NaN). The original
     may be freed.
+
+    Example:
+
+        >>> weight = torch.eye(4)
+        >>> linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), prepare_weight(weight))
+        tensor([[1., 2., 3., 4.]])
     """
     device = check.device_of("prepare_weight", "weight", weight)
     check.tensor("prepare_weight", "weight", weight, (None, None), check.FLOATS, device)
@@ -41,6 +47,13 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example:
+
+        >>> x, weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 2.0]])
+        >>> linear(x, weight, bias=torch.tensor([0.0, 0.0, 10.0]))
+        tensor([[ 3., -1., 14.],
+                [ 7., -1., 18.]])
     """
     op, device = "linear", check.device_of("linear", "x", x)
     _check_base(op, x, weight, bias)
@@ -90,7 +103,16 @@ def gated_lora_linear(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
-    Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: I-DLM, arXiv 2604.11035.
+    Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: Samragh et al.,
+        arXiv 2507.11851; I-DLM, arXiv 2604.11035.
+
+    Example: row 0 is plain, row 1 gains 2 * (x A^T) B^T.
+
+        >>> x, weight = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.eye(2)
+        >>> lora_a, lora_b = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [10.0]])
+        >>> gated_lora_linear(x, weight, lora_a, lora_b, torch.tensor([False, True]), 2.0)
+        tensor([[ 1.,  2.],
+                [ 7., 62.]])
     """
     op, device = "gated_lora_linear", check.device_of("gated_lora_linear", "x", x)
     _check_base(op, x, weight, bias)
@@ -147,6 +169,13 @@ def linear_silu_and_mul(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202; the adapter as in `gated_lora_linear`.
+
+    Example: F = 1, so that y has a gate and an up column; silu(0) = 0.
+
+        >>> x = torch.tensor([[0.0, 3.0], [2.0, 3.0]])
+        >>> linear_silu_and_mul(x, torch.eye(2))
+        tensor([[0.0000],
+                [5.2848]])
     """
     op, device = "linear_silu_and_mul", check.device_of("linear_silu_and_mul", "x", x)
     _check_base(op, x, weight, bias)

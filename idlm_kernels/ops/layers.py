@@ -34,6 +34,12 @@ def rms_norm(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+
+    Example:
+
+        >>> rms_norm(torch.tensor([[3.0, -3.0], [0.5, 0.5]]), torch.tensor([1.0, 2.0]), 0.0)
+        tensor([[ 1., -2.],
+                [ 1.,  2.]])
     """
     op, device = "rms_norm", check.device_of("rms_norm", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
@@ -70,6 +76,11 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202.
+
+    Example:
+
+        >>> silu_and_mul(torch.tensor([[0.0, 2.0, 5.0, 3.0]]))
+        tensor([[0.0000, 5.2848]])
     """
     op, device = "silu_and_mul", check.device_of("silu_and_mul", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
@@ -110,6 +121,14 @@ def embed(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: the second row is a MASK row, whatever its id.
+
+        >>> table = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+        >>> is_mask, mask_embedding = torch.tensor([False, True]), torch.tensor([7.0, 8.0])
+        >>> embed(torch.tensor([1, 1]), table, is_mask=is_mask, mask_embedding=mask_embedding)
+        tensor([[2., 2.],
+                [7., 8.]])
     """
     op, device = "embed", check.device_of("embed", "ids", ids)
     check.tensor(op, "ids", ids, (None,), check.INT64, device)
@@ -170,6 +189,19 @@ def qk_norm_rope_append(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; per-head QK norm as in Qwen3, arXiv 2505.09388.
+
+    Example: one query head and one KV head of width 2, at positions 0 and 1; the second row is written to slot 5.
+
+        >>> from idlm_kernels import rotary_table
+        >>> qkv = torch.tensor([[1.0, 0.0, 3.0, 4.0, 5.0, 6.0]]).repeat(2, 1)  # q, k, v
+        >>> k_cache, v_cache = torch.zeros(2, 4, 1, 2), torch.zeros(2, 4, 1, 2)  # pages of 4 tokens
+        >>> qk_norm_rope_append(
+        ...     qkv, torch.tensor([0, 1]), rotary_table(torch.ones(1), 8), torch.tensor([0, 5]), k_cache, v_cache)
+        tensor([[[1.0000, 0.0000]],
+        <BLANKLINE>
+                [[0.5403, 0.8415]]])
+        >>> k_cache[0, 0], v_cache[1, 1]
+        (tensor([[3., 4.]]), tensor([[5., 6.]]))
     """
     op, device = "qk_norm_rope_append", check.device_of("qk_norm_rope_append", "qkv", qkv)
     check.tensor(op, "qkv", qkv, (None, None), check.FLOATS, device)

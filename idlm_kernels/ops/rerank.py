@@ -41,7 +41,7 @@ def rerank_drafts(
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Choose the drafts of the next step anew, after `verify_accept`, with the re-ranking head of an adapter.
+    """Choose the drafts of the next step again, after `verify_accept`, with the re-ranking head of an adapter.
 
     For draft j, from MASK row j of the branch that goes on, with x = unit(hidden row), e = unit(embedding of the token
     before it) and unit(x) = x / rms(x):
@@ -66,7 +66,7 @@ def rerank_drafts(
         head_rows: [at least id_limit, H], of the LM head.
         from_hidden: [W, H], and from_previous [W, H], from_state [W, W], to_query [H, W]: the head, W its width.
         id_limit: ids from here on are never sampled; mask_id: nor is this one; -1 when there is none.
-        q_state: given for `rejection`, as to `verify_accept`: overwritten with the laws of the new drafts.
+        q_state: given for `rejection`, as to `verify_accept`: overwritten with the distributions of the new drafts.
         greedy: the caller knows that all temperatures are below 1e-4. Spares work, changes no result.
         out: int64 [B, K]; allocated when None.
 
@@ -75,6 +75,19 @@ def rerank_drafts(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: the row says 3, the head adds 5 to the score of 4 (H = W = 2, one draft).
+
+        >>> logits, hidden = torch.tensor([[0.0, 0.0, 0.0, 2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+        >>> one, zero, eye = torch.ones(1), torch.zeros(1), torch.eye(2)
+        >>> head_rows = torch.zeros(5, 2)
+        >>> head_rows[4] = 5.0
+        >>> rerank_drafts(
+        ...     logits, hidden, first_mask=zero.int(), previous=torch.tensor([0]), positions=torch.tensor([9]).int(),
+        ...     drafts=torch.tensor([[3]]), num_drafts=one.int(), temperature=zero, top_k=zero.int(), top_p=one,
+        ...     min_p=zero, seed=torch.tensor([0]), embedding=torch.ones(5, 2), head_rows=head_rows,
+        ...     from_hidden=eye, from_previous=eye, from_state=eye, to_query=eye, id_limit=5, mask_id=-1)
+        tensor([[4]])
     """
     op = "rerank_drafts"
     _check_logits(op, logits, id_limit, mask_id, None)

@@ -93,6 +93,14 @@ def sample_rows(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: greedy, and sampled with a seed.
+
+        >>> logits = torch.tensor([[0.0, 3.0, 2.0], [0.0, 3.0, 2.0]])
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> sample_rows(logits, torch.tensor([7, 7]), torch.tensor([0.0, 1.0]), zero.int(), one, zero,
+        ...             torch.tensor([1, 1]), id_limit=3, mask_id=-1)
+        tensor([1, 2])
     """
     op = "sample_rows"
     _check_logits(op, logits, id_limit, mask_id, logit_bias)
@@ -151,16 +159,18 @@ def verify_accept(
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Decide a step: which drafts stand, the token after them, and the drafts of the next step.
+    """Decide a step: which drafts are accepted, the token after them, and the drafts of the next step.
 
     Rows of a request: clean rows 0..n (pending, its n drafts), then K MASK rows for each branch: branches 0..n if
     `branched`, else branch n alone; without MASK rows (AR) nothing is proposed. Clean row i gives y_i for position
     L + i, where L = positions + 1.
 
-    `match`: y_i as by `sample_rows` with stream 0; a draft stands iff it equals y_i and all before it stand. New
-    drafts are sampled from MASK rows with the same noise. The output is that of AR sampling, whatever the drafts.
-    `rejection`: draft x of law q stands iff u q(x) < p(x); after the first refusal the token is of max(0, p - q)
-    renormalised (of p where that is empty). Exact in distribution. New drafts are sampled with stream 1.
+    `match`: y_i as by `sample_rows` with stream 0. A draft is accepted iff it equals y_i and all before it are
+    accepted. New drafts are sampled from MASK rows with the same noise. The output is that of AR sampling, whatever
+    the drafts.
+    `rejection`: a draft x of the distribution q is accepted iff u q(x) < p(x). In place of the first that is rejected
+    comes a sample of max(0, p - q), renormalised (of p where that is empty). Exact in distribution. New drafts are
+    sampled with stream 1.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64; V up to 262,144.
@@ -170,13 +180,13 @@ def verify_accept(
         positions: int32 [B], of pending (L - 1).
         temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
         id_limit, mask_id: as in `sample_rows`.
-        branched: whether the plan has a branch after every draft.
+        branched: whether there is a branch after every draft (the quadratic plan).
         mode: "match" or "rejection".
-        q_state: the laws of the current drafts, needed by `rejection`; overwritten with those of the next drafts.
+        q_state: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
             Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
         logit_bias: [T, V], added to the logits first, in fp32. With `rejection` q_state.logits must then be fp32.
         status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
-            count out of range (the draft is refused, the token is of p).
+            count out of range (the draft is rejected, the token is of p).
         out: the four results, to write into; allocated when None.
 
     Returns:
@@ -187,7 +197,19 @@ def verify_accept(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
-    Source: I-DLM, arXiv 2604.11035; the rejection rule: Leviathan et al., arXiv 2211.17192.
+    Source: I-DLM, arXiv 2604.11035; branches after every draft (quadratic decoding): Samragh et al., arXiv 2507.11851;
+    the rejection rule: Leviathan et al., arXiv 2211.17192.
+
+    Example: two drafts, the first of which is what clean row 0 gives; the second is not. No MASK rows.
+
+        >>> logits = torch.nn.functional.one_hot(torch.tensor([5, 6, 7]), 10).float()
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> num_accepted, tokens, next_drafts, next_num_drafts = verify_accept(
+        ...     logits, torch.tensor([0, 3]).int(), torch.tensor([2]).int(), torch.tensor([[5, 9]]),
+        ...     torch.tensor([11]).int(), zero, zero.int(), one, zero, torch.tensor([0]),
+        ...     id_limit=10, mask_id=-1, branched=False, mode="match")
+        >>> num_accepted, tokens, next_drafts
+        (tensor([1], dtype=torch.int32), tensor([[ 5,  6, -1]]), tensor([[-1, -1]]))
     """
     op = "verify_accept"
     _check_logits(op, logits, id_limit, mask_id, logit_bias)

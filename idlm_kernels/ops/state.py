@@ -50,6 +50,18 @@ def advance(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: a step that accepted one draft commits two tokens; 6 is a stop id.
+
+        >>> text, lengths = torch.tensor([[3, 1, 0, 0, 0, 0]]), torch.tensor([2]).int()
+        >>> drafts, num_drafts, finish = torch.tensor([[5]]), torch.tensor([1]).int(), torch.tensor([0]).int()
+        >>> advance(
+        ...     torch.tensor([1]).int(), torch.tensor([[5, 6]]), torch.tensor([[8]]), torch.tensor([1]).int(),
+        ...     text=text, lengths=lengths, drafts=drafts, num_drafts=num_drafts,
+        ...     length_limits=torch.tensor([6]).int(), stop_ids=torch.tensor([[6]]), finish=finish)
+        tensor([2], dtype=torch.int32)
+        >>> text, lengths, finish
+        (tensor([[3, 1, 5, 6, 0, 0]]), tensor([4], dtype=torch.int32), tensor([1], dtype=torch.int32))
     """
     op, device = "advance", check.device_of("advance", "tokens", tokens)
     check.tensor(op, "tokens", tokens, (None, None), check.INT64, device)
