@@ -12,6 +12,14 @@ from idlm_kernels.model import Transformer
 from tests.tiny import MemoryCheckpoint, tiny_config
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for the default model's file is marked so without a word of its own."""
+    for item in items:
+        if "default_gguf" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.default_model)
+
+
 @pytest.fixture(scope="session")
 def make_generator() -> Callable[..., Generator]:
     """make_generator(checkpoint=None, dtype=..., max_model_len=..., page_size=..., **config changes) -> Generator."""

@@ -8,6 +8,8 @@ import pytest
 
 from idlm_kernels.generate import Generator, SamplingParams
 
+pytestmark = pytest.mark.default_model
+
 CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("Explain in two sentences why the sky is blue.", "quadratic", 4, {}),
     ("List five fruits.", "chain", 4, {}),

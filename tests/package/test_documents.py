@@ -51,6 +51,12 @@ def test_a_row_keeps_its_bits_here_and_not_in_stock_torch() -> None:
     assert " 0 of 63 batches" in ours
 
 
+def test_every_folder_of_tests_is_in_a_lane() -> None:
+    lanes = re.findall(r"-m pytest ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text())
+    covered = set(re.findall(r"tests/(\w+)", "".join(lanes)))
+    assert covered == {folder.name for folder in (ROOT / "tests").iterdir() if list(folder.glob("test_*.py"))}
+
+
 def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
