@@ -6,11 +6,14 @@ on nothing else: not on other rows or requests, page size, page placement, or ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 
 MAX_TAIL_ROWS = 64  # bits of a tail mask
 
@@ -136,80 +139,22 @@ def strided_attention(
     )
 
 
-@torch.library.custom_op("idlm::strided_attention", mutates_args=())
-def _strided_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    tail_mask: Tensor | None,
-    max_query_len: int,
-    sm_scale: float | None,
-    window: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _run(q: Tensor, *, out: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor] | None:
+    """The backend, with an lse for the functional op."""
+    function = implementation("strided_attention", q.device.type)
+    if out is not None:
+        function(q, out=out, **arguments)
+        return None
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    out = implementation("strided_attention", q.device.type)(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        query_start_loc,
-        tail_mask=tail_mask,
-        max_query_len=max_query_len,
-        sm_scale=sm_scale,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        lse=lse,
-    )
-    return out, lse
+    return function(q, lse=lse, **arguments), lse
 
 
-@torch.library.custom_op("idlm::strided_attention_out", mutates_args=("out", "lse", "workspace"))
-def _strided_attention_out(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    tail_mask: Tensor | None,
-    max_query_len: int,
-    sm_scale: float | None,
-    window: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    workspace: Tensor | None,
-) -> None:
-    implementation("strided_attention", q.device.type)(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        query_start_loc,
-        tail_mask=tail_mask,
-        max_query_len=max_query_len,
-        sm_scale=sm_scale,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-        lse=lse,
-        workspace=workspace,
-    )
-
-
-@_strided_attention.register_fake
-def _(q, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-_strided_attention_out.register_fake(lambda *args: None)
+register(
+    "strided_attention",
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor query_start_loc, *, "
+    "Tensor? tail_mask, SymInt max_query_len, float? sm_scale, SymInt window, Tensor? k_scale, Tensor? v_scale",
+    lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    out="Tensor! out, Tensor!? lse, Tensor!? workspace",
+    returns="(Tensor, Tensor)",
+    run=_run,
+)

@@ -6,13 +6,13 @@ Contract: design sections 5.3 and 5.4. Rows with gate 0 carry the very bits of `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 
 
 def prepare_weight(weight: Tensor) -> Tensor:
@@ -253,85 +253,21 @@ def _check_adapter(
     return widths
 
 
-@torch.library.custom_op("idlm::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return implementation("linear", x.device.type)(x, weight, bias=bias)
-
-
-@torch.library.custom_op("idlm::linear_out", mutates_args=("out",))
-def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    implementation("linear", x.device.type)(x, weight, bias=bias, out=out)
-
-
-@torch.library.custom_op("idlm::gated_lora_linear", mutates_args=())
-def _gated_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    slices: Sequence[int],
-) -> Tensor:
-    run = implementation("gated_lora_linear", x.device.type)
-    return run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices)
-
-
-@torch.library.custom_op("idlm::gated_lora_linear_out", mutates_args=("out", "workspace"))
-def _gated_lora_linear_out(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    slices: Sequence[int],
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    run = implementation("gated_lora_linear", x.device.type)
-    run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out, workspace=workspace)
-
-
-@torch.library.custom_op("idlm::linear_silu_and_mul", mutates_args=())
-def _linear_silu_and_mul(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    slices: Sequence[int] | None,
-) -> Tensor:
-    run = implementation("linear_silu_and_mul", x.device.type)
-    adapter: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": slices}
-    return run(x, weight, bias=bias, **adapter)
-
-
-@torch.library.custom_op("idlm::linear_silu_and_mul_out", mutates_args=("out", "workspace"))
-def _linear_silu_and_mul_out(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    slices: Sequence[int] | None,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    run = implementation("linear_silu_and_mul", x.device.type)
-    adapter: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": slices}
-    run(x, weight, bias=bias, **adapter, out=out, workspace=workspace)
-
-
-_linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
-_linear_out.register_fake(lambda *args: None)
-_gated_lora_linear.register_fake(lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]))
-_gated_lora_linear_out.register_fake(lambda *args: None)
-_linear_silu_and_mul.register_fake(lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2))
-_linear_silu_and_mul_out.register_fake(lambda *args: None)
+register(
+    "linear",
+    "Tensor x, Tensor weight, *, Tensor? bias",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+)
+register(
+    "gated_lora_linear",
+    "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor gate, float scale, *, Tensor? bias, SymInt[] slices",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+    out="Tensor! out, Tensor!? workspace",
+)
+register(
+    "linear_silu_and_mul",
+    "Tensor x, Tensor weight, *, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, float scale, "
+    "SymInt[]? slices",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    out="Tensor! out, Tensor!? workspace",
+)

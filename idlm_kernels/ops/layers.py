@@ -5,11 +5,14 @@ Contract: design section 5.4. Every one is row-invariant: the bits of a row depe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 
 
 def rms_norm(
@@ -54,9 +57,7 @@ def rms_norm(
         check.writable(op, "residual", residual, x, weight, out)
     if traced(x):
         if out is None:
-            if residual is None:
-                return torch.ops.idlm.rms_norm(x, weight, eps)
-            return torch.ops.idlm.add_rms_norm(x, weight, eps, residual)
+            return torch.ops.idlm.rms_norm(x, weight, eps, residual)
         torch.ops.idlm.rms_norm_out(x, weight, eps, residual, out)
         return out
     return implementation(op, device.type)(x, weight, eps, residual=residual, out=out)
@@ -147,7 +148,7 @@ def embed(
     if traced(ids):
         if out is None:
             return torch.ops.idlm.embed(ids, weight, is_mask, mask_embedding, dtype)
-        torch.ops.idlm.embed_out(ids, weight, is_mask, mask_embedding, out)
+        torch.ops.idlm.embed_out(ids, weight, is_mask, mask_embedding, dtype, out)
         return out
     return implementation(op, device.type)(
         ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out
@@ -250,92 +251,27 @@ def qk_norm_rope_append(
     )
 
 
-# Registration. The functional ops allocate their result, the _out ops write into it and return nothing.
-
-
-@torch.library.custom_op("idlm::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return implementation("rms_norm", x.device.type)(x, weight, eps)
-
-
-@torch.library.custom_op("idlm::add_rms_norm", mutates_args=("residual",))
-def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
-    return implementation("rms_norm", x.device.type)(x, weight, eps, residual=residual)
-
-
-@torch.library.custom_op("idlm::rms_norm_out", mutates_args=("residual", "out"))
-def _rms_norm_out(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor) -> None:
-    implementation("rms_norm", x.device.type)(x, weight, eps, residual=residual, out=out)
-
-
-@torch.library.custom_op("idlm::silu_and_mul", mutates_args=())
-def _silu_and_mul(x: Tensor) -> Tensor:
-    return implementation("silu_and_mul", x.device.type)(x)
-
-
-@torch.library.custom_op("idlm::silu_and_mul_out", mutates_args=("out",))
-def _silu_and_mul_out(x: Tensor, out: Tensor) -> None:
-    implementation("silu_and_mul", x.device.type)(x, out=out)
-
-
-@torch.library.custom_op("idlm::embed", mutates_args=())
-def _embed(ids: Tensor, weight: Tensor, is_mask: Tensor, mask_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
-    run = implementation("embed", ids.device.type)
-    return run(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype)
-
-
-@torch.library.custom_op("idlm::embed_out", mutates_args=("out",))
-def _embed_out(ids: Tensor, weight: Tensor, is_mask: Tensor, mask_embedding: Tensor | None, out: Tensor) -> None:
-    run = implementation("embed", ids.device.type)
-    run(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=out.dtype, out=out)
-
-
-@torch.library.custom_op("idlm::qk_norm_rope_append", mutates_args=("k_cache", "v_cache"))
-def _qk_norm_rope_append(
-    qkv: Tensor,
-    positions: Tensor,
-    rotary: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    run = implementation("qk_norm_rope_append", qkv.device.type)
-    return run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps)
-
-
-@torch.library.custom_op("idlm::qk_norm_rope_append_out", mutates_args=("k_cache", "v_cache", "out"))
-def _qk_norm_rope_append_out(
-    qkv: Tensor,
-    positions: Tensor,
-    rotary: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    out: Tensor,
-) -> None:
-    run = implementation("qk_norm_rope_append", qkv.device.type)
-    run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps, out=out)
-
-
-_rms_norm.register_fake(lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-_add_rms_norm.register_fake(lambda x, weight, eps, residual: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-_silu_and_mul.register_fake(lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
-_embed.register_fake(
-    lambda ids, weight, is_mask, mask_embedding, dtype: weight.new_empty(ids.shape[0], weight.shape[1], dtype=dtype)
+register(
+    "rms_norm",
+    "Tensor x, Tensor weight, float eps, *, Tensor!? residual",
+    lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
+register("silu_and_mul", "Tensor x", lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
+register(
+    "embed",
+    "Tensor ids, Tensor weight, *, Tensor is_mask, Tensor? mask_embedding, ScalarType dtype",
+    lambda ids, weight, is_mask, mask_embedding, dtype: weight.new_empty(ids.shape[0], weight.shape[1], dtype=dtype),
 )
 
 
-@_qk_norm_rope_append.register_fake
-def _(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight, k_weight, eps):  # type: ignore[no-untyped-def]
+def _fake_query(qkv: Tensor, positions: Tensor, rotary: Tensor, slots: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
 
 
-for _op in (_rms_norm_out, _silu_and_mul_out, _embed_out, _qk_norm_rope_append_out):
-    _op.register_fake(lambda *args: None)
+register(
+    "qk_norm_rope_append",
+    "Tensor qkv, Tensor positions, Tensor rotary, Tensor slot_mapping, Tensor! k_cache, Tensor! v_cache, *, "
+    "Tensor? q_weight, Tensor? k_weight, float eps",
+    _fake_query,
+)

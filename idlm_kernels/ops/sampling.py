@@ -6,11 +6,14 @@ mode `match` the output of a decode is token for token what AR sampling with the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
 
 MODES = ("match", "rejection")
@@ -18,7 +21,7 @@ MAX_VOCAB = 262_144
 _LOGITS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
+def check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
     check.tensor(op, "logits", logits, (None, None), _LOGITS, check.device_of(op, "logits", logits))
     vocab_size = logits.shape[1]
     if not 1 <= vocab_size <= MAX_VOCAB:
@@ -35,7 +38,7 @@ def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bi
         check.tensor(op, "logit_bias", logit_bias, tuple(logits.shape), _LOGITS, logits.device)
 
 
-def _check_parameters(
+def check_parameters(
     op: str,
     count: int,
     device: torch.device,
@@ -103,10 +106,10 @@ def sample_rows(
         tensor([1, 2])
     """
     op = "sample_rows"
-    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check_logits(op, logits, id_limit, mask_id, logit_bias)
     device, count = logits.device, logits.shape[0]
     check.tensor(op, "positions", positions, (count,), (torch.int32, torch.int64), device)
-    _check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
+    check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
     if stream not in (STREAM_TARGET, STREAM_DRAFT, STREAM_ACCEPT):
         raise ValueError(f"{op}: stream is {stream}, wanted 0 (target), 1 (draft) or 2 (acceptance)")
     if status is not None:
@@ -212,14 +215,14 @@ def verify_accept(
         (tensor([1], dtype=torch.int32), tensor([[ 5,  6, -1]]), tensor([[-1, -1]]))
     """
     op = "verify_accept"
-    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check_logits(op, logits, id_limit, mask_id, logit_bias)
     device = logits.device
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
     batch, num_k = drafts.shape
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
     check.tensor(op, "num_drafts", num_drafts, (batch,), check.INT32, device)
     check.tensor(op, "positions", positions, (batch,), check.INT32, device)
-    _check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
+    check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
     if logits.shape[0] == 0 and batch:
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
     if not isinstance(branched, bool):
@@ -282,133 +285,26 @@ def verify_accept(
     )
 
 
-def _q_state(logits: Tensor | None, cut: Tensor | None, log_norm: Tensor | None) -> QState | None:
-    return None if logits is None or cut is None or log_norm is None else QState(logits, cut, log_norm)
+def with_q_state(
+    op: str, q_logits: Tensor | None, q_cut: Tensor | None, q_log_norm: Tensor | None, **arguments: Any
+) -> Any:
+    """The backend of an op whose registered form takes the parts of a QState."""
+    state = None
+    if q_logits is not None and q_cut is not None and q_log_norm is not None:
+        state = QState(q_logits, q_cut, q_log_norm)
+    return implementation(op, arguments["logits"].device.type)(q_state=state, **arguments)
 
 
-@torch.library.custom_op("idlm::sample_rows", mutates_args=("status",))
-def _sample_rows(
-    logits: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    stream: int,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-) -> Tensor:
-    run = implementation("sample_rows", logits.device.type)
-    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
-    return run(*args, stream=stream, logit_bias=logit_bias, status=status)
+def _run(rule: str, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`mode` is called rule in the registered op: torch's tracing has an argument of the first name."""
+    if "tokens" not in arguments:
+        return with_q_state("verify_accept", mode=rule, **arguments)
+    out = tuple(arguments.pop(name) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts"))
+    with_q_state("verify_accept", mode=rule, out=out, **arguments)
+    return None
 
 
-@torch.library.custom_op("idlm::sample_rows_out", mutates_args=("status", "out"))
-def _sample_rows_out(
-    logits: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    stream: int,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-    out: Tensor,
-) -> None:
-    run = implementation("sample_rows", logits.device.type)
-    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
-    run(*args, stream=stream, logit_bias=logit_bias, status=status, out=out)
-
-
-# The registered ops call `mode` rule: an argument named mode collides with one of torch's tracing.
-@torch.library.custom_op("idlm::verify_accept", mutates_args=("q_logits", "q_cut", "q_log_norm", "status"))
-def _verify_accept(
-    logits: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    branched: bool,
-    rule: str,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = implementation("verify_accept", logits.device.type)
-    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
-    return run(*args, id_limit, mask_id, **options)
-
-
-@torch.library.custom_op(
-    "idlm::verify_accept_out",
-    mutates_args=(
-        "q_logits",
-        "q_cut",
-        "q_log_norm",
-        "status",
-        "num_accepted",
-        "tokens",
-        "next_drafts",
-        "next_num_drafts",
-    ),
-)
-def _verify_accept_out(
-    logits: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    branched: bool,
-    rule: str,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-) -> None:
-    run = implementation("verify_accept", logits.device.type)
-    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
-    run(*args, id_limit, mask_id, **options, out=(num_accepted, tokens, next_drafts, next_num_drafts))
-
-
-@_sample_rows.register_fake
-def _(logits, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
-
-
-@_verify_accept.register_fake
-def _(logits, query_start_loc, num_drafts, drafts, *rest):  # type: ignore[no-untyped-def]
+def _fake_results(logits: Tensor, query_start_loc: Tensor, num_drafts: Tensor, drafts: Tensor, *rest: Any) -> Any:
     batch, num_k = drafts.shape
     return (
         drafts.new_empty(batch, dtype=torch.int32),
@@ -418,5 +314,19 @@ def _(logits, query_start_loc, num_drafts, drafts, *rest):  # type: ignore[no-un
     )
 
 
-_sample_rows_out.register_fake(lambda *args: None)
-_verify_accept_out.register_fake(lambda *args: None)
+register(
+    "sample_rows",
+    "Tensor logits, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+    "SymInt id_limit, SymInt mask_id, *, SymInt stream, Tensor? logit_bias, Tensor!? status",
+    lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
+register(
+    "verify_accept",
+    "Tensor logits, Tensor query_start_loc, Tensor num_drafts, Tensor drafts, Tensor positions, Tensor temperature, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, SymInt id_limit, SymInt mask_id, *, bool branched, "
+    "str rule, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm, Tensor? logit_bias, Tensor!? status",
+    _fake_results,
+    out="Tensor! num_accepted, Tensor! tokens, Tensor! next_drafts, Tensor! next_num_drafts",
+    returns="(Tensor, Tensor, Tensor, Tensor)",
+    run=_run,
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 
 
 def advance(
@@ -105,68 +106,9 @@ def advance(
     )
 
 
-_UPDATED = ("text", "lengths", "drafts", "num_drafts", "finish")
-
-
-@torch.library.custom_op("idlm::advance", mutates_args=_UPDATED)
-def _advance(
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    length_limits: Tensor,
-    stop_ids: Tensor,
-    finish: Tensor,
-) -> Tensor:
-    return implementation("advance", tokens.device.type)(
-        num_accepted,
-        tokens,
-        next_drafts,
-        next_num_drafts,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-    )
-
-
-@torch.library.custom_op("idlm::advance_out", mutates_args=(*_UPDATED, "out"))
-def _advance_out(
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    length_limits: Tensor,
-    stop_ids: Tensor,
-    finish: Tensor,
-    out: Tensor,
-) -> None:
-    implementation("advance", tokens.device.type)(
-        num_accepted,
-        tokens,
-        next_drafts,
-        next_num_drafts,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-        out=out,
-    )
-
-
-_advance.register_fake(lambda num_accepted, *rest: torch.empty_like(num_accepted))
-_advance_out.register_fake(lambda *args: None)
+register(
+    "advance",
+    "Tensor num_accepted, Tensor tokens, Tensor next_drafts, Tensor next_num_drafts, *, Tensor! text, Tensor! lengths, "
+    "Tensor! drafts, Tensor! num_drafts, Tensor length_limits, Tensor stop_ids, Tensor! finish",
+    lambda num_accepted, *rest: torch.empty_like(num_accepted),
+)
