@@ -177,6 +177,8 @@ class LLM:
             prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt.get("prompt", "")
         if not isinstance(prompt, str):
             return list(prompt)  # type: ignore[arg-type]
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty, wanted text")
         try:
             return self.get_tokenizer().encode(prompt)
         except (TypeError, ValueError) as error:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import idlm_kernels
 from idlm_kernels import LLM, DecodeOptions, SamplingParams
@@ -23,6 +25,9 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% i
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny_model(tmp_path_factory.mktemp("model"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 0)])  # a text begins with id 0
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -63,7 +68,9 @@ def test_chats(llm: LLM) -> None:
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     (answer,) = llm.chat(chat, GREEDY)
     assert answer.prompt == "[system]be brief[user]hi>"
-    assert answer.token_ids == llm.generate(answer.prompt, GREEDY)[0].token_ids
+    ids = llm.get_tokenizer().encode(answer.prompt, add_special_tokens=False)
+    assert answer.prompt_token_ids == ids != llm.get_tokenizer().encode(answer.prompt)
+    assert answer.token_ids == llm.generate({"prompt_token_ids": ids}, GREEDY)[0].token_ids
     several = llm.chat([chat, chat[1:]], GREEDY, add_generation_prompt=False)
     assert [r.prompt for r in several] == ["[system]be brief[user]hi", "[user]hi"]
     with pytest.raises(ValueError, match="conversation 1: messages is empty"):
@@ -124,9 +131,10 @@ def test_settings_that_are_not_there_are_refused_by_name(
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
-        (["a", ""], ValueError, "prompt 1: the prompt is empty"),
+        (["a", []], ValueError, "prompt 1: the prompt is empty"),
         (["a", {"prompt": "a", "multi_modal_data": {}}], ValueError, "prompt 1 holds multi_modal_data"),
-        (["a", {}], ValueError, "prompt 1: the prompt is empty"),
+        (["a", {}], ValueError, "prompt 1 is empty"),
+        (["a", ""], ValueError, "prompt 1 is empty"),
         (["a", [1, 999]], ValueError, "prompt 1: .* 999"),
         (["a", "\ud800"], ValueError, "prompt 1: text holds half"),
         (["a", [b"x"]], TypeError, "prompt 1: the prompt holds a bytes"),

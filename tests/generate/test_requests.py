@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from idlm_kernels.generate import (
+    CostTable,
     DecodeOptions,
     Engine,
     EngineOptions,
@@ -221,6 +222,16 @@ def test_an_engine_makes_its_own_policy_of_the_options(make_generator: MakeGener
         DecodeOptions().changed(strides=3)
 
 
+def test_batches_of_alike_size_are_measured_once(
+    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, measured = make_generator(), []
+    monkeypatch.setattr(CostTable, "measure", lambda model, plans, size: measured.append(size) or CostTable({1: 1.0}))
+    for size in range(1, 9):
+        assert len(generator.policy("auto", 3, max_num_seqs=size).plans) > 1
+    assert measured == [1, 2, 4, 8]
+
+
 def test_a_batch_that_memory_cannot_hold_at_once_is_decoded_all_the_same(
     make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +247,9 @@ def test_a_batch_that_memory_cannot_hold_at_once_is_decoded_all_the_same(
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 2 * page)
     with pytest.raises(ValueError, match="holds 2 pages.*lower max_model_len or max_tokens"):
         generator.generate(prompts, params, plan="chain", stride=3)
+    wide = Generator(generator.model, page_size=1000)  # a page is no larger than the longest request
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 4 * page)
+    assert [r.token_ids for r in wide.generate(prompts, params, plan="chain", stride=3)] == want
     monkeypatch.undo()
     assert memory.free_memory(torch.device("cpu")) > 1 << 20
 
