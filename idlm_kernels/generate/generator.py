@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections import deque
@@ -70,6 +71,8 @@ class Generator:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
         self._costs: dict[tuple[object, ...], CostTable] = {}
+        # Where steps are recorded the engine of a batch serves the next ones: to record takes longer than many steps.
+        self._keeps_engine, self._kept = model.device.type == "cuda", None  # type: tuple[bool, Engine | None]
 
     @classmethod
     @renamed(max_len="max_model_len", max_batch="max_num_seqs")
@@ -138,7 +141,12 @@ class Generator:
         each, seeds = _spread(params, len(prompts))
         if not prompts:
             return []
-        engine = self._engine(prompts, each, (options or DecodeOptions()).changed(**changes))
+        options = (options or DecodeOptions()).changed(**changes)
+        # Taken out while in use: a second thread, and whoever comes after a fault, gets an engine of its own.
+        kept, self._kept = self._kept, None
+        engine = kept if kept is not None and _serves(kept, options, *self._size(prompts, each)) else None
+        del kept
+        engine = engine or self._engine(prompts, each, options, roomy=self._keeps_engine)
         requests = []
         for i, (prompt, p, seed) in enumerate(zip(prompts, each, seeds, strict=True)):
             try:
@@ -150,6 +158,8 @@ class Generator:
             if progress is not None and request.ended:
                 answered += 1
                 progress(answered)
+        if self._keeps_engine:
+            self._kept = engine
         return [_result(request, engine.policy) for request in requests]
 
     def stream(
@@ -167,20 +177,40 @@ class Generator:
         engine = self._engine([prompt], [one], (options or DecodeOptions()).changed(**changes))
         return Stream(engine, engine.submit(prompt, one, seed), engine.policy)
 
-    def _engine(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], options: DecodeOptions
-    ) -> Engine:
-        """An engine with the memory that these prompts need and no more."""
-        batch = min(self.max_num_seqs, len(prompts))
+    def _size(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> tuple[int, int]:
+        """How many of these prompts are decoded together, and the most tokens of one."""
         longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True))
+        return min(self.max_num_seqs, len(prompts)), max(2, min(self.max_model_len, longest))
+
+    def _engine(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        options: DecodeOptions,
+        roomy: bool = False,
+    ) -> Engine:
+        """An engine with the memory that these prompts need and no more; if roomy, for up to twice as many and as long.
+
+        Where there is no memory for that, an engine for these.
+        """
+        batch, longest = self._size(prompts, params)
+        if roomy:
+            batch = min(self.max_num_seqs, 1 << (batch - 1).bit_length())
         policy = PlanPolicy.of(self.model, options, batch, self._costs)
         sizes = EngineOptions.of(
             options,
             max_num_seqs=batch,
-            max_model_len=max(2, min(self.max_model_len, longest)),
+            max_model_len=longest,
             max_num_batched_tokens=self.max_num_batched_tokens,
             page_size=self.page_size,
         )
+        if roomy:
+            longer = min(self.max_model_len, 1 << (longest - 1).bit_length())
+            with contextlib.suppress(ValueError):  # too little memory
+                return self._engine_of(policy, dataclasses.replace(sizes, max_model_len=longer))
+        return self._engine_of(policy, sizes)
+
+    def _engine_of(self, policy: PlanPolicy, sizes: EngineOptions) -> Engine:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
         return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
 
@@ -237,6 +267,13 @@ class Stream:
         """Text and figures so far; asked for before the end, it ends the request ("cancelled")."""
         self.cancel()
         return _result(self._request, self._policy)
+
+
+def _serves(engine: Engine, options: DecodeOptions, batch: int, longest: int) -> bool:
+    """Whether an engine decodes with these options, and is large enough."""
+    has = engine.options
+    alike = all(getattr(has, f.name) == getattr(options, f.name) for f in dataclasses.fields(DecodeOptions))
+    return alike and has.max_num_seqs >= batch and has.max_model_len >= longest
 
 
 def _result(request: Request, policy: PlanPolicy) -> GenerationResult:

@@ -17,8 +17,9 @@ _MEMINFO = Path("/proc/meminfo")
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without pushing anything out."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch holds and does not use counts as free
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:  # what the kernel itself reckons: free pages alone leave out the file cache, which gives way
         available = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
     except OSError:

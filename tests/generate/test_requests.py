@@ -222,6 +222,47 @@ def test_an_engine_makes_its_own_policy_of_the_options(make_generator: MakeGener
         DecodeOptions().changed(strides=3)
 
 
+def test_an_engine_that_is_kept_serves_what_it_is_large_enough_for(
+    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it holds recorded steps. The tokens are those of an engine for each batch."""
+    fresh, keeping = make_generator(), make_generator()
+    keeping._keeps_engine = True
+    made: list[tuple[int, int]] = []
+    engine_of = Generator._engine
+
+    def counted(self: Generator, *args: Any, **how: Any) -> Engine:
+        engine = engine_of(self, *args, **how)
+        if self is keeping:
+            made.append((engine.options.max_num_seqs, engine.options.max_model_len))
+        return engine
+
+    monkeypatch.setattr(Generator, "_engine", counted)
+    prompts = [[i, i + 1] for i in range(1, 6)]
+    for count, max_tokens, changes, engines in (
+        (3, 30, {}, 1),
+        (4, 30, {}, 1),  # room for twice as many
+        (2, 9, {}, 1),
+        (5, 30, {}, 2),  # too many
+        (1, 90, {}, 3),  # too long
+        (1, 90, {"rule": "rejection"}, 4),
+        (1, 90, {"rule": "rejection"}, 4),
+    ):
+        params = SamplingParams(temperature=1.0, max_tokens=max_tokens, seed=5)
+        want, found = (g.generate(prompts[:count], params, plan="chain", stride=3, **changes) for g in (fresh, keeping))
+        assert [r.token_ids for r in found] == [r.token_ids for r in want]
+        assert len(made) == engines
+    assert made[0] == (4, 32) and made[1] == (8, 32)
+    with pytest.raises(ValueError, match="prompt 1"):  # prompt 0 waits in the engine by then
+        keeping.generate([[1], [99]], params, plan="chain", stride=3, rule="rejection")
+    assert len(keeping.generate([[1]], params, plan="chain", stride=3, rule="rejection")) == 1
+    assert len(made) == 6, "an engine with a fault behind it is not used again"
+    slots = 2 * 2 * 2 * 8 * 4  # bytes of K and V of a token
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 150 * slots)
+    keeping.generate([[1]], SamplingParams(max_tokens=130), plan="chain", stride=3)
+    assert made[-1] == (1, 131), "too little memory for one twice as large"
+
+
 def test_batches_of_alike_size_are_measured_once(
     make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
