@@ -180,9 +180,8 @@ def generate(
         synthetic_acceptance=synthetic_acceptance,
     )
     if bound != "auto":
-        StepPlan(
-            "chain" if options.plan == "auto" else options.plan, bound
-        )  # a wrong stride is said before a model is read
+        # A wrong stride is said before a model is read.
+        StepPlan("chain" if options.plan == "auto" else options.plan, bound)
     generator = Generator.from_pretrained(
         model,
         adapter={None: "default", "none": None}.get(adapter, adapter),
@@ -211,13 +210,27 @@ def generate(
         print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
         raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
+    _answer(generator, prompt_ids, params, options, as_json=as_json, check=check)
+
+
+def _answer(
+    generator: Generator,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    options: DecodeOptions,
+    *,
+    as_json: bool,
+    check: bool,
+) -> None:
+    """Decode one prompt, show text and figures; with check, decode it in AR too and compare."""
+    from idlm_kernels.generate import DecodeOptions
 
     show = _ignore if as_json else _show
     result, interrupted = _decode(generator, prompt_ids, params, options, show)
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
-        print(_figures(result, seed_drawn=seed is None and temperature > 0), file=sys.stderr)
+        print(_figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
     if result.error is not None:
         print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
     elif result.status:
