@@ -1,4 +1,7 @@
-"""Registration with torch.library: of one line of arguments, a functional op and one that writes into `out`."""
+"""Registration with torch.library: of one line of arguments, a functional op and one that writes into `out`.
+
+`run_op` is how a public function calls its op once the arguments are checked.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,24 @@ from typing import Any
 
 import torch
 
-from idlm_kernels.ops._dispatch import implementation
+from idlm_kernels.ops._dispatch import implementation, traced
+
+_keywords: dict[str, list[str]] = {}  # of each op, what backends take by keyword, in the order of the registered op
+
+
+def run_op(op: str, args: tuple[Any, ...], keywords: dict[str, Any], out: Any = None, **scratch: Any) -> Any:
+    """The result of an op: from the backend, or from the registered op where tools look on (see `traced`).
+
+    args, keywords: all that `register` was told, in any order of the keywords. out: a tensor to write into, which is
+    returned. scratch: what the op with an `out` takes besides.
+    """
+    if not traced(args[0]):
+        return implementation(op, args[0].device.type)(*args, **keywords, out=out, **scratch)
+    in_order = (keywords[name] for name in _keywords[op])
+    if out is None:
+        return getattr(torch.ops.idlm, op)(*args, *in_order)
+    getattr(torch.ops.idlm, f"{op}_out")(*args, *in_order, out, *scratch.values())
+    return out
 
 
 def register(
@@ -30,7 +50,8 @@ def register(
     positional, _, by_keyword = arguments.partition("*,")
     names = _names(positional)
     num_positional = len(names)
-    names += _names(by_keyword)
+    _keywords[name] = _names(by_keyword)
+    names += _keywords[name]
     everything = ", ".join(part.strip().rstrip(",") for part in (positional, by_keyword) if part.strip())
 
     def call(names: list[str], args: tuple[Any, ...]) -> Any:

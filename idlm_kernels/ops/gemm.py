@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
-from idlm_kernels.ops._register import register
+from idlm_kernels.ops._dispatch import implementation
+from idlm_kernels.ops._register import register, run_op
 
 
 def prepare_weight(weight: Tensor) -> Tensor:
@@ -55,15 +55,11 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
         tensor([[ 3., -1., 14.],
                 [ 7., -1., 18.]])
     """
-    op, device = "linear", check.device_of("linear", "x", x)
+    op = "linear"
+    check.device_of(op, "x", x)
     _check_base(op, x, weight, bias)
     _check_out(op, out, x, weight.shape[0], weight, bias)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.linear(x, weight, bias)
-        torch.ops.idlm.linear_out(x, weight, bias, out)
-        return out
-    return implementation(op, device.type)(x, weight, bias=bias, out=out)
+    return run_op(op, (x, weight), {"bias": bias}, out)
 
 
 def gated_lora_linear(
@@ -121,15 +117,8 @@ def gated_lora_linear(
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
     check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, lora_a, lora_b, gate)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias, widths)
-        args = (x, weight, lora_a, lora_b, gate, scale, bias, widths)
-        torch.ops.idlm.gated_lora_linear_out(*args, out, workspace)
-        return out
-    return implementation(op, device.type)(
-        x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=widths, out=out, workspace=workspace
-    )
+    args = (x, weight, lora_a, lora_b, gate, scale)
+    return run_op(op, args, {"bias": bias, "slices": widths}, out, workspace=workspace)
 
 
 def linear_silu_and_mul(
@@ -192,24 +181,8 @@ def linear_silu_and_mul(
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
     check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, bias, lora_a, lora_b, gate)
-    if traced(x):
-        args = (x, weight, bias, lora_a, lora_b, gate, scale, widths)
-        if out is None:
-            return torch.ops.idlm.linear_silu_and_mul(*args)
-        torch.ops.idlm.linear_silu_and_mul_out(*args, out, workspace)
-        return out
-    return implementation(op, device.type)(
-        x,
-        weight,
-        bias=bias,
-        lora_a=lora_a,
-        lora_b=lora_b,
-        gate=gate,
-        scale=scale,
-        slices=widths,
-        out=out,
-        workspace=workspace,
-    )
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": widths}
+    return run_op(op, (x, weight), {"bias": bias, **adapter}, out, workspace=workspace)
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
-from idlm_kernels.ops._register import register
+from idlm_kernels.ops._register import register, run_op
 
 
 def rms_norm(
@@ -55,12 +54,7 @@ def rms_norm(
         check.writable(op, "out", out, weight)
     if residual is not None:
         check.writable(op, "residual", residual, x, weight, out)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.rms_norm(x, weight, eps, residual)
-        torch.ops.idlm.rms_norm_out(x, weight, eps, residual, out)
-        return out
-    return implementation(op, device.type)(x, weight, eps, residual=residual, out=out)
+    return run_op(op, (x, weight, eps), {"residual": residual}, out)
 
 
 def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -90,12 +84,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is not None:
         check.tensor(op, "out", out, (x.shape[0], x.shape[1] // 2), (x.dtype,), device)
         check.writable(op, "out", out, x)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.silu_and_mul(x)
-        torch.ops.idlm.silu_and_mul_out(x, out)
-        return out
-    return implementation(op, device.type)(x, out=out)
+    return run_op(op, (x,), {}, out)
 
 
 def embed(
@@ -145,14 +134,7 @@ def embed(
     if out is not None:
         check.tensor(op, "out", out, (ids.shape[0], weight.shape[1]), (dtype,), device)
         check.writable(op, "out", out, ids, weight, mask_embedding)
-    if traced(ids):
-        if out is None:
-            return torch.ops.idlm.embed(ids, weight, is_mask, mask_embedding, dtype)
-        torch.ops.idlm.embed_out(ids, weight, is_mask, mask_embedding, dtype, out)
-        return out
-    return implementation(op, device.type)(
-        ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out
-    )
+    return run_op(op, (ids, weight), {"is_mask": is_mask, "mask_embedding": mask_embedding, "dtype": dtype}, out)
 
 
 def qk_norm_rope_append(
@@ -231,24 +213,8 @@ def qk_norm_rope_append(
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (qkv.dtype,), device)
     inputs = (qkv, positions, rotary, slot_mapping, q_weight, k_weight)
     check.all_writable(op, (("k_cache", k_cache), ("v_cache", v_cache), ("out", out)), *inputs)
-    if traced(qkv):
-        args = (qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight, k_weight, eps)
-        if out is None:
-            return torch.ops.idlm.qk_norm_rope_append(*args)
-        torch.ops.idlm.qk_norm_rope_append_out(*args, out)
-        return out
-    return implementation(op, device.type)(
-        qkv,
-        positions,
-        rotary,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        eps=eps,
-        out=out,
-    )
+    args = (qkv, positions, rotary, slot_mapping, k_cache, v_cache)
+    return run_op(op, args, {"q_weight": q_weight, "k_weight": k_weight, "eps": eps}, out)
 
 
 register(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
-from idlm_kernels.ops._register import register
+from idlm_kernels.ops._register import register, run_op
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
 
 MODES = ("match", "rejection")
@@ -118,27 +118,8 @@ def sample_rows(
         check.tensor(op, "out", out, (count,), check.INT64, device)
     inputs = (logits, positions, temperature, top_k, top_p, min_p, seed, logit_bias)
     check.all_writable(op, (("status", status), ("out", out)), *inputs)
-    if traced(logits):
-        args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id, stream, logit_bias)
-        if out is None:
-            return torch.ops.idlm.sample_rows(*args, status)
-        torch.ops.idlm.sample_rows_out(*args, status, out)
-        return out
-    return implementation(op, device.type)(
-        logits,
-        positions,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seed,
-        id_limit,
-        mask_id,
-        stream=stream,
-        logit_bias=logit_bias,
-        status=status,
-        out=out,
-    )
+    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
+    return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "status": status}, out)
 
 
 def verify_accept(

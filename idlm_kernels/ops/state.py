@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
-from idlm_kernels.ops._register import register
+from idlm_kernels.ops._register import register, run_op
 
 
 def advance(
@@ -87,23 +86,8 @@ def advance(
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
     written = (("text", text), ("lengths", lengths), ("drafts", drafts), ("num_drafts", num_drafts))
     check.all_writable(op, (*written, ("finish", finish), ("out", out)), *results, length_limits, stop_ids)
-    if traced(tokens):
-        state = (text, lengths, drafts, num_drafts, length_limits, stop_ids, finish)
-        if out is None:
-            return torch.ops.idlm.advance(*results, *state)
-        torch.ops.idlm.advance_out(*results, *state, out)
-        return out
-    return implementation(op, device.type)(
-        *results,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-        out=out,
-    )
+    state = dict(written) | {"length_limits": length_limits, "stop_ids": stop_ids, "finish": finish}
+    return run_op(op, results, state, out)
 
 
 register(
