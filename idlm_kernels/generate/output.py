@@ -35,9 +35,9 @@ class GenerationResult:
     before were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and
     "suffix" drafts. tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop
     string), "length", "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. status:
-    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own law (before
-    temperature and truncation), if DecodeOptions.logprobs asks for them. prompt_token_ids, prompt: what was answered,
-    the text if it was given as text.
+    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution
+    (before temperature and truncation), if DecodeOptions.logprobs asks for them. prompt_token_ids, prompt: what was
+    answered, the text if it was given as text.
     """
 
     text: str

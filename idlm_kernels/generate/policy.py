@@ -87,7 +87,7 @@ class CostTable:
 class PlanPolicy:
     """Chooses among plans by batch size, a cost table and the acceptance seen so far.
 
-    acceptance: by draft index, given that all before stood; what is known of the model at first, then a fading
+    acceptance: by draft index, given that all before were accepted; what is known of the model at first, then a fading
     average of what is seen. memory: drafts after which an observation has faded to 1 / e.
     """
 
@@ -103,12 +103,12 @@ class PlanPolicy:
         )
 
     def observe(self, verified: Sequence[int], accepted: Sequence[int]) -> None:
-        """Take note, by draft index, of drafts that were verified, given that all before them stood."""
-        for j, (seen, stood) in enumerate(zip(verified, accepted, strict=True)):
+        """Take note, by draft index, of drafts that were verified, given that all before them were."""
+        for j, (seen, kept) in enumerate(zip(verified, accepted, strict=True)):
             if seen:
                 self.acceptance += self.acceptance[-1:] * (j + 1 - len(self.acceptance))
                 weight = seen / (seen + self.memory)
-                self.acceptance[j] += weight * (stood / seen - self.acceptance[j])
+                self.acceptance[j] += weight * (kept / seen - self.acceptance[j])
 
     @property
     def widest(self) -> StepPlan:
