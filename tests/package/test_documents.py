@@ -40,8 +40,10 @@ def test_python_examples_run(block: str) -> None:
 
 
 @pytest.mark.default_model
-def test_the_quickstart_runs() -> None:
+def test_the_examples_with_a_model_run() -> None:
     assert "equal to ordinary decoding" in run("examples/quickstart.py")
+    served = run("examples/engine.py")
+    assert served.count("ended: length") == 3 and served.count("cancelled after") == 1
 
 
 def test_a_row_keeps_its_bits_here_and_not_in_stock_torch() -> None:
