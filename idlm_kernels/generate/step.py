@@ -32,7 +32,7 @@ from python_ref.noise import uniform
 class Decoder:
     """What does not change from step to step.
 
-    verify: "match" or "rejection", which has a q_state with the places of the state. rerank: choose drafts by the
+    rule: "match" or "rejection", which has a q_state with the places of the state. rerank: choose drafts by the
     adapter's re-ranking head, which the model must have. greedy: the host knows that no request samples. suffix: draft
     from the request's own text too (`match` only). logprobs: report those of the emitted tokens.
     synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed without an
@@ -42,7 +42,7 @@ class Decoder:
     model: Transformer
     cache: KVCache
     plan: StepPlan
-    verify: str
+    rule: str
     q_state: QState | None = None
     rerank: bool = False
     greedy: bool = False
@@ -116,7 +116,7 @@ def _commit(
         state.id_limit,
         state.sampled_mask_id,
         branched=decoder.plan.branched,
-        mode=decoder.verify,
+        mode=decoder.rule,
         q_state=decoder.q_state,
         status=state.status,
     )
