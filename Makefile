@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
+.PHONY: help generate test test-fast test-engine test-triton test-native lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -30,6 +30,20 @@ generate: $(VENV)/.installed $(CPU_KERNELS) ## decode text: make generate PROMPT
 
 test: $(VENV)/.installed-dev $(CPU_KERNELS) ## run the tests: make test [ARGS="tests/ops -k rms_norm"]
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Lanes, for work; `test` is all of them. Further arguments go to pytest: make test-fast ARGS="-x -k rms_norm"
+test-fast: $(VENV)/.installed-dev $(CPU_KERNELS) ## references, operations, CPU backend, models, documents; no default model, some minutes
+	@$(BIN)/python -m pytest tests/ref tests/ops tests/cpu tests/model tests/package/test_documents.py \
+	  tests/package/test_index.py -m "not slow and not default_model" $(ARGS)
+
+test-engine: $(VENV)/.installed-dev $(CPU_KERNELS) ## generation, command line, training, packaging
+	@$(BIN)/python -m pytest tests/generate tests/cli tests/training tests/package $(ARGS)
+
+test-triton: $(VENV)/.installed-dev ## Triton kernels, on the interpreter and the emulator
+	@$(BIN)/python -m pytest tests/triton $(ARGS)
+
+test-native: $(VENV)/.installed-dev ## CUDA kernels, on the emulator
+	@$(BIN)/python -m pytest tests/native $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style with ruff
 	@$(BIN)/ruff check .

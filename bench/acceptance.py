@@ -5,7 +5,7 @@
 (1) acceptance by draft index and domain, greedy, with and without re-ranking; (2) tokens per forward (TPF) of chain and
 branched plans, greedy and at T = 0.7, `match`: the output is the AR text whatever is drafted, so one forward over each
 AR text gives the drafts of every step of every plan, and the steps are walked; (3) --rejection: TPF of as many prompts
-decoded with `verify="rejection"`, whose text is another with every plan; (4) --speed: tokens/s of as many prompts in
+decoded with `rule="rejection"`, whose text is another with every plan; (4) --speed: tokens/s of as many prompts in
 each plan, one prompt at a time, the plans taking turns. Figures of a CPU say nothing about a GPU.
 """
 
@@ -40,7 +40,15 @@ HELD_OUT = Path(__file__).with_name("heldout.jsonl")
 STRIDES = (2, 3, 4, 6)
 TEMPERATURE = 0.7
 SEED = 1
-SPEED_PLANS = (("ar", 1), ("chain", 2), ("chain", 3), ("chain", 4), ("branched", 2), ("branched", 3), ("branched", 4))
+SPEED_PLANS = (
+    ("ar", 1),
+    ("chain", 2),
+    ("chain", 3),
+    ("chain", 4),
+    ("quadratic", 2),
+    ("quadratic", 3),
+    ("quadratic", 4),
+)
 
 
 @dataclass
@@ -151,7 +159,7 @@ def tpf_rows(found: Predictions) -> list[dict[str, Any]]:
 def rejection_rows(generator: Generator, prompts: list[tuple[str, list[int]]], tokens: int) -> list[dict[str, Any]]:
     """TPF at N = 4 of real decodes."""
     rows = []
-    for plan in ("chain", "branched"):
+    for plan in ("chain", "quadratic"):
         for again in (False, True):
             params = SamplingParams(temperature=TEMPERATURE, seed=SEED, max_tokens=tokens)
             results = generator.generate(
@@ -159,7 +167,7 @@ def rejection_rows(generator: Generator, prompts: list[tuple[str, list[int]]], t
                 params,
                 plan=plan,  # type: ignore[arg-type]
                 stride=4,
-                verify="rejection",
+                rule="rejection",
                 rerank=again,
             )
             tpf = sum(r.tokens for r in results) / sum(r.forwards for r in results)

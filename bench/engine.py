@@ -38,7 +38,7 @@ TINY = dataclasses.replace(
     num_kv_heads=1,
     head_dim=16,
 )
-PLANS = ("ar", "chain", "branched", "auto")
+PLANS = ("ar", "chain", "quadratic", "auto")
 
 
 def prompts_of(generator: Generator) -> list[list[int]]:
@@ -54,7 +54,7 @@ def throughput(generator: Generator, concurrency: int, plan: str, tokens: int) -
     prompts = prompts_of(generator)
     batch = [prompts[i % len(prompts)] for i in range(concurrency)]
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    generator.policy(plan, 4, max_batch=concurrency)  # type: ignore[arg-type]  # "auto" times steps, once
+    generator.policy(plan, 4, max_num_seqs=concurrency)  # type: ignore[arg-type]  # "auto" times steps, once
     start = time.perf_counter()
     results = generator.generate(batch, params, plan=plan, stride=4)  # type: ignore[arg-type]
     return sum(r.tokens for r in results) / (time.perf_counter() - start)
@@ -71,7 +71,7 @@ def stub(decoder: Decoder, state: DecodeState) -> StepOutcome:
 def stub_seconds(batch: int, repeats: int = 400) -> float:
     """What the stub and packing its outcome cost by themselves."""
     state = DecodeState.empty(batch, 8, 1, 3, 4, mask_token_id=None, id_limit=64, device=torch.device("cpu"))
-    decoder = Decoder(None, None, StepPlan("branched", 4), "match")  # type: ignore[arg-type]
+    decoder = Decoder(None, None, StepPlan("quadratic", 4), "match")  # type: ignore[arg-type]
     start = time.perf_counter()
     for _ in range(repeats):
         stub(decoder, state).packed()
@@ -81,8 +81,8 @@ def stub_seconds(batch: int, repeats: int = 400) -> float:
 def host_microseconds(batch: int, steps: int = 512) -> tuple[float, float]:
     """Per step: the engine's host time, and that of a plain loop over requests with one read per request."""
     model = Transformer(RandomCheckpoint(TINY, dtype=torch.float32))
-    options = EngineOptions(max_batch=batch, max_len=steps + 64, page_size=64)
-    engine = Engine(model, None, PlanPolicy.fixed(StepPlan("branched", 4)), "match", options, step=stub)
+    options = EngineOptions(max_num_seqs=batch, max_model_len=steps + 64, page_size=64)
+    engine = Engine(model, None, PlanPolicy.fixed(StepPlan("quadratic", 4)), options, step=stub)
     for seed in range(batch):
         engine.submit([1], SamplingParams(max_tokens=steps + 32), seed)
     list(engine.epoch())  # prefill

@@ -27,7 +27,7 @@ from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer, load_checkpoint
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
-PLANS = (("ar", 1), ("chain", 4), ("branched", 4))
+PLANS = (("ar", 1), ("chain", 4), ("quadratic", 4))
 # VmHWM is the peak of this program alone; ru_maxrss would start from that of the process which forked it.
 PEAK = """
 import re

@@ -1,14 +1,16 @@
 """Kernels and a decoding loop for Introspective Diffusion Language Models (I-DLM, arXiv 2604.11035).
 
-The ops are functions of torch tensors; the generator lives in `idlm_kernels.generate`. Importing this package
-initialises no device and compiles nothing; torch itself is imported with the first op that is asked for.
+The ops are functions of torch tensors; `LLM` answers prompts, and what it is made of is in `idlm_kernels.generate`.
+Importing this package initialises no device and compiles nothing; torch is imported with the first name asked for.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from idlm_kernels._version import __version__
 
 if TYPE_CHECKING:
+    from idlm_kernels.generate import LLM, DecodeOptions, GenerationResult, SamplingParams
     from idlm_kernels.ops import (
         advance,
         backends,
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
     from python_ref import QState, rotary_table
 
 __all__ = [
+    "LLM",
+    "DecodeOptions",
+    "GenerationResult",
     "QState",
+    "SamplingParams",
     "__version__",
     "advance",
     "backends",
@@ -53,13 +59,16 @@ __all__ = [
     "verify_accept",
 ]
 
+_HOMES = {
+    **dict.fromkeys(("QState", "rotary_table"), "python_ref"),
+    **dict.fromkeys(("LLM", "DecodeOptions", "GenerationResult", "SamplingParams"), "idlm_kernels.generate"),
+}
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import python_ref
-    from idlm_kernels import ops
-
-    value = getattr(python_ref if name in ("QState", "rotary_table") else ops, name)
+    home = _HOMES.get(name, "idlm_kernels.ops")
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

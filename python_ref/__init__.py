@@ -17,9 +17,9 @@ from python_ref.sampling import (
     STATUS_NAN,
     QState,
     sample_rows,
-    verify_accept,
 )
 from python_ref.state import advance
+from python_ref.verify import verify_accept
 
 __all__ = [
     "STATUS_BAD_DRAFT",

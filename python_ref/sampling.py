@@ -1,8 +1,4 @@
-"""Sampling of rows, and verify-and-accept: the decision of an introspective strided decoding step.
-
-Notation of a request with n drafts: clean rows 0..n (pending, then the drafts), then for each branch b its K MASK
-rows. y_i is sampled from clean row i and belongs to position L + i, where L - 1 is the position of pending.
-"""
+"""The sampling transform of a row of logits, and the token that it gives with the noise of its position."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from python_ref.noise import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, uniform
+from python_ref.noise import STREAM_TARGET, gumbel
 
 STATUS_NAN = 1  # a logit was NaN, taken as -inf
 STATUS_INF = 2  # a logit was +inf, taken as the largest finite value
@@ -147,126 +143,3 @@ def sample_rows(
     noise = gumbel(seed, positions, z.shape[-1], stream, z.dtype)
     ids = perturbed_argmax(z, cut, temperature < GREEDY_BELOW, noise)
     return ids if out is None else out.copy_(ids)
-
-
-def verify_accept(
-    logits: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    *,
-    branched: bool,
-    mode: str,
-    q_state: QState | None = None,
-    logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
-    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Verify the drafts of every request, sample its next token and propose its next drafts.
-
-    logits [T, V]; query_start_loc int32 [B + 1]; drafts int64 [B, K]; all others [B]; positions are those of
-    pending. Returns num_accepted int32 [B] (a), tokens int64 [B, K + 1] (d_1..d_a, y_a, then -1), next_drafts
-    int64 [B, K] (-1 where there is none) and next_num_drafts int32 [B]. A request without rows yields 0, -1, -1, 0.
-    """
-    batch, num_k = drafts.shape
-    vocab_size = logits.shape[-1]
-    device = logits.device
-    start = query_start_loc[:-1].long()
-    m = query_start_loc.diff().long()
-    present = m > 0
-    n = num_drafts.long().clamp(min=0).minimum((m - 1).clamp(0, num_k))
-    i = torch.arange(num_k + 1, device=device)
-    first_position = positions.long().unsqueeze(1) + 1  # L: the position that clean row 0 predicts
-    flags = torch.zeros(batch, dtype=torch.int32, device=device)
-    flags |= torch.where(present & (n != num_drafts), STATUS_BAD_DRAFT, 0).to(torch.int32)
-
-    def transform(rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [B, R, V], cut [B, R] and the biased logits of rows [B, R]; status bits of the valid ones are kept."""
-        nonlocal flags
-        raw = add_bias(logits[rows], None if logit_bias is None else logit_bias[rows])
-        x, row_status = sanitise(raw, id_limit, mask_id)
-        for r in range(rows.shape[1]):
-            flags = flags | torch.where(valid[:, r], row_status[:, r], 0)
-        per_row = [p.unsqueeze(1).expand(rows.shape) for p in (temperature, top_k, top_p, min_p)]
-        z = scale_by_temperature(x, per_row[0])
-        return z, truncation_cut(z.flatten(0, 1), *(p.flatten() for p in per_row[1:])).view(rows.shape), raw
-
-    def noise(first: Tensor, count: int, stream: int, dtype: torch.dtype) -> Tensor:
-        """Gumbel noise [B, count, V] of the positions first, first + 1, ..."""
-        where = first + torch.arange(count, device=device)
-        return gumbel(seed.unsqueeze(1).expand(where.shape), where, vocab_size, stream, dtype)
-
-    is_clean = (i <= n.unsqueeze(1)) & present.unsqueeze(1)
-    clean_rows = torch.where(is_clean, start.unsqueeze(1) + i, 0)
-    greedy = (temperature < GREEDY_BELOW).unsqueeze(1)
-
-    # y_i for every clean row, and which drafts stand.
-    z, cut, _ = transform(clean_rows, is_clean)
-    g = noise(first_position, num_k + 1, STREAM_TARGET, z.dtype)
-    y = perturbed_argmax(z, cut, greedy.expand(batch, num_k + 1), g)
-    bad = (drafts < 0) | (drafts >= vocab_size)
-    is_draft = is_clean[:, 1:]
-    flags |= torch.where((bad & is_draft).any(1), STATUS_BAD_DRAFT, 0).to(torch.int32)
-    if mode == "match":
-        accepted = drafts == y[:, :num_k]
-    else:
-        assert q_state is not None
-        p = law(z, cut, log_norm_of(z, cut), greedy)
-        q_z = scale_by_temperature(sanitise(q_state.logits, id_limit, mask_id)[0], temperature.unsqueeze(1))
-        q = law(q_z, q_state.cut.to(z.dtype), q_state.log_norm.to(z.dtype), greedy)
-        x = drafts.clamp(0, vocab_size - 1).unsqueeze(-1)
-        where = first_position + i[:num_k]
-        u = uniform(seed.unsqueeze(1).expand(where.shape), where, STREAM_ACCEPT).to(z.dtype)
-        accepted = u * q.gather(-1, x).squeeze(-1) < p[:, :num_k].gather(-1, x).squeeze(-1)
-    accepted = accepted & is_draft & ~bad
-    a = accepted.long().cumprod(1).sum(1)
-    if mode == "rejection":
-        # The token after the accepted ones: of the residual if a draft was refused, of p if none was left.
-        residual = (p[:, :num_k] - q).clamp(min=0)
-        residual = torch.where((bad | (residual.sum(-1) == 0)).unsqueeze(-1), p[:, :num_k], residual)
-        corrected = lowest_argmax(torch.where(greedy.unsqueeze(-1), residual, residual.log() + g[:, :num_k]))
-        y[:, :num_k] = torch.where(is_draft, corrected, y[:, :num_k])
-
-    tokens = torch.where(i < a.unsqueeze(1), torch.nn.functional.pad(drafts, (0, 1)), y)
-    tokens = torch.where((i <= a.unsqueeze(1)) & present.unsqueeze(1), tokens, -1)
-
-    # New drafts: MASK row j of branch a proposes for position L + a + 1 + j. A chain has branch n only.
-    branch = a if branched else torch.zeros_like(a)
-    first_mask = 1 + n + branch * num_k
-    proposed = present & (first_mask + num_k <= m) & (num_k > 0)
-    if not branched:
-        proposed = proposed & (a == n)
-    next_drafts = torch.full_like(drafts, -1)
-    if num_k > 0:
-        has_row = proposed.unsqueeze(1).expand(batch, num_k)
-        mask_rows = torch.where(has_row, (start + first_mask).unsqueeze(1) + i[:num_k], 0)
-        z, cut, raw = transform(mask_rows, has_row)
-        stream = STREAM_TARGET if mode == "match" else STREAM_DRAFT
-        g = noise(first_position + a.unsqueeze(1) + 1, num_k, stream, z.dtype)
-        sampled = perturbed_argmax(z, cut, greedy.expand(batch, num_k), g)
-        next_drafts = torch.where(has_row, sampled, -1)
-        if mode == "rejection":
-            assert q_state is not None
-            # Where nothing is proposed nothing is written: a request without rows in this step keeps its drafts, and
-            # a later step will need their laws.
-            q_state.logits.copy_(torch.where(has_row.unsqueeze(2), raw.to(q_state.logits.dtype), q_state.logits))
-            q_state.cut.copy_(torch.where(has_row, cut.to(q_state.cut.dtype), q_state.cut))
-            log_norm = log_norm_of(z, cut).to(q_state.log_norm.dtype)
-            q_state.log_norm.copy_(torch.where(has_row, log_norm, q_state.log_norm))
-    if status is not None:
-        status |= torch.where(present, flags, 0)
-    next_num_drafts = torch.where(proposed, num_k, 0)
-    result = a.to(torch.int32), tokens, next_drafts, next_num_drafts.to(torch.int32)
-    if out is None:
-        return result
-    for target, value in zip(out, result, strict=True):
-        target.copy_(value)
-    return out

@@ -12,7 +12,7 @@ import typer
 from idlm_kernels.cli.errors import EXIT_STOPPED
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import Generator, PlanPolicy, SamplingParams
+    from idlm_kernels.generate import DecodeOptions, Generator, PlanPolicy, SamplingParams
     from idlm_kernels.generate.batch_file import Progress
 
 
@@ -23,14 +23,11 @@ def generate_file(
     params: SamplingParams,
     policy: PlanPolicy,
     *,
-    verify: str,
-    rerank: bool,
+    options: DecodeOptions,
     chat: bool | None,
     system: str | None,
-    max_batch: int,
-    memory_fraction: float,
-    suffix_drafts: bool,
-    synthetic_acceptance: float | None,
+    max_num_seqs: int,
+    gpu_memory_utilization: float,
     model_name: str,
 ) -> Progress:
     """Answer every line of `source` in `target`, with a progress bar on stderr."""
@@ -40,31 +37,29 @@ def generate_file(
 
     from idlm_kernels.generate import Engine, EngineOptions
     from idlm_kernels.generate.batch_file import RunStopped, encoder, run_file
-    from idlm_kernels.generate.engine import pages_in_memory
+    from idlm_kernels.generate.memory import pages_in_memory
 
     tokenizer = generator.tokenizer
     assert tokenizer is not None  # from_pretrained brings one
     chat = tokenizer.has_chat_template if chat is None else chat
     if (chat or system is not None) and not tokenizer.has_chat_template:
         raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
-    options = EngineOptions(
-        max_batch=max_batch,
-        max_len=generator.max_len,
+    sizes = EngineOptions.of(
+        options,
+        max_num_seqs=max_num_seqs,
+        max_model_len=generator.max_model_len,
         page_size=generator.page_size,
-        rerank=rerank,
-        suffix_drafts=suffix_drafts,
-        synthetic_acceptance=synthetic_acceptance,
     )
-    pages = pages_in_memory(generator.model, options, policy, memory_fraction)
-    engine = Engine(generator.model, tokenizer, policy, verify, dataclasses.replace(options, num_pages=pages))
-    settings: dict[str, Any] = {"model": model_name, "chat": chat, "system": system, "verify": verify}
-    settings |= {k: v for k, v in dataclasses.asdict(params).items() if k != "seed"}
+    pages = pages_in_memory(generator.model, sizes, policy, gpu_memory_utilization)
+    engine = Engine(generator.model, tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
+    settings: dict[str, Any] = {"model": model_name, "chat": chat, "system": system, "rule": options.rule}
+    settings |= {k: v for k, v in dataclasses.asdict(params).items() if k not in ("seed", "logprobs")}
     settings |= {"stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)}
-    if synthetic_acceptance is not None:
-        settings["synthetic_acceptance"] = synthetic_acceptance
-    if verify == "rejection":  # in `match` the plan has no effect on the output
+    if options.synthetic_acceptance is not None:
+        settings["synthetic_acceptance"] = options.synthetic_acceptance
+    if options.rule == "rejection":  # in `match` the plan has no effect on the output
         settings["plans"] = [f"{plan.kind} {plan.stride}" for plan in policy.plans]
-        settings["rerank"] = rerank and generator.model.rerank_head is not None
+        settings["rerank"] = options.rerank and generator.model.rerank_head is not None
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -16,12 +16,15 @@ from idlm_kernels.cli.batch import generate_file
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import GenerationResult, Generator, SamplingParams
+    from idlm_kernels.generate import DecodeOptions, GenerationResult, Generator, SamplingParams
+    from idlm_kernels.generate.options import Plan
     from idlm_kernels.model import Tokenizer
 
 
-PlanName = Literal["ar", "chain", "branched", "auto"]
+PlanName = Literal["ar", "chain", "quadratic", "branched", "auto"]
+Rule = Literal["match", "rejection"]
 Unsupported = Annotated[str | None, typer.Option(hidden=True)]
+_T = TypeVar("_T")
 
 
 @reported()
@@ -56,16 +59,20 @@ def generate(
         ),
     ] = "auto",
     plan: Annotated[
-        PlanName, typer.Option(help="Which rows a forward has; auto: what pays on this machine, up to --stride.")
+        PlanName,
+        typer.Option(
+            metavar="[ar|chain|quadratic|auto]",
+            help="Which rows a forward has; auto: what pays on this machine, up to --stride.",
+        ),
     ] = "auto",
     rerank: Annotated[bool, typer.Option(help="Let the adapter's re-ranking head choose the drafts.")] = True,
     row_budget: Annotated[int | None, typer.Option(help="The most rows per request in a forward.")] = None,
     suffix_drafts: Annotated[
         bool, typer.Option("--suffix-drafts", help="Draft from repetitions in the text too.")
     ] = False,
-    verify: Annotated[
-        Literal["match", "rejection"],
-        typer.Option(help="match: the tokens of AR sampling; rejection: their distribution."),
+    rule: Annotated[
+        Rule,
+        typer.Option(help="How drafts are verified; match: the tokens of AR sampling; rejection: their distribution."),
     ] = "match",
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
@@ -76,7 +83,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.")
     ] = None,
-    max_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
     page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64,
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")] = "auto",
     device: Annotated[
@@ -89,8 +96,8 @@ def generate(
         typer.Option("--input", help="JSON lines with a prompt or messages each; resumable. Needs --output."),
     ] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Where --input is answered, line by line.")] = None,
-    max_batch: Annotated[int, typer.Option(help="With --input: prompts that are decoded together.")] = 8,
-    memory_fraction: Annotated[
+    max_num_seqs: Annotated[int, typer.Option(help="With --input: prompts that are decoded together.")] = 8,
+    gpu_memory_utilization: Annotated[
         float, typer.Option(help="With --input: the most of the free memory that the KV cache takes.")
     ] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
@@ -102,14 +109,27 @@ def generate(
         typer.Option("--dummy-weights", help="Random weights in the shape of --model (also qwen3-8b, qwen3-32b)."),
     ] = False,
     synthetic_acceptance: Annotated[
-        float | None, typer.Option(help="Let drafts stand with this probability, to measure speed; text is noise.")
+        float | None, typer.Option(help="Accept each draft with this probability, to measure speed; the text is noise.")
     ] = None,
     repetition_penalty: Unsupported = None,
     frequency_penalty: Unsupported = None,
     presence_penalty: Unsupported = None,
     grammar: Unsupported = None,
+    verify: Annotated[Rule | None, typer.Option(hidden=True)] = None,
+    max_len: Annotated[int | None, typer.Option(hidden=True)] = None,
+    max_batch: Annotated[int | None, typer.Option(hidden=True)] = None,
+    memory_fraction: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Decode one prompt and stream the text to stdout; figures go to stderr."""
+    rule = _renamed("--verify", verify, "--rule", rule)
+    max_model_len = _renamed("--max-len", max_len, "--max-model-len", max_model_len)
+    max_num_seqs = _renamed("--max-batch", max_batch, "--max-num-seqs", max_num_seqs)
+    gpu_memory_utilization = _renamed(
+        "--memory-fraction", memory_fraction, "--gpu-memory-utilization", gpu_memory_utilization
+    )
+    kind: Plan = "quadratic" if plan == "branched" else plan
+    if plan == "branched":
+        _renamed("--plan branched", kind, "--plan quadratic", kind)
     for name, value in {
         "--repetition-penalty": repetition_penalty,
         "--frequency-penalty": frequency_penalty,
@@ -118,8 +138,8 @@ def generate(
     }.items():
         if value is not None:
             raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
-    if check and verify == "rejection":
-        raise ValueError("--check compares tokens, but --verify rejection is exact in distribution only")
+    if check and rule == "rejection":
+        raise ValueError("--check compares tokens, but --rule rejection is exact in distribution only")
     if check and synthetic_acceptance is not None:
         raise ValueError("--check compares tokens, but with --synthetic-acceptance they are noise")
     if system is not None and chat is False:
@@ -134,7 +154,7 @@ def generate(
 
     import torch
 
-    from idlm_kernels.generate import Generator, SamplingParams, StepPlan
+    from idlm_kernels.generate import DecodeOptions, Generator, SamplingParams, StepPlan
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -150,15 +170,25 @@ def generate(
         stop=tuple(stop or ()),
     )
     bound = _stride(stride)
+    options = DecodeOptions(
+        kind,
+        bound,
+        rule,
+        row_budget=row_budget,
+        rerank=rerank,
+        suffix_drafts=suffix_drafts,
+        synthetic_acceptance=synthetic_acceptance,
+    )
     if bound != "auto":
-        StepPlan("chain" if plan == "auto" else plan, bound)  # a wrong stride is said before a model is read
+        # A wrong stride is said before a model is read.
+        StepPlan("chain" if options.plan == "auto" else options.plan, bound)
     generator = Generator.from_pretrained(
         model,
         adapter={None: "default", "none": None}.get(adapter, adapter),
         device=device,
         dtype=dtype,
         backend=backend,
-        max_len=max_len,
+        max_model_len=max_model_len,
         page_size=page_size,
         random_weights=dummy_weights,
     )
@@ -169,38 +199,45 @@ def generate(
             source,
             target,
             params,
-            generator.policy(plan, bound, row_budget, max_batch),
-            verify=verify,
-            rerank=rerank,
+            generator.policy(options.plan, bound, row_budget, max_num_seqs),
+            options=options,
             chat=chat,
             system=system,
-            max_batch=max_batch,
-            memory_fraction=memory_fraction,
-            suffix_drafts=suffix_drafts,
-            synthetic_acceptance=synthetic_acceptance,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=gpu_memory_utilization,
             model_name=model,
         )
         print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
         raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
+    _answer(generator, prompt_ids, params, options, as_json=as_json, check=check)
+
+
+def _answer(
+    generator: Generator,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    options: DecodeOptions,
+    *,
+    as_json: bool,
+    check: bool,
+) -> None:
+    """Decode one prompt, show text and figures; with check, decode it in AR too and compare."""
+    from idlm_kernels.generate import DecodeOptions
 
     show = _ignore if as_json else _show
-    how: dict[str, Any] = {"plan": plan, "stride": bound, "verify": verify, "rerank": rerank}
-    how |= {"row_budget": row_budget, "suffix_drafts": suffix_drafts}
-    if synthetic_acceptance is not None:
-        how["synthetic_acceptance"] = synthetic_acceptance
-    result, interrupted = _decode(generator, prompt_ids, params, how, show)
+    result, interrupted = _decode(generator, prompt_ids, params, options, show)
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
-        print(_figures(result, seed_drawn=seed is None and temperature > 0), file=sys.stderr)
+        print(_figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
     if result.error is not None:
         print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
     elif result.status:
         print(f"idlm: warning: some logits were not finite (status {result.status})", file=sys.stderr)
     if check and not interrupted:
         same_seed = dataclasses.replace(params, seed=result.seed)
-        ar, interrupted = _decode(generator, prompt_ids, same_seed, {"plan": "ar"}, _ignore)
+        ar, interrupted = _decode(generator, prompt_ids, same_seed, DecodeOptions("ar"), _ignore)
         if interrupted:
             ar = None
     if as_json:
@@ -211,6 +248,14 @@ def generate(
         raise typer.Exit(EXIT_INTERRUPTED)
     if ar is not None and ar.token_ids != result.token_ids:
         raise typer.Exit(EXIT_MISMATCH)
+
+
+def _renamed(old: str, given: _T | None, new: str, value: _T) -> _T:
+    """The value of a flag that has an old name too, for one release."""
+    if given is None:
+        return value
+    print(f"idlm: warning: {old} is now {new}; the old name goes with the next release", file=sys.stderr)
+    return given
 
 
 def _stride(text: str) -> int | Literal["auto"]:
@@ -263,11 +308,11 @@ def _decode(
     generator: Generator,
     prompt_ids: list[int],
     params: SamplingParams,
-    how: dict[str, Any],
+    options: DecodeOptions,
     show: Callable[[str], None],
 ) -> tuple[GenerationResult, bool]:
     """Decode to the end or to Ctrl-C; returns the result so far and whether it was interrupted."""
-    stream = generator.stream(prompt_ids, params, **how)
+    stream = generator.stream(prompt_ids, params, options)
     shown, interrupted = 0, False
     try:
         for event in stream:

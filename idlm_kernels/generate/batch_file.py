@@ -1,6 +1,6 @@
 """Prompts from a JSON-lines file, results to another: any number of them in constant memory, resumable.
 
-A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field.
+A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field but logprobs.
 A line of output answers the line of input of the same number and holds only what does not depend on the schedule, so
 that an interrupted and resumed run writes the same bytes as an undisturbed one. Lines are written whole and in order;
 they are on disk (fsync) at the edges of epochs. OUTPUT.run.json beside the output remembers how it was started, and
@@ -28,7 +28,7 @@ from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.params import SamplingParams, checked_seed, draw_seed, mixed_seed
 from idlm_kernels.model.tokenizer import Tokenizer
 
-_PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)}
+_PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)} - {"logprobs"}
 _KEYS = _PARAMETERS | {"id", "prompt", "messages"}
 
 
@@ -85,7 +85,7 @@ def _answer_lines(
     report: Callable[[Progress], None],
 ) -> None:
     waiting: dict[int, Request | dict[str, Any]] = {}  # by line number: running, or answered with an error
-    window = 4 * engine.options.max_batch  # lines between the oldest unanswered one and the last one read
+    window = 4 * engine.options.max_num_seqs  # lines between the oldest unanswered one and the last one read
     lines = _lines(source, skip=progress.lines)
     exhausted = False
     while not exhausted or waiting:

@@ -18,13 +18,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
+from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool
 from idlm_kernels.generate.params import SamplingParams, checked_seed
@@ -33,59 +35,12 @@ from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
-from idlm_kernels.ops.sampling import MODES
 from python_ref import QState
 from python_ref.sampling import GREEDY_BELOW
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., None])
 MAX_STOP_IDS = 64  # of a request
-
-
-_LEAST = {
-    "max_batch": 1,
-    "max_len": 2,
-    "page_size": 1,
-    "num_pages": 1,
-    "prefill_tokens": 1,
-    "epoch_steps": 1,
-    "lag": 0,
-}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine runs. None of it changes the output of a request in `match`.
-
-    max_batch: requests decoded together. max_len: the most tokens of a request, prompt included. num_pages: pages of
-    the KV cache; enough for max_batch full requests when None. prefill_tokens: the budget of an epoch, and of one
-    forward. epoch_steps: the most steps of an epoch. lag: steps after which the host reads a result; when None, 1 on a
-    GPU and 0 elsewhere. rerank: use the adapter's re-ranking head where it has one. suffix_drafts, logprobs,
-    synthetic_acceptance: see Decoder.
-    """
-
-    max_batch: int = 8
-    max_len: int = 2048
-    page_size: int = 64
-    num_pages: int | None = None
-    prefill_tokens: int = 512
-    epoch_steps: int = 16
-    lag: int | None = None
-    rerank: bool = True
-    suffix_drafts: bool = False
-    logprobs: bool = False
-    synthetic_acceptance: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in ("num_pages", "lag"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} is {value}, wanted at least {least}")
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise ValueError(f"synthetic_acceptance is {self.synthetic_acceptance}, wanted 0 to 1")
 
 
 @dataclass(eq=False)
@@ -126,30 +81,56 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
+def _old_signature(init: _F) -> _F:
+    """Take the rule as the fourth argument or as `verify` too, for one release."""
+
+    @wraps(init)
+    def wrapper(
+        self: Engine,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        policy: PlanPolicy | None = None,
+        *rest: Any,
+        **how: Any,
+    ) -> None:
+        rule = how.pop("verify", None)
+        if rest and isinstance(rest[0], str):
+            rule, rest = rest[0], rest[1:]
+        if rule is not None:
+            warn_renamed("Engine: ", "verify", "options.rule")
+            options = rest[0] if rest else how.pop("options", EngineOptions())
+            rest = (options.changed(rule=rule),)
+        init(self, model, tokenizer, policy, *rest, **how)
+
+    return cast(_F, wrapper)
+
+
 class Engine:
     """Decodes requests; see the module. One thread at a time: a second one gets a RuntimeError, and no wrong token.
+
+    policy: the choice among plans; made of the plan, stride and row_budget of the options when None. step, recorder:
+    for tests.
 
     It does not survive a fork: torch's threads are not copied, so a child would wait for them for good. A child of a
     process that has decoded gets a RuntimeError; start processes with "spawn", or fork before the first decode.
     """
 
+    @_old_signature
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer | None,
-        policy: PlanPolicy,
-        verify: str = "match",
-        options: EngineOptions = EngineOptions(),
+        policy: PlanPolicy | None = None,
+        options: EngineOptions | None = None,
         *,
         step: StepFunction = decode_step,
         recorder: Recorder | None = None,
     ):
-        if verify not in MODES:
-            raise ValueError(f"verify is {verify!r}, wanted one of {', '.join(MODES)}")
-        if options.suffix_drafts and verify != "match":
-            raise ValueError("suffix drafts have no law q: use verify='match'")
         _check_process()
-        num_slots = options.max_len - 1 + policy.widest.max_rows
+        options = options or EngineOptions()
+        if policy is None:
+            policy = PlanPolicy.of(model, options, options.max_num_seqs)
+        num_slots = options.max_model_len - 1 + policy.widest.max_rows
         options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # larger ones hold no more
         self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
         self._lag = (1 if model.device.type == "cuda" else 0) if options.lag is None else options.lag
@@ -158,10 +139,10 @@ class Engine:
             self._id_limit = min(self._id_limit, tokenizer.vocab_size)
         model.reserve_positions(num_slots)
         per_request = -(-num_slots // options.page_size)
-        self.pool = PagePool(options.num_pages or options.max_batch * per_request, options.page_size)
+        self.pool = PagePool(options.num_pages or options.max_num_seqs * per_request, options.page_size)
         self._state = DecodeState.empty(
-            options.max_batch,
-            options.max_len,
+            options.max_num_seqs,
+            options.max_model_len,
             per_request,
             policy.num_drafts,
             MAX_STOP_IDS,
@@ -170,14 +151,14 @@ class Engine:
             device=model.device,
         )
         q_state = None
-        if verify == "rejection":
+        if options.rule == "rejection":
             vocab_size = model.config.vocab_size
-            q_state = QState.empty(options.max_batch, policy.num_drafts, vocab_size, model.dtype, model.device)
+            q_state = QState.empty(options.max_num_seqs, policy.num_drafts, vocab_size, model.dtype, model.device)
         self._decoder = Decoder(
             model,
             model.new_cache(self.pool.num_pages, options.page_size),
             policy.widest,
-            verify,
+            options.rule,
             q_state,
             rerank=options.rerank and model.rerank_head is not None,
             suffix=options.suffix_drafts,
@@ -186,14 +167,14 @@ class Engine:
         )
         if recorder is None and model.device.type == "cuda":
             recorder = CudaRecorder()
-        self._buckets = _buckets(options.max_batch, few=recorder is not None)
+        self._buckets = _buckets(options.max_num_seqs, few=recorder is not None)
         self._steps, self._recorded = RecordedSteps(step, recorder), recorder is not None
         if len(policy.plans) == 1:
             for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
                 self._steps.record(*self._batch(bucket))
         self._waiting: list[Request] = []
         self._active: list[Request] = []  # those with a place, by arrival
-        self._free_places = list(range(options.max_batch))  # a heap
+        self._free_places = list(range(options.max_num_seqs))  # a heap
         self._arrivals = 0
         self._thread = threading.Lock()  # held by the thread that is inside
         self._epoch: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
@@ -219,7 +200,7 @@ class Engine:
 
     def _submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
         prompt, seed = self._checked_prompt(prompt), checked_seed(seed)
-        limit = min(self.options.max_len, len(prompt) + params.max_tokens)
+        limit = min(self.options.max_model_len, len(prompt) + params.max_tokens)
         needed = self.pool.pages_for(limit - 1 + self.policy.widest.max_rows)
         if needed > self.pool.num_pages:
             raise ValueError(
@@ -282,7 +263,7 @@ class Engine:
     def _edge_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
         _state_of_process["has decoded"] = True
         self._retire()
-        plan = self.policy.choose(max(1, min(self.options.max_batch, len(self._active) + len(self._waiting))))
+        plan = self.policy.choose(max(1, min(self.options.max_num_seqs, len(self._active) + len(self._waiting))))
         # A recorded step serves any requests, so it must not depend on what these ask for.
         greedy = not self._recorded and all(
             r.params.temperature < GREEDY_BELOW for r in (*self._active, *self._waiting)
@@ -343,7 +324,7 @@ class Engine:
 
     def _admit(self, steps: int) -> None:
         """Give waiting requests a place and pages, strictly in order of arrival."""
-        while self._waiting and len(self._active) < self.options.max_batch:
+        while self._waiting and len(self._active) < self.options.max_num_seqs:
             request = self._waiting[0]
             tokens = request.tokens
             shared = self.pool.share(tokens)
@@ -391,7 +372,7 @@ class Engine:
 
     def _prefill(self) -> Iterator[tuple[Request, StreamEvent]]:
         """Prefill within the budget, oldest first. The first step of a request rides on its last chunk."""
-        budget = self.options.prefill_tokens
+        budget = self.options.max_num_batched_tokens
         ready: list[Request] = []
         for request in self._active:
             if request.decoding or request.ended:
@@ -498,7 +479,12 @@ class Engine:
     # Checks
 
     def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
-        ids, vocab_size, max_len = list(prompt), self.model.config.vocab_size, self.options.max_len
+        if isinstance(prompt, str):
+            raise TypeError(
+                "the prompt is text, wanted token ids: encode it with the tokenizer, or use idlm_kernels.LLM, which "
+                "takes text"
+            )
+        ids, vocab_size, max_len = list(prompt), self.model.config.vocab_size, self.options.max_model_len
         if not ids:
             raise ValueError("the prompt is empty, wanted at least one token")
         if len(ids) >= max_len:
@@ -530,28 +516,6 @@ class Engine:
         if len(ends) > MAX_STOP_IDS:
             raise ValueError(f"{len(ends)} stop ids with the end tokens, wanted at most {MAX_STOP_IDS}")
         return sorted(ends)
-
-
-def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPolicy, fraction: float) -> int:
-    """Pages for max_batch full requests, or as many as fit a share of the free memory if those are fewer."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"memory_fraction is {fraction}, wanted above 0 and at most 1")
-    config = model.config
-    num_slots = options.max_len - 1 + policy.widest.max_rows
-    options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # as Engine has it
-    per_request = -(-num_slots // options.page_size)
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = int(free * fraction) // (per_token * options.page_size)
-    if fitting < per_request:
-        raise ValueError(
-            f"{fraction:.0%} of the free memory holds {fitting} pages of {options.page_size} tokens, but a request of "
-            f"{options.max_len} tokens needs {per_request}: lower max_len or raise the memory fraction"
-        )
-    return min(options.max_batch * per_request, fitting)
 
 
 def _check_process() -> None:
@@ -601,11 +565,11 @@ class _Readback:
         return rows
 
 
-def _buckets(max_batch: int, few: bool) -> list[int]:
+def _buckets(max_num_seqs: int, few: bool) -> list[int]:
     """Numbers of places that a step may run: all, or powers of two where each costs a recording."""
     if not few:
-        return list(range(1, max_batch + 1))
-    return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
+        return list(range(1, max_num_seqs + 1))
+    return [*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs]
 
 
 def _neighbours(requests: list[Request]) -> Iterator[list[Request]]:

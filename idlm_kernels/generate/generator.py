@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
 from idlm_kernels import ops
-from idlm_kernels.generate.engine import Engine, EngineOptions, Request
+from idlm_kernels._deprecated import renamed
+from idlm_kernels.generate.engine import Engine, Request
+from idlm_kernels.generate.memory import pages_in_memory
+from idlm_kernels.generate.options import DecodeOptions, EngineOptions, Plan, Stride
 from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
-from idlm_kernels.generate.plan import PlanKind, StepPlan, plans_up_to
 from idlm_kernels.generate.policy import CostTable, PlanPolicy
 from idlm_kernels.model.adapter import DEFAULT_ADAPTER, load_adapter
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.random_weights import RandomCheckpoint
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
-
-Plan = PlanKind | Literal["auto"]
-Stride = int | Literal["auto"]
-
-# What is expected of the drafts of a model that says nothing of it: one trained with a MASK token, and any other.
-_ACCEPTANCE_OF_MASK_MODELS = (0.8,)
-_ACCEPTANCE_UNTRAINED = (0.15, 0.05)
-_AUTO_STRIDE = 4
 
 
 class Generator:
@@ -39,32 +35,47 @@ class Generator:
     Args:
         model: the transformer; its backend is the one in force when it was loaded.
         tokenizer: turns ids into text; without one, results carry ids only.
-        max_len: the most tokens of a request, prompt included; the model's own limit when None.
+        max_model_len: the most tokens of a request, prompt included; the model's own limit when None. No memory is
+            taken for it before a request needs it.
         page_size: tokens per KV page. Any size from 1 gives the same output.
-        max_batch: the most prompts that are decoded together.
+        max_num_seqs: the most prompts that are decoded together.
+        max_num_batched_tokens: the most prompt tokens of one forward.
+        gpu_memory_utilization: the most of the memory that is free, on a CPU too, that the KV cache may take. Where
+            it is too little for all prompts at once, some wait for others.
     """
 
+    @renamed(max_len="max_model_len", max_batch="max_num_seqs")
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer | None = None,
         *,
-        max_len: int | None = None,
+        max_model_len: int | None = None,
         page_size: int = 64,
-        max_batch: int = 64,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        gpu_memory_utilization: float = 0.5,
     ):
         limit = model.config.max_position_embeddings
-        if max_len is not None and not 2 <= max_len <= limit:
-            raise ValueError(f"max_len is {max_len}, wanted 2 to {limit} (the model's context)")
+        if max_model_len is not None and not 2 <= max_model_len <= limit:
+            raise ValueError(f"max_model_len is {max_model_len}, wanted 2 to {limit} (the model's context)")
         if page_size < 1:
             raise ValueError(f"page_size is {page_size}, wanted at least 1")
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}, wanted at least 1")
-        self.max_len, self.page_size, self.max_batch = max_len or limit, page_size, max_batch
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, wanted at least 1")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}, wanted above 0 and at most 1")
+        self.max_model_len, self.page_size, self.max_num_seqs = max_model_len or limit, page_size, max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.gpu_memory_utilization = gpu_memory_utilization
         self._costs: dict[tuple[object, ...], CostTable] = {}
+        # Where steps are recorded the engine of a batch serves the next ones: to record takes longer than many steps.
+        self._keeps_engine, self._kept = model.device.type == "cuda", None  # type: tuple[bool, Engine | None]
 
     @classmethod
+    @renamed(max_len="max_model_len", max_batch="max_num_seqs")
     def from_pretrained(
         cls,
         source: str | Path = "default",
@@ -74,9 +85,11 @@ class Generator:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
         backend: str | None = None,
-        max_len: int | None = None,
+        max_model_len: int | None = None,
         page_size: int = 64,
-        max_batch: int = 64,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        gpu_memory_utilization: float = 0.5,
         random_weights: bool = False,
     ) -> Generator:
         """Load a checkpoint (Hugging Face folder, GGUF file, hub id, or "default") and an optional adapter folder.
@@ -98,129 +111,116 @@ class Generator:
             adapter = DEFAULT_ADAPTER if source == "default" and not random_weights else None
         loaded = None if adapter is None else load_adapter(adapter, checkpoint.config)
         model = Transformer(checkpoint, device=device, dtype=dtype, adapter=loaded)
-        return cls(model, checkpoint.tokenizer, max_len=max_len, page_size=page_size, max_batch=max_batch)
+        return cls(
+            model,
+            checkpoint.tokenizer,
+            max_model_len=max_model_len,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: DecodeOptions | None = None,
         *,
-        plan: Plan = "auto",
-        stride: Stride = "auto",
-        verify: str = "match",
-        row_budget: int | None = None,
-        rerank: bool = True,
-        suffix_drafts: bool = False,
-        logprobs: bool = False,
-        synthetic_acceptance: float | None = None,
+        progress: Callable[[int], None] | None = None,
+        **changes: Any,
     ) -> list[GenerationResult]:
         """Decode a batch of prompts (token ids) to the end; results in the order of the prompts.
 
         One SamplingParams for all mixes its seed with the index of the prompt; a list gives each prompt its own.
-        plan "auto" measures this device and picks plan and stride by what pays, `stride` being the upper bound; stride
-        "auto" goes as far as the adapter was trained for. With a row_budget, a step uses at most so many rows per
-        request: plan and stride are then upper bounds. rerank: let the adapter's re-ranking head, if it has one,
-        choose the drafts. suffix_drafts: draft from a request's own text too. logprobs: report those of the tokens.
-        synthetic_acceptance: to measure speed, let drafts stand with this probability; the text is noise.
+        Keywords are fields of DecodeOptions that differ from `options`, such as plan="quadratic", stride=4. progress
+        is called with the number of prompts that are answered, whenever it grows.
 
         Raises: TypeError, ValueError naming the argument, and the prompt, that cannot run.
         """
         each, seeds = _spread(params, len(prompts))
         if not prompts:
             return []
-        policy = self.policy(plan, stride, row_budget, len(prompts))
-        engine = self._engine(prompts, each, policy, verify, rerank, suffix_drafts, logprobs, synthetic_acceptance)
+        options = (options or DecodeOptions()).changed(**changes)
+        # Taken out while in use: a second thread, and whoever comes after a fault, gets an engine of its own.
+        kept, self._kept = self._kept, None
+        engine = kept if kept is not None and _serves(kept, options, *self._size(prompts, each)) else None
+        del kept
+        engine = engine or self._engine(prompts, each, options, roomy=self._keeps_engine)
         requests = []
         for i, (prompt, p, seed) in enumerate(zip(prompts, each, seeds, strict=True)):
             try:
                 requests.append(engine.submit(prompt, p, seed))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompt {i}: {error}") from None
-        for _ in engine.events():
-            pass
-        return [_result(request, policy) for request in requests]
+        answered = 0
+        for request, _ in engine.events():
+            if progress is not None and request.ended:
+                answered += 1
+                progress(answered)
+        if self._keeps_engine:
+            self._kept = engine
+        return [_result(request, engine.policy) for request in requests]
 
     def stream(
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        plan: Plan = "auto",
-        stride: Stride = "auto",
-        verify: str = "match",
-        row_budget: int | None = None,
-        rerank: bool = True,
-        suffix_drafts: bool = False,
-        logprobs: bool = False,
-        synthetic_acceptance: float | None = None,
+        options: DecodeOptions | None = None,
+        **changes: Any,
     ) -> Stream:
         """Decode one prompt step by step, as `generate` does.
 
         Iterate (`for` or `async for`) for StreamEvents; `.result` holds text and figures at any time.
         """
         (one,), (seed,) = _spread(params, 1)
-        policy = self.policy(plan, stride, row_budget)
-        engine = self._engine([prompt], [one], policy, verify, rerank, suffix_drafts, logprobs, synthetic_acceptance)
-        return Stream(engine, engine.submit(prompt, one, seed), policy)
+        engine = self._engine([prompt], [one], (options or DecodeOptions()).changed(**changes))
+        return Stream(engine, engine.submit(prompt, one, seed), engine.policy)
+
+    def _size(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> tuple[int, int]:
+        """How many of these prompts are decoded together, and the most tokens of one."""
+        longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True))
+        return min(self.max_num_seqs, len(prompts)), max(2, min(self.max_model_len, longest))
 
     def _engine(
         self,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
-        policy: PlanPolicy,
-        verify: str,
-        rerank: bool,
-        suffix_drafts: bool,
-        logprobs: bool,
-        synthetic_acceptance: float | None,
+        options: DecodeOptions,
+        roomy: bool = False,
     ) -> Engine:
-        """An engine with the memory that these prompts need and no more."""
-        batch = min(self.max_batch, len(prompts))
-        longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True))
-        options = EngineOptions(
-            max_batch=batch,
-            max_len=max(2, min(self.max_len, longest)),
+        """An engine with the memory that these prompts need and no more; if roomy, for up to twice as many and as long.
+
+        Where there is no memory for that, an engine for these.
+        """
+        batch, longest = self._size(prompts, params)
+        if roomy:
+            batch = min(self.max_num_seqs, 1 << (batch - 1).bit_length())
+        policy = PlanPolicy.of(self.model, options, batch, self._costs)
+        sizes = EngineOptions.of(
+            options,
+            max_num_seqs=batch,
+            max_model_len=longest,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             page_size=self.page_size,
-            rerank=rerank,
-            suffix_drafts=suffix_drafts,
-            logprobs=logprobs,
-            synthetic_acceptance=synthetic_acceptance,
         )
-        return Engine(self.model, self.tokenizer, policy, verify, options)
+        if roomy:
+            longer = min(self.max_model_len, 1 << (longest - 1).bit_length())
+            with contextlib.suppress(ValueError):  # too little memory
+                return self._engine_of(policy, dataclasses.replace(sizes, max_model_len=longer))
+        return self._engine_of(policy, sizes)
 
+    def _engine_of(self, policy: PlanPolicy, sizes: EngineOptions) -> Engine:
+        pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
+        return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
+
+    @renamed(max_batch="max_num_seqs")
     def policy(
-        self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None, max_batch: int = 1
+        self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None, max_num_seqs: int = 1
     ) -> PlanPolicy:
-        """The choice among plans that these arguments leave, for up to max_batch requests; see `generate`."""
-        if row_budget is not None:
-            if isinstance(row_budget, bool) or not isinstance(row_budget, int):
-                raise TypeError(f"row_budget must be an int, got {type(row_budget).__name__}")
-            if row_budget < 1:
-                raise ValueError(f"row_budget is {row_budget}, wanted at least 1 row per request")
-        acceptance = self._acceptance()
-        longest = stride
-        if longest == "auto":
-            longest = _AUTO_STRIDE if self.model.acceptance is None else len(acceptance) + 1
-        if plan != "auto" and stride != "auto":
-            chosen = StepPlan(plan, longest) if row_budget is None else StepPlan.within(row_budget, plan, longest)
-            return PlanPolicy.fixed(chosen)
-        plans = plans_up_to(plan, StepPlan("chain", longest).stride, row_budget)
-        if len(plans) == 1:
-            return PlanPolicy.fixed(plans[0])
-        return PlanPolicy(tuple(plans), self._cost(plans, min(max_batch, self.max_batch)), list(acceptance))
-
-    def _acceptance(self) -> Sequence[float]:
-        if self.model.acceptance is not None:
-            return self.model.acceptance
-        return _ACCEPTANCE_UNTRAINED if self.config.mask_token_id is None else _ACCEPTANCE_OF_MASK_MODELS
-
-    def _cost(self, plans: Sequence[StepPlan], max_batch: int) -> CostTable:
-        if self.model.device.type != "cpu":
-            return CostTable.roofline(self.model)
-        key = (*plans, max_batch)
-        if key not in self._costs:
-            self._costs[key] = CostTable.measure(self.model, plans, max_batch)
-        return self._costs[key]
+        """The choice among plans that these arguments leave, for up to max_num_seqs requests; see DecodeOptions."""
+        options = DecodeOptions(plan, stride, row_budget=row_budget)
+        return PlanPolicy.of(self.model, options, min(max_num_seqs, self.max_num_seqs), self._costs)
 
 
 class Stream:
@@ -269,10 +269,17 @@ class Stream:
         return _result(self._request, self._policy)
 
 
+def _serves(engine: Engine, options: DecodeOptions, batch: int, longest: int) -> bool:
+    """Whether an engine decodes with these options, and is large enough."""
+    has = engine.options
+    alike = all(getattr(has, f.name) == getattr(options, f.name) for f in dataclasses.fields(DecodeOptions))
+    return alike and has.max_num_seqs >= batch and has.max_model_len >= longest
+
+
 def _result(request: Request, policy: PlanPolicy) -> GenerationResult:
-    if len(policy.plans) == 1:
-        return request.output.result(policy.plans[0].kind, policy.plans[0].stride)
-    return request.output.result("auto", max(plan.stride for plan in policy.plans))
+    plan = policy.plans[0].kind if len(policy.plans) == 1 else "auto"
+    result = request.output.result(plan, max(plan.stride for plan in policy.plans))
+    return dataclasses.replace(result, prompt_token_ids=request.prompt)
 
 
 def _spread(

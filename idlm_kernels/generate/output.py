@@ -6,7 +6,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from idlm_kernels.generate.drafts import SOURCES
 from idlm_kernels.generate.params import SamplingParams
@@ -35,8 +35,9 @@ class GenerationResult:
     before were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and
     "suffix" drafts. tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop
     string), "length", "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. status:
-    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own law (before
-    temperature and truncation), if the engine reports them.
+    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution
+    (before temperature and truncation), if DecodeOptions.logprobs asks for them. prompt_token_ids, prompt: what was
+    answered, the text if it was given as text.
     """
 
     text: str
@@ -55,6 +56,23 @@ class GenerationResult:
     acceptance_by_source: dict[str, float]
     logprobs: list[float] | None
     error: str | None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt: str | None = None
+
+    @property
+    def outputs(self) -> list[GenerationResult]:
+        """The completions of the prompt: this one alone. It is where programs written for other engines look."""
+        return [self]
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the logprobs, where they were asked for."""
+        return None if self.logprobs is None else sum(self.logprobs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text ended by itself or at its limit, and was not cut off."""
+        return self.finish_reason in ("stop", "length")
 
 
 class RequestOutput:

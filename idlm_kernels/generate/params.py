@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 _SEEDS = 1 << 64
+_UNSUPPORTED = {
+    "n": 1,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+}
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling and stopping of one request. Off values: top_k 0, top_p 1, min_p 0; temperature 0 is greedy.
+    """Sampling and stopping of one request. Off values: top_k 0 (or -1), top_p 1, min_p 0; temperature 0 is greedy.
 
-    seed: 0 .. 2^64 - 1, or None to have one drawn (the result tells which). max_tokens: the most new tokens. stop:
-    strings that end the text before them; stop_token_ids: ids that end it, beside the tokenizer's end-of-text ids
-    (which `ignore_eos` turns off).
+    The defaults are greedy decoding of at most 256 tokens (vLLM: temperature 1, 16 tokens). seed: 0 .. 2^64 - 1, or
+    None to have one drawn (the result tells which). max_tokens: the most new tokens. stop: strings that end the text
+    before them; stop_token_ids: ids that end it, beside the tokenizer's end-of-text ids (which `ignore_eos` turns
+    off). logprobs: 0 has those of the tokens reported; there are none of other tokens.
+
+    n, repetition_penalty, presence_penalty, frequency_penalty, min_tokens, skip_special_tokens: taken at the value that
+    asks for nothing, so that a program that spells them out runs.
 
     Raises: TypeError, ValueError naming the field, what was given and what is wanted.
     """
@@ -30,8 +42,22 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    n: InitVar[int] = 1
+    repetition_penalty: InitVar[float] = 1.0
+    presence_penalty: InitVar[float] = 0.0
+    frequency_penalty: InitVar[float] = 0.0
+    min_tokens: InitVar[int] = 0
+    skip_special_tokens: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *unsupported: object) -> None:
+        for (name, only), value in zip(_UNSUPPORTED.items(), unsupported, strict=True):
+            if value != only:
+                raise ValueError(f"{name} is {value!r}, wanted {only!r}: a decode has no other")
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if self.logprobs is not None:
+            _int("logprobs", self.logprobs, 0, 0, "None or 0 (those of the tokens themselves)")
         for name, low, high, wanted in (
             ("temperature", 0.0, _LARGEST_FP32, "a number >= 0 that fits fp32"),
             ("top_p", 0.0, 1.0, "a number above 0 and at most 1 (1 is off)"),
@@ -46,11 +72,11 @@ class SamplingParams:
         _int("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1")
         if self.seed is not None:
             checked_seed(self.seed)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {list(stop)}, wanted strings that are not empty")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         for token in self.stop_token_ids:
             _int("stop_token_ids", token, 0, 2**31 - 1, "token ids")
 

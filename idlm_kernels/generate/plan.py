@@ -14,22 +14,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.cpu import native
 from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.model.transformer import Rows
 
-PlanKind = Literal["ar", "chain", "branched"]
-MAX_STRIDE = {"ar": 1, "chain": 32, "branched": 8}
+PlanKind = Literal["ar", "chain", "quadratic"]
+MAX_STRIDE = {"ar": 1, "chain": 32, "quadratic": 8}
+
+
+def plan_kind(name: str) -> str:
+    """The name itself, or today's name of a plan that was renamed."""
+    if name != "branched":
+        return name
+    warn_renamed("plan ", "'branched'", "'quadratic'")
+    return "quadratic"
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """kind and stride N of every step of a batch. AR is the plan with N = 1: one row, no draft, no MASK."""
+    """kind and stride N of every step of a batch. AR is the plan with N = 1: one row, no draft, no MASK.
+
+    "chain": K MASK rows after the last draft, 2N - 1 rows. "quadratic": K MASK rows after pending and after each draft,
+    N * N rows, so that there are new drafts whichever draft is rejected. It is the quadratic decoding of Samragh et al.
+    (arXiv 2507.11851, where gated LoRA comes from as well).
+    """
 
     kind: PlanKind
     stride: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", plan_kind(self.kind))
         if self.kind not in MAX_STRIDE:
             raise ValueError(f"plan is {self.kind!r}, wanted one of {', '.join(MAX_STRIDE)}")
         if isinstance(self.stride, bool) or not isinstance(self.stride, int):
@@ -41,7 +56,8 @@ class StepPlan:
 
     @property
     def branched(self) -> bool:
-        return self.kind == "branched"
+        """Whether every draft has a branch of MASK rows, and not the last one alone."""
+        return self.kind == "quadratic"
 
     @property
     def num_drafts(self) -> int:
@@ -56,7 +72,7 @@ class StepPlan:
     def expected_tpf(self, acceptance: float | Sequence[float]) -> float:
         """Tokens per forward in the steady state, for an acceptance by draft index (the last one goes on), or for all.
 
-        Branched: 1 + p_1 + p_1 p_2 + .. Chain: of two kinds of steps, those with drafts commit the same, those after a
+        Quadratic: 1 + p_1 + p_1 p_2 + .. Chain: of two kinds of steps, those with drafts commit the same, those after a
         rejection have none and commit one token.
         """
         shares = [acceptance] if isinstance(acceptance, (int, float)) else acceptance
@@ -73,14 +89,14 @@ class StepPlan:
     def within(cls, row_budget: int, kind: PlanKind, stride: int, acceptance: float = 0.8) -> StepPlan:
         """The plan of most expected tokens per forward with at most row_budget rows per request.
 
-        kind and stride bound the choice from above (ar < chain < branched). A budget of one row leaves AR.
+        kind and stride bound the choice from above (ar < chain < quadratic). A budget of one row leaves AR.
         """
         if isinstance(row_budget, bool) or not isinstance(row_budget, int):
             raise TypeError(f"row_budget must be an int, got {type(row_budget).__name__}")
         if row_budget < 1:
             raise ValueError(f"row_budget is {row_budget}, wanted at least 1 row per request")
         bound = cls(kind, stride)
-        kinds: tuple[PlanKind, ...] = ("chain", "branched") if bound.branched else (bound.kind,)
+        kinds: tuple[PlanKind, ...] = ("chain", "quadratic") if bound.branched else (bound.kind,)
         plans = [cls(k, n) for k in kinds for n in range(2, bound.stride + 1)] + [cls("ar", 1)]
         fitting = [plan for plan in plans if plan.max_rows <= row_budget]
         # Of equal plans the one with fewer rows: N = 2 chains and branches, say, at an acceptance of 1.
@@ -92,7 +108,7 @@ def plans_up_to(kind: PlanKind | Literal["auto"], stride: int, row_budget: int |
 
     AR alone where no plan fits the budget.
     """
-    kinds: tuple[PlanKind, ...] = ("chain", "branched") if kind == "auto" else (StepPlan(kind, 2).kind,)
+    kinds: tuple[PlanKind, ...] = ("chain", "quadratic") if kind == "auto" else (StepPlan(kind, 2).kind,)
     drafting = [StepPlan(k, n) for k in kinds for n in range(2, min(stride, MAX_STRIDE[k]) + 1)]
     fitting = [plan for plan in drafting if row_budget is None or plan.max_rows <= row_budget]
     return [StepPlan("ar", 1), *fitting] if kind == "auto" or not fitting else fitting

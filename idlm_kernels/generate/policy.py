@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from idlm_kernels.generate.plan import StepPlan
+from idlm_kernels.generate.options import DecodeOptions
+from idlm_kernels.generate.plan import StepPlan, plans_up_to
 from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.generate.step import Decoder, decode_step
 from idlm_kernels.model.transformer import Transformer
 
+# What is expected of the drafts of a model that says nothing of it: one trained with a MASK token, and any other.
+_ACCEPTANCE_OF_MASK_MODELS = (0.8,)
+_ACCEPTANCE_UNTRAINED = (0.15, 0.05)
+_AUTO_STRIDE = 4
 _MOST_ROWS = 128  # of a measured step
 _CONTEXT = 128  # committed tokens of a request in the measurement
 H100_BYTES_PER_SECOND = 3.35e12
@@ -43,16 +48,18 @@ class CostTable:
         return self.seconds[low] + share * (self.seconds[high] - self.seconds[low])
 
     @classmethod
-    def measure(cls, model: Transformer, plans: Sequence[StepPlan], max_batch: int = 1, rounds: int = 5) -> CostTable:
+    def measure(
+        cls, model: Transformer, plans: Sequence[StepPlan], max_num_seqs: int = 1, rounds: int = 5
+    ) -> CostTable:
         """Time whole decode steps of these plans on the device in use, the best of a few each.
 
         Those of one request give the cost of few rows, with all that drafting costs beside the forward; those of up
-        to max_batch requests with the widest plan the cost of many. The plans take turns, so that what else the
+        to max_num_seqs requests with the widest plan the cost of many. The plans take turns, so that what else the
         machine does for a while slows all of them.
         """
         widest = max(plans, key=lambda plan: plan.max_rows)
         cases = [(1, plan) for plan in plans]
-        cases += [(2**i, widest) for i in range(1, max_batch.bit_length()) if 2**i * widest.max_rows <= _MOST_ROWS]
+        cases += [(2**i, widest) for i in range(1, max_num_seqs.bit_length()) if 2**i * widest.max_rows <= _MOST_ROWS]
         steps = {batch * plan.max_rows: _timed_step(model, batch, plan) for batch, plan in cases}
         seconds = dict.fromkeys(steps, math.inf)
         for number in range(rounds + 1):
@@ -80,7 +87,7 @@ class CostTable:
 class PlanPolicy:
     """Chooses among plans by batch size, a cost table and the acceptance seen so far.
 
-    acceptance: by draft index, given that all before stood; what is known of the model at first, then a fading
+    acceptance: by draft index, given that all before were accepted; what is known of the model at first, then a fading
     average of what is seen. memory: drafts after which an observation has faded to 1 / e.
     """
 
@@ -96,12 +103,12 @@ class PlanPolicy:
         )
 
     def observe(self, verified: Sequence[int], accepted: Sequence[int]) -> None:
-        """Take note, by draft index, of drafts that were verified, given that all before them stood."""
-        for j, (seen, stood) in enumerate(zip(verified, accepted, strict=True)):
+        """Take note, by draft index, of drafts that were verified, given that all before them were."""
+        for j, (seen, kept) in enumerate(zip(verified, accepted, strict=True)):
             if seen:
                 self.acceptance += self.acceptance[-1:] * (j + 1 - len(self.acceptance))
                 weight = seen / (seen + self.memory)
-                self.acceptance[j] += weight * (stood / seen - self.acceptance[j])
+                self.acceptance[j] += weight * (kept / seen - self.acceptance[j])
 
     @property
     def widest(self) -> StepPlan:
@@ -113,8 +120,45 @@ class PlanPolicy:
         return max(plan.num_drafts for plan in self.plans)
 
     @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        options: DecodeOptions,
+        max_num_seqs: int = 1,
+        costs: dict[tuple[object, ...], CostTable] | None = None,
+    ) -> PlanPolicy:
+        """The choice that the plan, stride and row_budget of the options leave, for up to max_num_seqs requests.
+
+        costs: tables that were measured before; those that are measured here are added to it.
+        """
+        plan, stride, row_budget = options.plan, options.stride, options.row_budget
+        acceptance = _expected_acceptance(model)
+        longest = stride
+        if longest == "auto":
+            longest = _AUTO_STRIDE if model.acceptance is None else len(acceptance) + 1
+        if plan != "auto" and stride != "auto":
+            chosen = StepPlan(plan, longest) if row_budget is None else StepPlan.within(row_budget, plan, longest)
+            return cls.fixed(chosen)
+        plans = plans_up_to(plan, StepPlan("chain", longest).stride, row_budget)
+        if len(plans) == 1:
+            return cls.fixed(plans[0])
+        if model.device.type != "cpu":
+            return cls(tuple(plans), CostTable.roofline(model), list(acceptance))
+        costs = {} if costs is None else costs
+        key = (*plans, max_num_seqs.bit_length())  # what `measure` reads of it
+        if key not in costs:
+            costs[key] = CostTable.measure(model, plans, max_num_seqs)
+        return cls(tuple(plans), costs[key], list(acceptance))
+
+    @classmethod
     def fixed(cls, plan: StepPlan) -> PlanPolicy:
         return cls((plan,), CostTable({1: 1.0}))
+
+
+def _expected_acceptance(model: Transformer) -> Sequence[float]:
+    if model.acceptance is not None:
+        return model.acceptance
+    return _ACCEPTANCE_UNTRAINED if model.config.mask_token_id is None else _ACCEPTANCE_OF_MASK_MODELS
 
 
 def _timed_step(model: Transformer, batch: int, plan: StepPlan) -> Callable[[], float]:

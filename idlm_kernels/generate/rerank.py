@@ -1,4 +1,4 @@
-"""The next drafts chosen anew by the adapter's re-ranking head. No effect on output in `match`."""
+"""The next drafts, chosen again by the adapter's re-ranking head. No effect on output in `match`."""
 
 from __future__ import annotations
 

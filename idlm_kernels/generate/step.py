@@ -33,17 +33,17 @@ from python_ref.noise import uniform
 class Decoder:
     """What does not change from step to step.
 
-    verify: "match" or "rejection", which has a q_state with the places of the state. rerank: choose drafts by the
+    rule: "match" or "rejection", which has a q_state with the places of the state. rerank: choose drafts by the
     adapter's re-ranking head, which the model must have. greedy: the host knows that no request samples. suffix: draft
     from the request's own text too (`match` only). logprobs: report those of the emitted tokens.
-    synthetic_acceptance: instead of verifying, let each draft stand with this probability, to measure speed without an
+    synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed without an
     adapter; the text is noise.
     """
 
     model: Transformer
     cache: KVCache | CpuCache
     plan: StepPlan
-    verify: str
+    rule: str
     q_state: QState | None = None
     rerank: bool = False
     greedy: bool = False
@@ -117,7 +117,7 @@ def _commit(
         state.id_limit,
         state.sampled_mask_id,
         branched=decoder.plan.branched,
-        mode=decoder.verify,
+        mode=decoder.rule,
         q_state=decoder.q_state,
         status=state.status,
     )
@@ -192,13 +192,13 @@ def _logprobs(logits: Tensor, query_start_loc: Tensor, tokens: Tensor) -> Tensor
 
 
 def _pretend(state: DecodeState, tokens: Tensor, acceptance: float, branched: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Outcome of a step in which each draft stood with a given probability, drawn from the request's own noise."""
+    """Outcome of a step that accepts each draft with a given probability, drawn from the request's own noise."""
     num_k, present = state.drafts.shape[1], tokens[:, 0] >= 0
     i = torch.arange(num_k, device=tokens.device)
     where = state.lengths.unsqueeze(1) + i
     u = uniform(state.seed.unsqueeze(1).expand(where.shape), where)
-    stands = (u < acceptance) & (i < state.num_drafts.unsqueeze(1))
-    a = stands.long().cumprod(1).sum(1) * present
+    accepted = (u < acceptance) & (i < state.num_drafts.unsqueeze(1))
+    a = accepted.long().cumprod(1).sum(1) * present
     sampled = tokens.amax(1, keepdim=True)  # some token that was sampled
     pretended = torch.cat([state.drafts, sampled], dim=1)
     index = torch.arange(num_k + 1, device=tokens.device)

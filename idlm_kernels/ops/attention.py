@@ -6,11 +6,14 @@ on nothing else: not on other rows or requests, page size, page placement, or ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register
 
 MAX_TAIL_ROWS = 64  # bits of a tail mask
 
@@ -37,7 +40,7 @@ def strided_attention(
 
     A request with m rows and length seq_len has written them at slots seq_len - m .. seq_len - 1. Without `tail_mask`
     row i sees slots <= seq_len - m + i (chain plans, AR, prefill chunks of any length). With it, a row sees every
-    slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (branched plans, draft trees).
+    slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (quadratic plans, draft trees).
 
     Args:
         q: [T, Hq, D], fp16, bf16, fp32 or fp64; D is 64, 128 or 256 on GPU backends.
@@ -63,6 +66,19 @@ def strided_attention(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: I-DLM, arXiv 2604.11035 (visibility: design section 3); paging: Kwon et al., arXiv 2309.06180.
+
+    Example: two requests of 4 and 1 rows over one cache of ones; attention over equal values gives that value.
+
+        >>> q, cache = torch.randn(5, 8, 64), torch.ones(32, 16, 2, 64)  # 8 heads, 2 KV heads, pages of 16 tokens
+        >>> page_table = torch.arange(32, dtype=torch.int32).view(2, 16)
+        >>> seq_lens, query_start_loc = torch.tensor([100, 37]).int(), torch.tensor([0, 4, 5]).int()
+        >>> lse = torch.empty(5, 8)
+        >>> out = strided_attention(
+        ...     q, 0 * cache, cache, page_table, seq_lens, query_start_loc, max_query_len=4, lse=lse)
+        >>> out.shape, bool((out == 1).all())
+        (torch.Size([5, 8, 64]), True)
+        >>> lse[:, 0].exp().round()  # keys of zeros: e^lse counts the slots that each row sees
+        tensor([ 97.,  98.,  99., 100.,  37.])
     """
     op, device = "strided_attention", check.device_of("strided_attention", "q", q)
     check.tensor(op, "q", q, (None, None, None), check.FLOATS, device)
@@ -123,80 +139,22 @@ def strided_attention(
     )
 
 
-@torch.library.custom_op("idlm::strided_attention", mutates_args=())
-def _strided_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    tail_mask: Tensor | None,
-    max_query_len: int,
-    sm_scale: float | None,
-    window: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _run(q: Tensor, *, out: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor] | None:
+    """The backend, with an lse for the functional op."""
+    function = implementation("strided_attention", q.device.type)
+    if out is not None:
+        function(q, out=out, **arguments)
+        return None
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    out = implementation("strided_attention", q.device.type)(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        query_start_loc,
-        tail_mask=tail_mask,
-        max_query_len=max_query_len,
-        sm_scale=sm_scale,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        lse=lse,
-    )
-    return out, lse
+    return function(q, lse=lse, **arguments), lse
 
 
-@torch.library.custom_op("idlm::strided_attention_out", mutates_args=("out", "lse", "workspace"))
-def _strided_attention_out(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    tail_mask: Tensor | None,
-    max_query_len: int,
-    sm_scale: float | None,
-    window: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    workspace: Tensor | None,
-) -> None:
-    implementation("strided_attention", q.device.type)(
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        seq_lens,
-        query_start_loc,
-        tail_mask=tail_mask,
-        max_query_len=max_query_len,
-        sm_scale=sm_scale,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-        lse=lse,
-        workspace=workspace,
-    )
-
-
-@_strided_attention.register_fake
-def _(q, *rest):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-_strided_attention_out.register_fake(lambda *args: None)
+register(
+    "strided_attention",
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor query_start_loc, *, "
+    "Tensor? tail_mask, SymInt max_query_len, float? sm_scale, SymInt window, Tensor? k_scale, Tensor? v_scale",
+    lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    out="Tensor! out, Tensor!? lse, Tensor!? workspace",
+    returns="(Tensor, Tensor)",
+    run=_run,
+)

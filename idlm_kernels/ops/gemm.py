@@ -6,13 +6,13 @@ Contract: design sections 5.3 and 5.4. Rows with gate 0 carry the very bits of `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._dispatch import implementation
+from idlm_kernels.ops._register import register, run_op
 
 
 def prepare_weight(weight: Tensor) -> Tensor:
@@ -21,6 +21,12 @@ def prepare_weight(weight: Tensor) -> Tensor:
     Returns a tensor with the same shape, dtype and device: the weight itself, or a handle to a packed copy that only
     `linear` and `gated_lora_linear` of the same backend may read (any other reader would find NaN). The original
     may be freed.
+
+    Example:
+
+        >>> weight = torch.eye(4)
+        >>> linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), prepare_weight(weight))
+        tensor([[1., 2., 3., 4.]])
     """
     device = check.device_of("prepare_weight", "weight", weight)
     check.tensor("prepare_weight", "weight", weight, (None, None), check.FLOATS, device)
@@ -41,16 +47,19 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example:
+
+        >>> x, weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 2.0]])
+        >>> linear(x, weight, bias=torch.tensor([0.0, 0.0, 10.0]))
+        tensor([[ 3., -1., 14.],
+                [ 7., -1., 18.]])
     """
-    op, device = "linear", check.device_of("linear", "x", x)
+    op = "linear"
+    check.device_of(op, "x", x)
     _check_base(op, x, weight, bias)
     _check_out(op, out, x, weight.shape[0], weight, bias)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.linear(x, weight, bias)
-        torch.ops.idlm.linear_out(x, weight, bias, out)
-        return out
-    return implementation(op, device.type)(x, weight, bias=bias, out=out)
+    return run_op(op, (x, weight), {"bias": bias}, out)
 
 
 def gated_lora_linear(
@@ -90,7 +99,16 @@ def gated_lora_linear(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
-    Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: I-DLM, arXiv 2604.11035.
+    Source: Hu et al., "LoRA", arXiv 2106.09685; gating by row: Samragh et al.,
+        arXiv 2507.11851; I-DLM, arXiv 2604.11035.
+
+    Example: row 0 is plain, row 1 gains 2 * (x A^T) B^T.
+
+        >>> x, weight = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.eye(2)
+        >>> lora_a, lora_b = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [10.0]])
+        >>> gated_lora_linear(x, weight, lora_a, lora_b, torch.tensor([False, True]), 2.0)
+        tensor([[ 1.,  2.],
+                [ 7., 62.]])
     """
     op, device = "gated_lora_linear", check.device_of("gated_lora_linear", "x", x)
     _check_base(op, x, weight, bias)
@@ -99,15 +117,8 @@ def gated_lora_linear(
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
     check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, lora_a, lora_b, gate)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias, widths)
-        args = (x, weight, lora_a, lora_b, gate, scale, bias, widths)
-        torch.ops.idlm.gated_lora_linear_out(*args, out, workspace)
-        return out
-    return implementation(op, device.type)(
-        x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=widths, out=out, workspace=workspace
-    )
+    args = (x, weight, lora_a, lora_b, gate, scale)
+    return run_op(op, args, {"bias": bias, "slices": widths}, out, workspace=workspace)
 
 
 def linear_silu_and_mul(
@@ -147,6 +158,13 @@ def linear_silu_and_mul(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202; the adapter as in `gated_lora_linear`.
+
+    Example: F = 1, so that y has a gate and an up column; silu(0) = 0.
+
+        >>> x = torch.tensor([[0.0, 3.0], [2.0, 3.0]])
+        >>> linear_silu_and_mul(x, torch.eye(2))
+        tensor([[0.0000],
+                [5.2848]])
     """
     op, device = "linear_silu_and_mul", check.device_of("linear_silu_and_mul", "x", x)
     _check_base(op, x, weight, bias)
@@ -163,24 +181,8 @@ def linear_silu_and_mul(
     if workspace is not None:
         check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
     check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, bias, lora_a, lora_b, gate)
-    if traced(x):
-        args = (x, weight, bias, lora_a, lora_b, gate, scale, widths)
-        if out is None:
-            return torch.ops.idlm.linear_silu_and_mul(*args)
-        torch.ops.idlm.linear_silu_and_mul_out(*args, out, workspace)
-        return out
-    return implementation(op, device.type)(
-        x,
-        weight,
-        bias=bias,
-        lora_a=lora_a,
-        lora_b=lora_b,
-        gate=gate,
-        scale=scale,
-        slices=widths,
-        out=out,
-        workspace=workspace,
-    )
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": widths}
+    return run_op(op, (x, weight), {"bias": bias, **adapter}, out, workspace=workspace)
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -224,85 +226,21 @@ def _check_adapter(
     return widths
 
 
-@torch.library.custom_op("idlm::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return implementation("linear", x.device.type)(x, weight, bias=bias)
-
-
-@torch.library.custom_op("idlm::linear_out", mutates_args=("out",))
-def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    implementation("linear", x.device.type)(x, weight, bias=bias, out=out)
-
-
-@torch.library.custom_op("idlm::gated_lora_linear", mutates_args=())
-def _gated_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    slices: Sequence[int],
-) -> Tensor:
-    run = implementation("gated_lora_linear", x.device.type)
-    return run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices)
-
-
-@torch.library.custom_op("idlm::gated_lora_linear_out", mutates_args=("out", "workspace"))
-def _gated_lora_linear_out(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    slices: Sequence[int],
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    run = implementation("gated_lora_linear", x.device.type)
-    run(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out, workspace=workspace)
-
-
-@torch.library.custom_op("idlm::linear_silu_and_mul", mutates_args=())
-def _linear_silu_and_mul(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    slices: Sequence[int] | None,
-) -> Tensor:
-    run = implementation("linear_silu_and_mul", x.device.type)
-    adapter: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": slices}
-    return run(x, weight, bias=bias, **adapter)
-
-
-@torch.library.custom_op("idlm::linear_silu_and_mul_out", mutates_args=("out", "workspace"))
-def _linear_silu_and_mul_out(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    gate: Tensor | None,
-    scale: float,
-    slices: Sequence[int] | None,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    run = implementation("linear_silu_and_mul", x.device.type)
-    adapter: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": slices}
-    run(x, weight, bias=bias, **adapter, out=out, workspace=workspace)
-
-
-_linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
-_linear_out.register_fake(lambda *args: None)
-_gated_lora_linear.register_fake(lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]))
-_gated_lora_linear_out.register_fake(lambda *args: None)
-_linear_silu_and_mul.register_fake(lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2))
-_linear_silu_and_mul_out.register_fake(lambda *args: None)
+register(
+    "linear",
+    "Tensor x, Tensor weight, *, Tensor? bias",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+)
+register(
+    "gated_lora_linear",
+    "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor gate, float scale, *, Tensor? bias, SymInt[] slices",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+    out="Tensor! out, Tensor!? workspace",
+)
+register(
+    "linear_silu_and_mul",
+    "Tensor x, Tensor weight, *, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, float scale, "
+    "SymInt[]? slices",
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    out="Tensor! out, Tensor!? workspace",
+)

@@ -5,11 +5,13 @@ Contract: design section 5.4. Every one is row-invariant: the bits of a row depe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register, run_op
 
 
 def rms_norm(
@@ -34,6 +36,12 @@ def rms_norm(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+
+    Example:
+
+        >>> rms_norm(torch.tensor([[3.0, -3.0], [0.5, 0.5]]), torch.tensor([1.0, 2.0]), 0.0)
+        tensor([[ 1., -2.],
+                [ 1.,  2.]])
     """
     op, device = "rms_norm", check.device_of("rms_norm", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
@@ -46,14 +54,7 @@ def rms_norm(
         check.writable(op, "out", out, weight)
     if residual is not None:
         check.writable(op, "residual", residual, x, weight, out)
-    if traced(x):
-        if out is None:
-            if residual is None:
-                return torch.ops.idlm.rms_norm(x, weight, eps)
-            return torch.ops.idlm.add_rms_norm(x, weight, eps, residual)
-        torch.ops.idlm.rms_norm_out(x, weight, eps, residual, out)
-        return out
-    return implementation(op, device.type)(x, weight, eps, residual=residual, out=out)
+    return run_op(op, (x, weight, eps), {"residual": residual}, out)
 
 
 def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -70,6 +71,11 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202.
+
+    Example:
+
+        >>> silu_and_mul(torch.tensor([[0.0, 2.0, 5.0, 3.0]]))
+        tensor([[0.0000, 5.2848]])
     """
     op, device = "silu_and_mul", check.device_of("silu_and_mul", "x", x)
     check.tensor(op, "x", x, (None, None), check.FLOATS, device)
@@ -78,12 +84,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is not None:
         check.tensor(op, "out", out, (x.shape[0], x.shape[1] // 2), (x.dtype,), device)
         check.writable(op, "out", out, x)
-    if traced(x):
-        if out is None:
-            return torch.ops.idlm.silu_and_mul(x)
-        torch.ops.idlm.silu_and_mul_out(x, out)
-        return out
-    return implementation(op, device.type)(x, out=out)
+    return run_op(op, (x,), {}, out)
 
 
 def embed(
@@ -110,6 +111,14 @@ def embed(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: the second row is a MASK row, whatever its id.
+
+        >>> table = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+        >>> is_mask, mask_embedding = torch.tensor([False, True]), torch.tensor([7.0, 8.0])
+        >>> embed(torch.tensor([1, 1]), table, is_mask=is_mask, mask_embedding=mask_embedding)
+        tensor([[2., 2.],
+                [7., 8.]])
     """
     op, device = "embed", check.device_of("embed", "ids", ids)
     check.tensor(op, "ids", ids, (None,), check.INT64, device)
@@ -125,14 +134,7 @@ def embed(
     if out is not None:
         check.tensor(op, "out", out, (ids.shape[0], weight.shape[1]), (dtype,), device)
         check.writable(op, "out", out, ids, weight, mask_embedding)
-    if traced(ids):
-        if out is None:
-            return torch.ops.idlm.embed(ids, weight, is_mask, mask_embedding, dtype)
-        torch.ops.idlm.embed_out(ids, weight, is_mask, mask_embedding, out)
-        return out
-    return implementation(op, device.type)(
-        ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out
-    )
+    return run_op(op, (ids, weight), {"is_mask": is_mask, "mask_embedding": mask_embedding, "dtype": dtype}, out)
 
 
 def qk_norm_rope_append(
@@ -170,6 +172,19 @@ def qk_norm_rope_append(
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
     Source: Su et al., "RoFormer", arXiv 2104.09864; per-head QK norm as in Qwen3, arXiv 2505.09388.
+
+    Example: one query head and one KV head of width 2, at positions 0 and 1; the second row is written to slot 5.
+
+        >>> from idlm_kernels import rotary_table
+        >>> qkv = torch.tensor([[1.0, 0.0, 3.0, 4.0, 5.0, 6.0]]).repeat(2, 1)  # q, k, v
+        >>> k_cache, v_cache = torch.zeros(2, 4, 1, 2), torch.zeros(2, 4, 1, 2)  # pages of 4 tokens
+        >>> qk_norm_rope_append(
+        ...     qkv, torch.tensor([0, 1]), rotary_table(torch.ones(1), 8), torch.tensor([0, 5]), k_cache, v_cache)
+        tensor([[[1.0000, 0.0000]],
+        <BLANKLINE>
+                [[0.5403, 0.8415]]])
+        >>> k_cache[0, 0], v_cache[1, 1]
+        (tensor([[3., 4.]]), tensor([[5., 6.]]))
     """
     op, device = "qk_norm_rope_append", check.device_of("qk_norm_rope_append", "qkv", qkv)
     check.tensor(op, "qkv", qkv, (None, None), check.FLOATS, device)
@@ -198,112 +213,31 @@ def qk_norm_rope_append(
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (qkv.dtype,), device)
     inputs = (qkv, positions, rotary, slot_mapping, q_weight, k_weight)
     check.all_writable(op, (("k_cache", k_cache), ("v_cache", v_cache), ("out", out)), *inputs)
-    if traced(qkv):
-        args = (qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight, k_weight, eps)
-        if out is None:
-            return torch.ops.idlm.qk_norm_rope_append(*args)
-        torch.ops.idlm.qk_norm_rope_append_out(*args, out)
-        return out
-    return implementation(op, device.type)(
-        qkv,
-        positions,
-        rotary,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        eps=eps,
-        out=out,
-    )
+    args = (qkv, positions, rotary, slot_mapping, k_cache, v_cache)
+    return run_op(op, args, {"q_weight": q_weight, "k_weight": k_weight, "eps": eps}, out)
 
 
-# Registration. The functional ops allocate their result, the _out ops write into it and return nothing.
-
-
-@torch.library.custom_op("idlm::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return implementation("rms_norm", x.device.type)(x, weight, eps)
-
-
-@torch.library.custom_op("idlm::add_rms_norm", mutates_args=("residual",))
-def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
-    return implementation("rms_norm", x.device.type)(x, weight, eps, residual=residual)
-
-
-@torch.library.custom_op("idlm::rms_norm_out", mutates_args=("residual", "out"))
-def _rms_norm_out(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor) -> None:
-    implementation("rms_norm", x.device.type)(x, weight, eps, residual=residual, out=out)
-
-
-@torch.library.custom_op("idlm::silu_and_mul", mutates_args=())
-def _silu_and_mul(x: Tensor) -> Tensor:
-    return implementation("silu_and_mul", x.device.type)(x)
-
-
-@torch.library.custom_op("idlm::silu_and_mul_out", mutates_args=("out",))
-def _silu_and_mul_out(x: Tensor, out: Tensor) -> None:
-    implementation("silu_and_mul", x.device.type)(x, out=out)
-
-
-@torch.library.custom_op("idlm::embed", mutates_args=())
-def _embed(ids: Tensor, weight: Tensor, is_mask: Tensor, mask_embedding: Tensor | None, dtype: torch.dtype) -> Tensor:
-    run = implementation("embed", ids.device.type)
-    return run(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype)
-
-
-@torch.library.custom_op("idlm::embed_out", mutates_args=("out",))
-def _embed_out(ids: Tensor, weight: Tensor, is_mask: Tensor, mask_embedding: Tensor | None, out: Tensor) -> None:
-    run = implementation("embed", ids.device.type)
-    run(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=out.dtype, out=out)
-
-
-@torch.library.custom_op("idlm::qk_norm_rope_append", mutates_args=("k_cache", "v_cache"))
-def _qk_norm_rope_append(
-    qkv: Tensor,
-    positions: Tensor,
-    rotary: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
-    run = implementation("qk_norm_rope_append", qkv.device.type)
-    return run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps)
-
-
-@torch.library.custom_op("idlm::qk_norm_rope_append_out", mutates_args=("k_cache", "v_cache", "out"))
-def _qk_norm_rope_append_out(
-    qkv: Tensor,
-    positions: Tensor,
-    rotary: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    out: Tensor,
-) -> None:
-    run = implementation("qk_norm_rope_append", qkv.device.type)
-    run(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight, eps=eps, out=out)
-
-
-_rms_norm.register_fake(lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-_add_rms_norm.register_fake(lambda x, weight, eps, residual: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-_silu_and_mul.register_fake(lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
-_embed.register_fake(
-    lambda ids, weight, is_mask, mask_embedding, dtype: weight.new_empty(ids.shape[0], weight.shape[1], dtype=dtype)
+register(
+    "rms_norm",
+    "Tensor x, Tensor weight, float eps, *, Tensor!? residual",
+    lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
+register("silu_and_mul", "Tensor x", lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
+register(
+    "embed",
+    "Tensor ids, Tensor weight, *, Tensor is_mask, Tensor? mask_embedding, ScalarType dtype",
+    lambda ids, weight, is_mask, mask_embedding, dtype: weight.new_empty(ids.shape[0], weight.shape[1], dtype=dtype),
 )
 
 
-@_qk_norm_rope_append.register_fake
-def _(qkv, positions, rotary, slot_mapping, k_cache, v_cache, q_weight, k_weight, eps):  # type: ignore[no-untyped-def]
+def _fake_query(qkv: Tensor, positions: Tensor, rotary: Tensor, slots: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[2:]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
 
 
-for _op in (_rms_norm_out, _silu_and_mul_out, _embed_out, _qk_norm_rope_append_out):
-    _op.register_fake(lambda *args: None)
+register(
+    "qk_norm_rope_append",
+    "Tensor qkv, Tensor positions, Tensor rotary, Tensor slot_mapping, Tensor! k_cache, Tensor! v_cache, *, "
+    "Tensor? q_weight, Tensor? k_weight, float eps",
+    _fake_query,
+)

@@ -1,17 +1,20 @@
-"""Drafts chosen anew by a re-ranking head, each with the token before it in view.
+"""Drafts chosen again by a re-ranking head, each with the token before it in view.
 
 Contract: design sections 3 and 5.5. Drafts may come from anywhere, so the output of `match` does not change; for
-`rejection` the laws that the drafts are drawn from are kept.
+`rejection` the distributions that the drafts are drawn from are kept.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
-from idlm_kernels.ops.sampling import _check_logits, _check_parameters, _q_state
+from idlm_kernels.ops._register import register
+from idlm_kernels.ops.sampling import check_logits, check_parameters, with_q_state
 from python_ref import QState
 
 
@@ -41,7 +44,7 @@ def rerank_drafts(
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Choose the drafts of the next step anew, after `verify_accept`, with the re-ranking head of an adapter.
+    """Choose the drafts of the next step again, after `verify_accept`, with the re-ranking head of an adapter.
 
     For draft j, from MASK row j of the branch that goes on, with x = unit(hidden row), e = unit(embedding of the token
     before it) and unit(x) = x / rms(x):
@@ -66,7 +69,7 @@ def rerank_drafts(
         head_rows: [at least id_limit, H], of the LM head.
         from_hidden: [W, H], and from_previous [W, H], from_state [W, W], to_query [H, W]: the head, W its width.
         id_limit: ids from here on are never sampled; mask_id: nor is this one; -1 when there is none.
-        q_state: given for `rejection`, as to `verify_accept`: overwritten with the laws of the new drafts.
+        q_state: given for `rejection`, as to `verify_accept`: overwritten with the distributions of the new drafts.
         greedy: the caller knows that all temperatures are below 1e-4. Spares work, changes no result.
         out: int64 [B, K]; allocated when None.
 
@@ -75,9 +78,22 @@ def rerank_drafts(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: the row says 3, the head adds 5 to the score of 4 (H = W = 2, one draft).
+
+        >>> logits, hidden = torch.tensor([[0.0, 0.0, 0.0, 2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+        >>> one, zero, eye = torch.ones(1), torch.zeros(1), torch.eye(2)
+        >>> head_rows = torch.zeros(5, 2)
+        >>> head_rows[4] = 5.0
+        >>> rerank_drafts(
+        ...     logits, hidden, first_mask=zero.int(), previous=torch.tensor([0]), positions=torch.tensor([9]).int(),
+        ...     drafts=torch.tensor([[3]]), num_drafts=one.int(), temperature=zero, top_k=zero.int(), top_p=one,
+        ...     min_p=zero, seed=torch.tensor([0]), embedding=torch.ones(5, 2), head_rows=head_rows,
+        ...     from_hidden=eye, from_previous=eye, from_state=eye, to_query=eye, id_limit=5, mask_id=-1)
+        tensor([[4]])
     """
     op = "rerank_drafts"
-    _check_logits(op, logits, id_limit, mask_id, None)
+    check_logits(op, logits, id_limit, mask_id, None)
     device, (num_rows, vocab_size) = logits.device, logits.shape
     check.tensor(op, "hidden", hidden, (num_rows, None), check.FLOATS, device)
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
@@ -88,7 +104,7 @@ def rerank_drafts(
     for name, x in (("first_mask", first_mask), ("positions", positions), ("num_drafts", num_drafts)):
         check.tensor(op, name, x, (batch,), check.INT32, device)
     check.tensor(op, "previous", previous, (batch,), check.INT64, device)
-    _check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
+    check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
     for name, x in (("embedding", embedding), ("head_rows", head_rows)):
         check.tensor(op, name, x, (None, size), check.FLOATS, device)
         if x.shape[0] < id_limit:
@@ -126,78 +142,12 @@ def rerank_drafts(
     return run(logits, hidden, *request, *weights, id_limit, mask_id, q_state=q_state, greedy=greedy, out=out)
 
 
-@torch.library.custom_op("idlm::rerank_drafts", mutates_args=("q_logits", "q_cut", "q_log_norm"))
-def _rerank_drafts(
-    logits: Tensor,
-    hidden: Tensor,
-    first_mask: Tensor,
-    previous: Tensor,
-    positions: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    embedding: Tensor,
-    head_rows: Tensor,
-    from_hidden: Tensor,
-    from_previous: Tensor,
-    from_state: Tensor,
-    to_query: Tensor,
-    id_limit: int,
-    mask_id: int,
-    greedy: bool,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-) -> Tensor:
-    request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
-    weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
-    run = implementation("rerank_drafts", logits.device.type)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    return run(logits, hidden, *request, *weights, id_limit, mask_id, q_state=state, greedy=greedy)
-
-
-@torch.library.custom_op("idlm::rerank_drafts_out", mutates_args=("q_logits", "q_cut", "q_log_norm", "out"))
-def _rerank_drafts_out(
-    logits: Tensor,
-    hidden: Tensor,
-    first_mask: Tensor,
-    previous: Tensor,
-    positions: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    embedding: Tensor,
-    head_rows: Tensor,
-    from_hidden: Tensor,
-    from_previous: Tensor,
-    from_state: Tensor,
-    to_query: Tensor,
-    id_limit: int,
-    mask_id: int,
-    greedy: bool,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-    out: Tensor,
-) -> None:
-    request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
-    weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
-    run = implementation("rerank_drafts", logits.device.type)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    run(logits, hidden, *request, *weights, id_limit, mask_id, q_state=state, greedy=greedy, out=out)
-
-
-@_rerank_drafts.register_fake
-def _(logits, hidden, first_mask, previous, positions, drafts, *rest):  # type: ignore[no-untyped-def]
-    return drafts.new_empty(drafts.shape)
-
-
-_rerank_drafts_out.register_fake(lambda *args: None)
+register(
+    "rerank_drafts",
+    "Tensor logits, Tensor hidden, Tensor first_mask, Tensor previous, Tensor positions, Tensor drafts, "
+    "Tensor num_drafts, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor embedding, "
+    "Tensor head_rows, Tensor from_hidden, Tensor from_previous, Tensor from_state, Tensor to_query, SymInt id_limit, "
+    "SymInt mask_id, *, bool greedy, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm",
+    lambda logits, hidden, first_mask, previous, positions, drafts, *rest: drafts.new_empty(drafts.shape),
+    run=partial(with_q_state, "rerank_drafts"),
+)

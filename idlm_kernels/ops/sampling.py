@@ -6,11 +6,14 @@ mode `match` the output of a decode is token for token what AR sampling with the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register, run_op
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
 
 MODES = ("match", "rejection")
@@ -18,7 +21,7 @@ MAX_VOCAB = 262_144
 _LOGITS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
+def check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bias: Tensor | None) -> None:
     check.tensor(op, "logits", logits, (None, None), _LOGITS, check.device_of(op, "logits", logits))
     vocab_size = logits.shape[1]
     if not 1 <= vocab_size <= MAX_VOCAB:
@@ -35,7 +38,7 @@ def _check_logits(op: str, logits: Tensor, id_limit: int, mask_id: int, logit_bi
         check.tensor(op, "logit_bias", logit_bias, tuple(logits.shape), _LOGITS, logits.device)
 
 
-def _check_parameters(
+def check_parameters(
     op: str,
     count: int,
     device: torch.device,
@@ -93,12 +96,20 @@ def sample_rows(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: greedy, and sampled with a seed.
+
+        >>> logits = torch.tensor([[0.0, 3.0, 2.0], [0.0, 3.0, 2.0]])
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> sample_rows(logits, torch.tensor([7, 7]), torch.tensor([0.0, 1.0]), zero.int(), one, zero,
+        ...             torch.tensor([1, 1]), id_limit=3, mask_id=-1)
+        tensor([1, 2])
     """
     op = "sample_rows"
-    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check_logits(op, logits, id_limit, mask_id, logit_bias)
     device, count = logits.device, logits.shape[0]
     check.tensor(op, "positions", positions, (count,), (torch.int32, torch.int64), device)
-    _check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
+    check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
     if stream not in (STREAM_TARGET, STREAM_DRAFT, STREAM_ACCEPT):
         raise ValueError(f"{op}: stream is {stream}, wanted 0 (target), 1 (draft) or 2 (acceptance)")
     if status is not None:
@@ -107,27 +118,8 @@ def sample_rows(
         check.tensor(op, "out", out, (count,), check.INT64, device)
     inputs = (logits, positions, temperature, top_k, top_p, min_p, seed, logit_bias)
     check.all_writable(op, (("status", status), ("out", out)), *inputs)
-    if traced(logits):
-        args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id, stream, logit_bias)
-        if out is None:
-            return torch.ops.idlm.sample_rows(*args, status)
-        torch.ops.idlm.sample_rows_out(*args, status, out)
-        return out
-    return implementation(op, device.type)(
-        logits,
-        positions,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seed,
-        id_limit,
-        mask_id,
-        stream=stream,
-        logit_bias=logit_bias,
-        status=status,
-        out=out,
-    )
+    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
+    return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "status": status}, out)
 
 
 def verify_accept(
@@ -151,16 +143,18 @@ def verify_accept(
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Decide a step: which drafts stand, the token after them, and the drafts of the next step.
+    """Decide a step: which drafts are accepted, the token after them, and the drafts of the next step.
 
     Rows of a request: clean rows 0..n (pending, its n drafts), then K MASK rows for each branch: branches 0..n if
     `branched`, else branch n alone; without MASK rows (AR) nothing is proposed. Clean row i gives y_i for position
     L + i, where L = positions + 1.
 
-    `match`: y_i as by `sample_rows` with stream 0; a draft stands iff it equals y_i and all before it stand. New
-    drafts are sampled from MASK rows with the same noise. The output is that of AR sampling, whatever the drafts.
-    `rejection`: draft x of law q stands iff u q(x) < p(x); after the first refusal the token is of max(0, p - q)
-    renormalised (of p where that is empty). Exact in distribution. New drafts are sampled with stream 1.
+    `match`: y_i as by `sample_rows` with stream 0. A draft is accepted iff it equals y_i and all before it are
+    accepted. New drafts are sampled from MASK rows with the same noise. The output is that of AR sampling, whatever
+    the drafts.
+    `rejection`: a draft x of the distribution q is accepted iff u q(x) < p(x). In place of the first that is rejected
+    comes a sample of max(0, p - q), renormalised (of p where that is empty). Exact in distribution. New drafts are
+    sampled with stream 1.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64; V up to 262,144.
@@ -170,13 +164,13 @@ def verify_accept(
         positions: int32 [B], of pending (L - 1).
         temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
         id_limit, mask_id: as in `sample_rows`.
-        branched: whether the plan has a branch after every draft.
+        branched: whether there is a branch after every draft (the quadratic plan).
         mode: "match" or "rejection".
-        q_state: the laws of the current drafts, needed by `rejection`; overwritten with those of the next drafts.
+        q_state: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
             Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
         logit_bias: [T, V], added to the logits first, in fp32. With `rejection` q_state.logits must then be fp32.
         status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
-            count out of range (the draft is refused, the token is of p).
+            count out of range (the draft is rejected, the token is of p).
         out: the four results, to write into; allocated when None.
 
     Returns:
@@ -187,17 +181,29 @@ def verify_accept(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
 
-    Source: I-DLM, arXiv 2604.11035; the rejection rule: Leviathan et al., arXiv 2211.17192.
+    Source: I-DLM, arXiv 2604.11035; branches after every draft (quadratic decoding): Samragh et al., arXiv 2507.11851;
+    the rejection rule: Leviathan et al., arXiv 2211.17192.
+
+    Example: two drafts, the first of which is what clean row 0 gives; the second is not. No MASK rows.
+
+        >>> logits = torch.nn.functional.one_hot(torch.tensor([5, 6, 7]), 10).float()
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> num_accepted, tokens, next_drafts, next_num_drafts = verify_accept(
+        ...     logits, torch.tensor([0, 3]).int(), torch.tensor([2]).int(), torch.tensor([[5, 9]]),
+        ...     torch.tensor([11]).int(), zero, zero.int(), one, zero, torch.tensor([0]),
+        ...     id_limit=10, mask_id=-1, branched=False, mode="match")
+        >>> num_accepted, tokens, next_drafts
+        (tensor([1], dtype=torch.int32), tensor([[ 5,  6, -1]]), tensor([[-1, -1]]))
     """
     op = "verify_accept"
-    _check_logits(op, logits, id_limit, mask_id, logit_bias)
+    check_logits(op, logits, id_limit, mask_id, logit_bias)
     device = logits.device
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
     batch, num_k = drafts.shape
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
     check.tensor(op, "num_drafts", num_drafts, (batch,), check.INT32, device)
     check.tensor(op, "positions", positions, (batch,), check.INT32, device)
-    _check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
+    check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
     if logits.shape[0] == 0 and batch:
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
     if not isinstance(branched, bool):
@@ -260,133 +266,26 @@ def verify_accept(
     )
 
 
-def _q_state(logits: Tensor | None, cut: Tensor | None, log_norm: Tensor | None) -> QState | None:
-    return None if logits is None or cut is None or log_norm is None else QState(logits, cut, log_norm)
+def with_q_state(
+    op: str, q_logits: Tensor | None, q_cut: Tensor | None, q_log_norm: Tensor | None, **arguments: Any
+) -> Any:
+    """The backend of an op whose registered form takes the parts of a QState."""
+    state = None
+    if q_logits is not None and q_cut is not None and q_log_norm is not None:
+        state = QState(q_logits, q_cut, q_log_norm)
+    return implementation(op, arguments["logits"].device.type)(q_state=state, **arguments)
 
 
-@torch.library.custom_op("idlm::sample_rows", mutates_args=("status",))
-def _sample_rows(
-    logits: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    stream: int,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-) -> Tensor:
-    run = implementation("sample_rows", logits.device.type)
-    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
-    return run(*args, stream=stream, logit_bias=logit_bias, status=status)
+def _run(rule: str, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`mode` is called rule in the registered op: torch's tracing has an argument of the first name."""
+    if "tokens" not in arguments:
+        return with_q_state("verify_accept", mode=rule, **arguments)
+    out = tuple(arguments.pop(name) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts"))
+    with_q_state("verify_accept", mode=rule, out=out, **arguments)
+    return None
 
 
-@torch.library.custom_op("idlm::sample_rows_out", mutates_args=("status", "out"))
-def _sample_rows_out(
-    logits: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    stream: int,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-    out: Tensor,
-) -> None:
-    run = implementation("sample_rows", logits.device.type)
-    args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
-    run(*args, stream=stream, logit_bias=logit_bias, status=status, out=out)
-
-
-# The registered ops call `mode` rule: an argument named mode collides with one of torch's tracing.
-@torch.library.custom_op("idlm::verify_accept", mutates_args=("q_logits", "q_cut", "q_log_norm", "status"))
-def _verify_accept(
-    logits: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    branched: bool,
-    rule: str,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = implementation("verify_accept", logits.device.type)
-    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
-    return run(*args, id_limit, mask_id, **options)
-
-
-@torch.library.custom_op(
-    "idlm::verify_accept_out",
-    mutates_args=(
-        "q_logits",
-        "q_cut",
-        "q_log_norm",
-        "status",
-        "num_accepted",
-        "tokens",
-        "next_drafts",
-        "next_num_drafts",
-    ),
-)
-def _verify_accept_out(
-    logits: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    drafts: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    id_limit: int,
-    mask_id: int,
-    branched: bool,
-    rule: str,
-    q_logits: Tensor | None,
-    q_cut: Tensor | None,
-    q_log_norm: Tensor | None,
-    logit_bias: Tensor | None,
-    status: Tensor | None,
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-) -> None:
-    run = implementation("verify_accept", logits.device.type)
-    args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-    state = _q_state(q_logits, q_cut, q_log_norm)
-    options = {"branched": branched, "mode": rule, "q_state": state, "logit_bias": logit_bias, "status": status}
-    run(*args, id_limit, mask_id, **options, out=(num_accepted, tokens, next_drafts, next_num_drafts))
-
-
-@_sample_rows.register_fake
-def _(logits, *rest):  # type: ignore[no-untyped-def]
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
-
-
-@_verify_accept.register_fake
-def _(logits, query_start_loc, num_drafts, drafts, *rest):  # type: ignore[no-untyped-def]
+def _fake_results(logits: Tensor, query_start_loc: Tensor, num_drafts: Tensor, drafts: Tensor, *rest: Any) -> Any:
     batch, num_k = drafts.shape
     return (
         drafts.new_empty(batch, dtype=torch.int32),
@@ -396,5 +295,19 @@ def _(logits, query_start_loc, num_drafts, drafts, *rest):  # type: ignore[no-un
     )
 
 
-_sample_rows_out.register_fake(lambda *args: None)
-_verify_accept_out.register_fake(lambda *args: None)
+register(
+    "sample_rows",
+    "Tensor logits, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+    "SymInt id_limit, SymInt mask_id, *, SymInt stream, Tensor? logit_bias, Tensor!? status",
+    lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
+register(
+    "verify_accept",
+    "Tensor logits, Tensor query_start_loc, Tensor num_drafts, Tensor drafts, Tensor positions, Tensor temperature, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, SymInt id_limit, SymInt mask_id, *, bool branched, "
+    "str rule, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm, Tensor? logit_bias, Tensor!? status",
+    _fake_results,
+    out="Tensor! num_accepted, Tensor! tokens, Tensor! next_drafts, Tensor! next_num_drafts",
+    returns="(Tensor, Tensor, Tensor, Tensor)",
+    run=_run,
+)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.ops import _checks as check
-from idlm_kernels.ops._dispatch import implementation, traced
+from idlm_kernels.ops._register import register, run_op
 
 
 def advance(
@@ -50,6 +50,18 @@ def advance(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device is not the one above.
+
+    Example: a step that accepted one draft commits two tokens; 6 is a stop id.
+
+        >>> text, lengths = torch.tensor([[3, 1, 0, 0, 0, 0]]), torch.tensor([2]).int()
+        >>> drafts, num_drafts, finish = torch.tensor([[5]]), torch.tensor([1]).int(), torch.tensor([0]).int()
+        >>> advance(
+        ...     torch.tensor([1]).int(), torch.tensor([[5, 6]]), torch.tensor([[8]]), torch.tensor([1]).int(),
+        ...     text=text, lengths=lengths, drafts=drafts, num_drafts=num_drafts,
+        ...     length_limits=torch.tensor([6]).int(), stop_ids=torch.tensor([[6]]), finish=finish)
+        tensor([2], dtype=torch.int32)
+        >>> text, lengths, finish
+        (tensor([[3, 1, 5, 6, 0, 0]]), tensor([4], dtype=torch.int32), tensor([1], dtype=torch.int32))
     """
     op, device = "advance", check.device_of("advance", "tokens", tokens)
     check.tensor(op, "tokens", tokens, (None, None), check.INT64, device)
@@ -74,87 +86,13 @@ def advance(
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
     written = (("text", text), ("lengths", lengths), ("drafts", drafts), ("num_drafts", num_drafts))
     check.all_writable(op, (*written, ("finish", finish), ("out", out)), *results, length_limits, stop_ids)
-    if traced(tokens):
-        state = (text, lengths, drafts, num_drafts, length_limits, stop_ids, finish)
-        if out is None:
-            return torch.ops.idlm.advance(*results, *state)
-        torch.ops.idlm.advance_out(*results, *state, out)
-        return out
-    return implementation(op, device.type)(
-        *results,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-        out=out,
-    )
+    state = dict(written) | {"length_limits": length_limits, "stop_ids": stop_ids, "finish": finish}
+    return run_op(op, results, state, out)
 
 
-_UPDATED = ("text", "lengths", "drafts", "num_drafts", "finish")
-
-
-@torch.library.custom_op("idlm::advance", mutates_args=_UPDATED)
-def _advance(
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    length_limits: Tensor,
-    stop_ids: Tensor,
-    finish: Tensor,
-) -> Tensor:
-    return implementation("advance", tokens.device.type)(
-        num_accepted,
-        tokens,
-        next_drafts,
-        next_num_drafts,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-    )
-
-
-@torch.library.custom_op("idlm::advance_out", mutates_args=(*_UPDATED, "out"))
-def _advance_out(
-    num_accepted: Tensor,
-    tokens: Tensor,
-    next_drafts: Tensor,
-    next_num_drafts: Tensor,
-    text: Tensor,
-    lengths: Tensor,
-    drafts: Tensor,
-    num_drafts: Tensor,
-    length_limits: Tensor,
-    stop_ids: Tensor,
-    finish: Tensor,
-    out: Tensor,
-) -> None:
-    implementation("advance", tokens.device.type)(
-        num_accepted,
-        tokens,
-        next_drafts,
-        next_num_drafts,
-        text=text,
-        lengths=lengths,
-        drafts=drafts,
-        num_drafts=num_drafts,
-        length_limits=length_limits,
-        stop_ids=stop_ids,
-        finish=finish,
-        out=out,
-    )
-
-
-_advance.register_fake(lambda num_accepted, *rest: torch.empty_like(num_accepted))
-_advance_out.register_fake(lambda *args: None)
+register(
+    "advance",
+    "Tensor num_accepted, Tensor tokens, Tensor next_drafts, Tensor next_num_drafts, *, Tensor! text, Tensor! lengths, "
+    "Tensor! drafts, Tensor! num_drafts, Tensor length_limits, Tensor stop_ids, Tensor! finish",
+    lambda num_accepted, *rest: torch.empty_like(num_accepted),
+)

@@ -136,7 +136,7 @@ def _card(
                 )
             ),
             "",
-            f"Tokens per forward at N={n}: chain {chain:.2f}, branched {branched:.2f}, branched and re-ranked"
+            f"Tokens per forward at N={n}: chain {chain:.2f}, quadratic {branched:.2f}, quadratic and re-ranked"
             f" {again:.2f}.",
         ]
     return "\n".join(lines) + "\n"

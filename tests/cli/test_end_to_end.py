@@ -25,7 +25,7 @@ def idlm(model: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["generate", "--model", str(model), "--prompt", "Once upon", *arguments])
 
 
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_check_passes_on_a_sampled_text(model: Path, plan: str) -> None:
     flags = f"--plan {plan} --stride 3 --temperature 0.9 --seed 7 --max-tokens 40 --check --json --dtype fp32"
     done = idlm(model, *flags.split())
@@ -48,7 +48,7 @@ def test_streamed_text_is_the_text_of_json(model: Path) -> None:
 def test_bad_input_is_one_line(model: Path) -> None:
     for flags, named in (
         (["--chat"], "chat template"),
-        (["--max-len", "9"], "context"),
+        (["--max-model-len", "9"], "context"),
         (["--seed", str(1 << 64)], "seed"),
         (["--adapter", str(model / "none")], "none"),
         (["--model", str(model / "none")], "none"),

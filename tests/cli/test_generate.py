@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
-from idlm_kernels.generate import StepPlan
+from idlm_kernels.generate import DecodeOptions, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Generator:
         cls.calls.append(("load", model, options))
         return cls()
 
-    def stream(self, prompt_ids: list[int], params: Params, **options: Any) -> Stream:
+    def stream(self, prompt_ids: list[int], params: Params, options: DecodeOptions) -> Stream:
         self.calls.append(("stream", prompt_ids, params, options))
-        return Stream(self, prompt_ids, params, **options)
+        return Stream(self, prompt_ids, params, options)
 
 
 class Stream:
@@ -69,17 +69,11 @@ class Stream:
         generator: Generator,
         prompt_ids: list[int],
         params: Params,
-        *,
-        plan: str,
-        stride: int | str = "auto",
-        verify: str = "match",
-        row_budget: int | None = None,
-        rerank: bool = True,
-        suffix_drafts: bool = False,
+        options: DecodeOptions,
     ) -> None:
-        self.generator, self.prompt_ids, self.params, self.plan = generator, prompt_ids, params, plan
-        self.stride = 4 if stride == "auto" else stride
-        self.suffix_drafts = suffix_drafts
+        self.generator, self.prompt_ids, self.params, self.plan = generator, prompt_ids, params, options.plan
+        self.stride = 4 if options.stride == "auto" else options.stride
+        self.suffix_drafts = options.suffix_drafts
         self.done: list[int] = []
         self.finish_reason = "cancelled"
 
@@ -123,6 +117,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Generator]:
     Fresh.calls, Fresh.tokenizer = [], Tokenizer()
     module: Any = types.ModuleType("idlm_kernels.generate")
     module.Generator, module.SamplingParams, module.StepPlan = Fresh, Params, StepPlan
+    module.DecodeOptions = DecodeOptions
     monkeypatch.setitem(sys.modules, "idlm_kernels.generate", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return Fresh
@@ -153,10 +148,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
     idlm("-p", "x")
     options = {"adapter": "default", "device": "cpu", "dtype": "auto", "backend": None, "random_weights": False}
-    assert fake.calls[0] == ("load", "default", {**options, "max_len": None, "page_size": 64})
-    _, params, options = streamed(fake)
-    more = {"rerank": True, "row_budget": None, "suffix_drafts": False}
-    assert params == Params() and options == {"plan": "auto", "stride": "auto", "verify": "match", **more}
+    assert fake.calls[0] == ("load", "default", {**options, "max_model_len": None, "page_size": 64})
+    assert streamed(fake)[1:] == (Params(), DecodeOptions())
     idlm("-p", "x", "--adapter", "none")
     assert fake.calls[2][2]["adapter"] is None
 
@@ -165,27 +158,40 @@ def test_every_flag_reaches_the_generator(idlm: Idlm, fake: type[Generator], mon
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = (
-        "--prompt x --raw --model m.gguf --adapter folder --stride 6 --plan chain --verify rejection"
+        "--prompt x --raw --model m.gguf --adapter folder --stride 6 --plan chain --rule rejection"
         " --temperature 0.8 --top-k 5 --top-p 0.9 --min-p 0.1 --seed 3 --max-tokens 9 --stop A --stop B"
-        " --max-len 99 --page-size 3 --dtype fp16 --device cuda --threads 2 --backend torch"
-        " --row-budget 11 --no-rerank --suffix-drafts"
+        " --max-model-len 99 --page-size 3 --dtype fp16 --device cuda --threads 2 --backend torch"
+        " --row-budget 11 --no-rerank"
     )
     assert idlm(*flags.split()).exit_code == 0
     options = {"adapter": "folder", "device": "cuda", "dtype": "fp16", "backend": "torch", "random_weights": False}
-    assert fake.calls[0] == ("load", "m.gguf", {**options, "max_len": 99, "page_size": 3})
+    assert fake.calls[0] == ("load", "m.gguf", {**options, "max_model_len": 99, "page_size": 3})
     assert streamed(fake) == (
         [1, ord("x")],
         Params(0.8, top_k=5, top_p=0.9, min_p=0.1, seed=3, max_tokens=9, stop=("A", "B")),
-        {
-            "plan": "chain",
-            "stride": 6,
-            "verify": "rejection",
-            "rerank": False,
-            "row_budget": 11,
-            "suffix_drafts": True,
-        },
+        DecodeOptions("chain", 6, "rejection", row_budget=11, rerank=False),
     )
     assert threads == [2]
+    assert idlm("-p", "x", "--suffix-drafts").exit_code == 0
+    assert streamed(fake, 1)[2] == DecodeOptions(suffix_drafts=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options"),
+    [
+        ("--verify rejection", "--rule", DecodeOptions(rule="rejection")),
+        ("--plan branched", "--plan quadratic", DecodeOptions("quadratic")),
+        ("--max-len 77", "--max-model-len", DecodeOptions()),
+    ],
+)
+def test_old_flags_still_work_and_name_the_new_ones(
+    idlm: Idlm, fake: type[Generator], old: str, new: str, options: DecodeOptions
+) -> None:
+    done = idlm("-p", "x", *old.split())
+    assert done.exit_code == 0 and done.stdout == "Hi!\n"
+    assert done.stderr.startswith(f"idlm: warning: {old.rsplit(maxsplit=1)[0]}") and f" is now {new};" in done.stderr
+    assert streamed(fake)[2] == options
+    assert fake.calls[0][2]["max_model_len"] == (77 if "77" in old else None)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_check_decodes_again_in_ar_with_the_seed_that_was_drawn(idlm: Idlm, fake
     assert done.exit_code == 0
     (ids, params, _), (ar_ids, ar_params, ar_options) = streamed(fake, 0), streamed(fake, 1)
     assert params.seed is None and ar_params == dataclasses.replace(params, seed=4321)
-    assert ar_ids == ids and ar_options["plan"] == "ar"
+    assert ar_ids == ids and ar_options.plan == "ar"
     assert done.stdout == "Hi!\n"
     assert "150.0" in done.stderr and "50.0" in done.stderr and "identical to AR" in done.stderr
 
@@ -309,10 +315,11 @@ def test_penalties_and_grammars_are_refused_by_name(idlm: Idlm, fake: type[Gener
         ([], "", "prompt is empty"),
         ([], b"\xff", "not UTF-8"),
         (["-p", "\udcff"], None, "not UTF-8"),
-        (["-p", "x", "--check", "--verify", "rejection"], None, "--check"),
+        (["-p", "x", "--check", "--rule", "rejection"], None, "--check"),
         (["-p", "x", "--raw", "--system", "s"], None, "--system"),
         (["-p", "x", "--temperature", "-1"], None, "temperature is -1"),
         (["-p", "x", "--stride", "1"], None, "stride is 1"),
+        (["-p", "x", "--rule", "rejection", "--suffix-drafts"], None, "rule='match'"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(

@@ -31,7 +31,7 @@ def test_help_names_every_command_and_flag_and_hides_the_refused_ones() -> None:
         "--prompt",
         "--raw",
         "--plan",
-        "--verify",
+        "--rule",
         "--check",
         "--json",
         "--adapter",

@@ -62,7 +62,7 @@ def test_writes_an_adapter_that_generates(model: Path, tmp_path: Path) -> None:
         "--max-tokens",
         "12",
     ]
-    for plan in ("auto", "branched"):
+    for plan in ("auto", "quadratic"):
         check = CliRunner().invoke(app, [*arguments, "--check", "--plan", plan])
         assert check.exit_code == 0 and "identical to AR" in check.stderr
     assert run(model, tmp_path / "b").exit_code == 0

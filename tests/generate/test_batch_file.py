@@ -29,7 +29,7 @@ def encode(record: dict[str, Any]) -> list[int]:
 
 def engine_of(generator: Generator) -> Engine:
     policy = PlanPolicy.fixed(StepPlan("chain", 3))
-    return Engine(generator.model, None, policy, "match", EngineOptions(max_batch=3, max_len=60, page_size=4))
+    return Engine(generator.model, None, policy, EngineOptions(max_num_seqs=3, max_model_len=60, page_size=4))
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_memory_stays_bounded(tmp_path: Path, make_generator: MakeGenerator) -> 
         most = max(most, engine._arrivals - progress.lines)
 
     run_file(engine, source, tmp_path / "out.jsonl", SamplingParams(max_tokens=2), encode, {}, report)
-    assert 0 < most <= 4 * engine.options.max_batch
+    assert 0 < most <= 4 * engine.options.max_num_seqs
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 300
 
 
@@ -227,8 +227,8 @@ def test_a_fault_of_the_machine_is_no_answer(
         return real(*args)
 
     policy = PlanPolicy.fixed(StepPlan("chain", 3))
-    options = EngineOptions(max_batch=3, max_len=60, page_size=4)
-    engine = Engine(generator.model, None, policy, "match", options, step=failing)
+    options = EngineOptions(max_num_seqs=3, max_model_len=60, page_size=4)
+    engine = Engine(generator.model, None, policy, options, step=failing)
     with pytest.raises(module.RunStopped, match="MemoryError.*run the same again") as stopped:
         run_file(engine, source, target, PARAMS, encode, {"model": "tiny"})
     assert isinstance(stopped.value.__cause__, MemoryError)

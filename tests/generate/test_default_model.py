@@ -8,15 +8,17 @@ import pytest
 
 from idlm_kernels.generate import Generator, SamplingParams
 
+pytestmark = pytest.mark.default_model
+
 CASES: list[tuple[str, str, int, dict[str, Any]]] = [
-    ("Explain in two sentences why the sky is blue.", "branched", 4, {}),
+    ("Explain in two sentences why the sky is blue.", "quadratic", 4, {}),
     ("List five fruits.", "chain", 4, {}),
-    ("List five fruits.", "branched", 4, {"temperature": 0.8, "seed": 7}),
+    ("List five fruits.", "quadratic", 4, {"temperature": 0.8, "seed": 7}),
     ("Write a haiku about autumn rain.", "chain", 8, {"temperature": 1.0, "seed": 1}),
-    ("def fibonacci(n):", "branched", 3, {"temperature": 0.7, "top_k": 40, "seed": 2}),
-    ("Translate to French: good morning", "branched", 8, {"temperature": 0.9, "top_p": 0.9, "seed": 3}),
+    ("def fibonacci(n):", "quadratic", 3, {"temperature": 0.7, "top_k": 40, "seed": 2}),
+    ("Translate to French: good morning", "quadratic", 8, {"temperature": 0.9, "top_p": 0.9, "seed": 3}),
     ("你好，请介绍一下你自己。", "chain", 2, {"temperature": 1.2, "min_p": 0.05, "seed": 2**64 - 1}),
-    ("Hi", "branched", 2, {"temperature": 1.5, "top_k": 200, "top_p": 0.95, "min_p": 0.02, "seed": 5}),
+    ("Hi", "quadratic", 2, {"temperature": 1.5, "top_k": 200, "top_p": 0.95, "min_p": 0.02, "seed": 5}),
 ]
 
 

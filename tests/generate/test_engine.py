@@ -28,7 +28,7 @@ from tests.tiny import oracle_checkpoint
 
 MakeGenerator = Callable[..., Generator]
 VOCAB = 61
-PLANS = [StepPlan("ar", 1), *(StepPlan("chain", n) for n in (2, 4, 7)), *(StepPlan("branched", n) for n in (2, 3, 5))]
+PLANS = [StepPlan("ar", 1), *(StepPlan("chain", n) for n in (2, 4, 7)), *(StepPlan("quadratic", n) for n in (2, 3, 5))]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def assert_nothing_leaks(engine: Engine) -> None:
     assert not engine.busy
     assert engine.pool.free_pages == engine.pool.num_pages
     assert not engine.pool._page_of and not engine.pool._key_of and not any(engine.pool._holders)
-    assert sorted(engine._free_places) == list(range(engine.options.max_batch))
+    assert sorted(engine._free_places) == list(range(engine.options.max_num_seqs))
 
 
 @pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 600))])
@@ -80,19 +80,19 @@ def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) 
     generator = models[seed % 2]
     page_size = rng.choice((1, 2, 5, 16))
     options = EngineOptions(
-        max_batch=rng.randrange(1, 7),
-        max_len=48,
+        max_num_seqs=rng.randrange(1, 7),
+        max_model_len=48,
         page_size=page_size,
         # From barely enough for one request, which preempts constantly, to plenty.
         num_pages=-(-(47 + 25) // page_size) + rng.choice((0, 1, 3, 40)),
-        prefill_tokens=rng.choice((1, 4, 9, 64)),
+        max_num_batched_tokens=rng.choice((1, 4, 9, 64)),
         epoch_steps=rng.randrange(1, 9),
         lag=rng.choice((0, 1, 3)),
         suffix_drafts=rng.random() < 0.5,
         logprobs=rng.random() < 0.3,
     )
     recorder = EagerRecorder() if rng.random() < 0.3 else None
-    engine = Engine(generator.model, None, RandomPolicy(rng), "match", options, recorder=recorder)
+    engine = Engine(generator.model, None, RandomPolicy(rng), options, recorder=recorder)
     asked: list[tuple[Request, tuple[Any, ...]]] = []
     cancelled: set[int] = set()
     to_come = rng.randrange(3, 10)
@@ -122,8 +122,8 @@ def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) 
 
 def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
     """Two requests that fit a page pool only one after the other."""
-    options = EngineOptions(max_batch=2, max_len=40, page_size=4, num_pages=14, epoch_steps=2)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("branched", 3)), "match", options)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=14, epoch_steps=2)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("quadratic", 3)), options)
     params = SamplingParams(temperature=0.8, max_tokens=30)
     requests = [engine.submit([1, 2, 3, 4], params, seed) for seed in (1, 2)]
     preempted = 0
@@ -141,8 +141,8 @@ def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
 
 def test_equal_prompts_share_pages(models: list[Generator]) -> None:
     prompt = [random.Random(1).randrange(VOCAB) for _ in range(33)]
-    options = EngineOptions(max_batch=4, max_len=64, page_size=8, epoch_steps=2)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 4)), "match", options)
+    options = EngineOptions(max_num_seqs=4, max_model_len=64, page_size=8, epoch_steps=2)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 4)), options)
     params = SamplingParams(temperature=1.0, max_tokens=12)
     first = engine.submit(prompt, params, 1)
     list(engine.epoch())
@@ -158,8 +158,8 @@ def test_equal_prompts_share_pages(models: list[Generator]) -> None:
 
 def test_nobody_starves(models: list[Generator]) -> None:
     """Requests start in order of arrival, however short those behind are."""
-    options = EngineOptions(max_batch=2, max_len=40, page_size=4, num_pages=20, epoch_steps=3)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), "match", options)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=20, epoch_steps=3)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), options)
     requests = [engine.submit([1] * (30 if i == 1 else 2), SamplingParams(max_tokens=6), i) for i in range(8)]
     starts: list[int] = []
     for request, _ in engine.events():
@@ -169,8 +169,8 @@ def test_nobody_starves(models: list[Generator]) -> None:
 
 
 def test_a_long_prompt_does_not_stall_the_others(models: list[Generator]) -> None:
-    options = EngineOptions(max_batch=2, max_len=120, page_size=8, prefill_tokens=8, epoch_steps=2)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), "match", options)
+    options = EngineOptions(max_num_seqs=2, max_model_len=120, page_size=8, max_num_batched_tokens=8, epoch_steps=2)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), options)
     short = engine.submit([1, 2], SamplingParams(max_tokens=20, temperature=1.0), 1)
     list(engine.epoch())
     long = engine.submit([i % VOCAB for i in range(80)], SamplingParams(max_tokens=3, temperature=1.0), 2)
@@ -205,14 +205,16 @@ class EagerRecorder:
 
 
 @pytest.mark.parametrize("memory", [0, 2, 1000])
-@pytest.mark.parametrize("verify", ["match", "rejection"])
-def test_recorded_steps_and_running_out_of_memory(verify: str, memory: int, models: list[Generator]) -> None:
-    options = EngineOptions(max_batch=5, max_len=40, page_size=4, lag=2, epoch_steps=3, num_pages=40)
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+def test_recorded_steps_and_running_out_of_memory(rule: str, memory: int, models: list[Generator]) -> None:
+    options = EngineOptions(
+        rule=rule, max_num_seqs=5, max_model_len=40, page_size=4, lag=2, epoch_steps=3, num_pages=40
+    )
     params = SamplingParams(temperature=1.0, max_tokens=15)
     outputs = []
     for recorder in (None, EagerRecorder(memory)):
-        policy = PlanPolicy.fixed(StepPlan("branched", 3))
-        engine = Engine(models[0].model, None, policy, verify, options, recorder=recorder)
+        policy = PlanPolicy.fixed(StepPlan("quadratic", 3))
+        engine = Engine(models[0].model, None, policy, options, recorder=recorder)
         requests = [engine.submit([1 + seed, 2, 3], params, seed) for seed in range(9)]
         for _ in engine.events():
             pass
@@ -237,9 +239,9 @@ def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], StepO
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_forward_that_raises_ends_its_batch_only(lag: int, models: list[Generator]) -> None:
-    options = EngineOptions(max_batch=2, max_len=40, page_size=4, lag=lag)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, lag=lag)
     step = failing(3, RuntimeError("device lost"))
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 3)), "match", options, step=step)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 3)), options, step=step)
     params = SamplingParams(temperature=1.0, max_tokens=20)
     requests = [engine.submit([1, 2, 3], params, seed) for seed in range(4)]
     for _ in engine.events():
@@ -259,8 +261,8 @@ def test_nan_in_one_request_leaves_the_others_alone(models: list[Generator]) -> 
             decoder.cache.v[0][page, 0] = float("nan")
         return decode_step(decoder, state)
 
-    options = EngineOptions(max_batch=3, max_len=40, page_size=4)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("branched", 3)), "match", options, step=step)
+    options = EngineOptions(max_num_seqs=3, max_model_len=40, page_size=4)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("quadratic", 3)), options, step=step)
     params = SamplingParams(temperature=1.0, max_tokens=15)
     requests = [engine.submit([1 + seed, 2, 3], params, seed) for seed in (6, 7, 8)]
     for _ in engine.events():
@@ -279,13 +281,13 @@ def test_suffix_drafts_are_taken_and_told_apart(models: list[Generator]) -> None
     assert found.token_ids == plain.token_ids
     assert "suffix" in found.acceptance_by_source and "suffix" not in plain.acceptance_by_source
     with pytest.raises(ValueError, match="suffix"):
-        generator.generate([loop], verify="rejection", suffix_drafts=True)
+        generator.generate([loop], rule="rejection", suffix_drafts=True)
 
 
 def test_logprobs_are_those_of_the_model(models: list[Generator]) -> None:
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=12)
     ar = models[0].generate([[1, 2, 3]], params, plan="ar", logprobs=True)[0]
-    strided = models[0].generate([[1, 2, 3]], params, plan="branched", logprobs=True)[0]
+    strided = models[0].generate([[1, 2, 3]], params, plan="quadratic", logprobs=True)[0]
     assert ar.logprobs == strided.logprobs and len(ar.logprobs or []) == 12
     assert all(value < 0 for value in ar.logprobs or [])
     greedy = models[0].generate([[1, 2, 3]], SamplingParams(max_tokens=4), logprobs=True)[0]
@@ -293,10 +295,10 @@ def test_logprobs_are_those_of_the_model(models: list[Generator]) -> None:
 
 
 def test_synthetic_acceptance_sets_the_pace(models: list[Generator]) -> None:
-    for kind in ("chain", "branched"):
+    for kind in ("chain", "quadratic"):
         plan = StepPlan(kind, 4)  # type: ignore[arg-type]
-        options = EngineOptions(max_batch=4, max_len=500, synthetic_acceptance=0.8)
-        engine = Engine(models[0].model, None, PlanPolicy.fixed(plan), "match", options)
+        options = EngineOptions(max_num_seqs=4, max_model_len=500, synthetic_acceptance=0.8)
+        engine = Engine(models[0].model, None, PlanPolicy.fixed(plan), options)
         requests = [engine.submit([1, 2], SamplingParams(max_tokens=400), seed) for seed in range(4)]
         for _ in engine.events():
             pass
@@ -309,14 +311,14 @@ def test_auto_plan_follows_acceptance_and_cost(models: list[Generator]) -> None:
     plans = tuple(plans_up_to("auto", 6))
     flat = PlanPolicy(plans, CostTable({1: 1.0, 64: 1.0}))
     flat.observe([1000] * 5, [950] * 5)
-    assert flat.choose(1) == StepPlan("branched", 6)
+    assert flat.choose(1) == StepPlan("quadratic", 6)
     steep = PlanPolicy(plans, CostTable({1: 1.0, 64: 64.0}))
     assert steep.choose(1) == StepPlan("ar", 1)
     bad = PlanPolicy(plans, CostTable({1: 1.0, 16: 1.5}))
     bad.observe([1000, 0, 0], [0, 0, 0])
     assert bad.choose(1) == StepPlan("ar", 1)
     uneven = PlanPolicy(plans, CostTable({1: 1.0, 4: 1.1, 9: 2.0}), [0.9, 0.0])
-    assert uneven.choose(1) == StepPlan("branched", 2)
+    assert uneven.choose(1) == StepPlan("quadratic", 2)
     assert max(plan.max_rows for plan in plans_up_to("auto", 6, row_budget=7)) <= 7
     results = models[1].generate([[1, 2]], SamplingParams(max_tokens=30, seed=1, temperature=1.0), plan="auto")
     assert results[0].token_ids == alone(models[1], [1, 2], SamplingParams(max_tokens=30, temperature=1.0), 1)[0]
@@ -326,12 +328,12 @@ def test_auto_plan_follows_acceptance_and_cost(models: list[Generator]) -> None:
 
 
 def test_requests_that_can_never_run_are_refused(models: list[Generator]) -> None:
-    options = EngineOptions(max_batch=2, max_len=40, page_size=4, num_pages=6)
-    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 3)), "match", options)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=6)
+    engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 3)), options)
     with pytest.raises(ValueError, match="11 pages of 4 tokens, but the cache has 6"):
         engine.submit([1] * 10, SamplingParams(max_tokens=100), 0)
     assert not engine.busy
-    for wrong in ({"max_batch": 0}, {"epoch_steps": 0}, {"max_len": 1}, {"synthetic_acceptance": 1.5}):
+    for wrong in ({"max_num_seqs": 0}, {"epoch_steps": 0}, {"max_model_len": 1}, {"synthetic_acceptance": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EngineOptions(**wrong)  # type: ignore[arg-type]
 

@@ -50,7 +50,7 @@ def oracle(make_generator: MakeGenerator) -> Generator:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 @pytest.mark.parametrize("stride", range(2, 9))
 @pytest.mark.parametrize("drafter", ["bad_drafter", "oracle"])
 def test_equals_ar(drafter: str, stride: int, plan: str, sampler: str, request: pytest.FixtureRequest) -> None:
@@ -61,7 +61,7 @@ def test_equals_ar(drafter: str, stride: int, plan: str, sampler: str, request: 
 
 
 def test_the_drafters_do_what_they_are_here_for(bad_drafter: Generator, oracle: Generator) -> None:
-    for plan in ("chain", "branched"):
+    for plan in ("chain", "quadratic"):
         good = results(oracle, prompts_of(4, 9), plan, 4, temperature=0.9, max_tokens=60)
         bad = results(bad_drafter, prompts_of(4, 9), plan, 4, temperature=0.9, max_tokens=60)
         assert all(r.acceptance == [1.0, 1.0, 1.0] and r.tpf > 3.5 for r in good)
@@ -76,7 +76,7 @@ def test_long_chains_equal_ar(stride: int, oracle: Generator, bad_drafter: Gener
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
-@pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
+@pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])
 def test_page_size_does_not_matter(page_size: int, plan: str, make_generator: MakeGenerator) -> None:
     prompts = prompts_of(1, 7, 30)
     want = decode(make_generator(page_size=16), prompts, "ar", 1, temperature=1.0)
@@ -100,7 +100,7 @@ def test_every_architecture(changes: dict[str, Any], dtype: torch.dtype, make_ge
     for sampler in ("greedy", "all"):
         ar = decode(generator, prompts, "ar", 1, **SAMPLERS[sampler])
         assert decode(generator, prompts, "chain", 5, **SAMPLERS[sampler]) == ar
-        assert decode(generator, prompts, "branched", 4, **SAMPLERS[sampler]) == ar
+        assert decode(generator, prompts, "quadratic", 4, **SAMPLERS[sampler]) == ar
         if changes.get("mask_token_id") is not None:
             assert all(60 not in tokens for tokens in ar), "MASK is never sampled"
 
@@ -110,7 +110,7 @@ def test_a_request_does_not_depend_on_its_batch(bad_drafter: Generator) -> None:
     each = [
         SamplingParams(temperature=t, seed=s, max_tokens=m) for t, s, m in [(0, 1, 5), (1, 2, 20), (2, 3, 9), (1, 4, 1)]
     ]
-    together = bad_drafter.generate(prompts, each, plan="branched", stride=4)
+    together = bad_drafter.generate(prompts, each, plan="quadratic", stride=4)
     for prompt, params, result in zip(prompts, each, together, strict=True):
         alone = bad_drafter.generate([prompt], [params], plan="ar")[0]
         assert (result.token_ids, result.finish_reason) == (alone.token_ids, alone.finish_reason)
@@ -118,21 +118,21 @@ def test_a_request_does_not_depend_on_its_batch(bad_drafter: Generator) -> None:
 
 
 @pytest.mark.parametrize("drafter", ["bad_drafter", "oracle"])
-@pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
+@pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])
 def test_contexts_filled_to_the_last_slot(drafter: str, plan: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(drafter).model
-    for max_len in (24, 25, 26, 27):
-        generator = Generator(model, max_len=max_len, page_size=5)
-        prompts = prompts_of(1, 8, max_len - 1)
+    for max_model_len in (24, 25, 26, 27):
+        generator = Generator(model, max_model_len=max_model_len, page_size=5)
+        prompts = prompts_of(1, 8, max_model_len - 1)
         found = results(generator, prompts, plan, 4, temperature=1.0, max_tokens=1000)
-        assert [len(p) + r.tokens for p, r in zip(prompts, found, strict=True)] == [max_len] * 3
+        assert [len(p) + r.tokens for p, r in zip(prompts, found, strict=True)] == [max_model_len] * 3
         assert all(r.finish_reason == "length" for r in found)
         want = decode(generator, prompts, "ar", 1, temperature=1.0, max_tokens=1000)
         assert [r.token_ids for r in found] == want
 
 
 @pytest.mark.parametrize("drafter", ["bad_drafter", "oracle"])
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_stops_and_limits_inside_a_step(drafter: str, plan: str, request: pytest.FixtureRequest) -> None:
     generator = request.getfixturevalue(drafter)
     prompts = prompts_of(4, 9)
@@ -153,10 +153,11 @@ def test_row_budget_changes_speed_only(oracle: Generator) -> None:
     params = SamplingParams(temperature=0.9, seed=2, max_tokens=20)
     prompts = prompts_of(3, 8)
     found = [
-        oracle.generate(prompts, params, plan="branched", stride=4, row_budget=budget) for budget in (1, 3, 4, 7, 9, 16)
+        oracle.generate(prompts, params, plan="quadratic", stride=4, row_budget=budget)
+        for budget in (1, 3, 4, 7, 9, 16)
     ]
     assert len({tuple(tuple(r.token_ids) for r in results) for results in found}) == 1
-    assert found[0][0].plan == "ar" and (found[-1][0].plan, found[-1][0].stride) == ("branched", 4)
+    assert found[0][0].plan == "ar" and (found[-1][0].plan, found[-1][0].stride) == ("quadratic", 4)
     assert found[0][0].forwards > found[-1][0].forwards
 
 
@@ -179,9 +180,9 @@ def test_acceptance_is_counted_as_defined(make_generator: MakeGenerator) -> None
     """Figures of a decode against those worked out from its AR text and the drafts seen on the way."""
     checkpoint = MemoryCheckpoint(tiny_config(), seed=2, scale=0.1)  # flat laws under shared noise: drafts often match
     generator = make_generator(checkpoint)
-    result = results(generator, prompts_of(5), "branched", 3, temperature=0.5, max_tokens=64)[0]
+    result = results(generator, prompts_of(5), "quadratic", 3, temperature=0.5, max_tokens=64)[0]
     params = SamplingParams(temperature=0.5, seed=11, max_tokens=64)
-    steps = list(generator.stream(prompts_of(5)[0], params, plan="branched", stride=3))
+    steps = list(generator.stream(prompts_of(5)[0], params, plan="quadratic", stride=3))
     sizes = [len(step.token_ids) for step in steps]
     assert sum(sizes) == result.tokens == 64 and len(sizes) == result.forwards
     assert result.tpf == pytest.approx(64 / len(sizes))

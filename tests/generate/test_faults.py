@@ -27,8 +27,8 @@ MakeGenerator = Callable[..., Generator]
 
 def engine_of(generator: Generator, **options: Any) -> Engine:
     step = options.pop("step", decode_step)
-    how = EngineOptions(**{"max_batch": 3, "max_len": 60, "page_size": 4, **options})
-    return Engine(generator.model, None, PlanPolicy.fixed(StepPlan("branched", 3)), "match", how, step=step)
+    how = EngineOptions(**{"max_num_seqs": 3, "max_model_len": 60, "page_size": 4, **options})
+    return Engine(generator.model, None, PlanPolicy.fixed(StepPlan("quadratic", 3)), how, step=step)
 
 
 def submitted(engine: Engine, count: int = 8) -> list[Request]:
@@ -217,9 +217,9 @@ def test_a_held_back_character_that_completes_a_stop_string_is_not_why_a_request
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"max_batch": 1.5}, TypeError),
-        ({"max_batch": True}, TypeError),
-        ({"max_batch": 0}, ValueError),
+        ({"max_num_seqs": 1.5}, TypeError),
+        ({"max_num_seqs": True}, TypeError),
+        ({"max_num_seqs": 0}, ValueError),
         ({"num_pages": 0}, ValueError),
         ({"lag": -1}, ValueError),
         ({"lag": "1"}, TypeError),
@@ -244,7 +244,7 @@ def test_a_page_far_larger_than_the_context_takes_no_memory(make_generator: Make
     assert large.generate([[1, 2]], params)[0].token_ids == small.generate([[1, 2]], params)[0].token_ids
 
 
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_what_an_adapter_makes_of_its_own_rows_never_reaches_the_text(plan: Any) -> None:
     """Its weights are finite, the V and the logits of its MASK rows are not: clean rows do not see those."""
     checkpoint = MemoryCheckpoint(TINY)
@@ -263,5 +263,5 @@ def test_a_stop_string_that_spells_a_special_token_is_matched_by_its_id(make_gen
     """A text never shows the token, so the string alone would never fire."""
     tokenizer: Any = SimpleNamespace(vocab_size=61, eos_ids=(7,), special_id={"<s>": 3}.get)
     policy = PlanPolicy.fixed(StepPlan("chain", 2))
-    engine = Engine(make_generator().model, tokenizer, policy, "match", EngineOptions(max_len=60))
+    engine = Engine(make_generator().model, tokenizer, policy, EngineOptions(max_model_len=60))
     assert engine._stop_ids(SamplingParams(stop=("<s>", "x"))) == [3, 7]

@@ -46,9 +46,11 @@ class NoSync(TorchDispatchMode):
         return out
 
 
-def engine_of(generator: Generator, plan: str, verify: str, step: Any, **options: Any) -> Engine:
+def engine_of(generator: Generator, plan: str, rule: str, step: Any, **options: Any) -> Engine:
     policy = PlanPolicy.fixed(StepPlan(plan, 4))  # type: ignore[arg-type]
-    return Engine(generator.model, None, policy, verify, EngineOptions(max_batch=2, max_len=60, **options), step=step)
+    return Engine(
+        generator.model, None, policy, EngineOptions(rule=rule, max_num_seqs=2, max_model_len=60, **options), step=step
+    )
 
 
 PARAMS = SamplingParams(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, seed=1, max_tokens=40)
@@ -62,16 +64,16 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("verify", "options"),
+    ("rule", "options"),
     [("rejection", {}), ("rejection", {"rerank": True}), *(("match", o) for o in OPTIONS)],
     ids=lambda x: str(x),
 )
-@pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
+@pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])
 @pytest.mark.parametrize("inside_ops", [True, False], ids=["references", "step"])
 def test_a_step_reads_nothing_on_the_host(
     inside_ops: bool,
     plan: str,
-    verify: str,
+    rule: str,
     options: dict[str, Any],
     make_generator: MakeGenerator,
     monkeypatch: pytest.MonkeyPatch,
@@ -96,7 +98,7 @@ def test_a_step_reads_nothing_on_the_host(
         return outcome
 
     # Too few pages for two at a time: requests come, end, are preempted and come back while steps are watched.
-    engine = engine_of(generator, plan, verify, guarded, page_size=4, num_pages=18, epoch_steps=4, **options)
+    engine = engine_of(generator, plan, rule, guarded, page_size=4, num_pages=18, epoch_steps=4, **options)
     requests = [engine.submit(list(range(n)), PARAMS, n) for n in (3, 8, 5)]
     requests[0].limit = 20
     preempted: list[Request] = []
@@ -117,7 +119,7 @@ def test_the_guard_can_fail() -> None:
             sync()
 
 
-@pytest.mark.parametrize("plan", ["ar", "chain", "branched"])
+@pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])
 def test_a_step_can_be_traced_without_values(plan: str, make_generator: MakeGenerator) -> None:
     """torch.compile sees one whole graph: nothing in a step needs a value."""
     tokens = []

@@ -37,7 +37,7 @@ def expected_rows(state: DecodeState, b: int, kind: str, num_k: int) -> list[tup
     rows = [(int(state.text[b, length - 1]), False, length - 1, {0})]
     for i in range(1, n + 1):
         rows.append((int(state.drafts[b, i - 1]), False, length - 1 + i, set(range(i + 1))))
-    for branch in {"ar": [], "chain": [n], "branched": list(range(n + 1))}[kind]:
+    for branch in {"ar": [], "chain": [n], "quadratic": list(range(n + 1))}[kind]:
         first = len(rows)
         for j in range(num_k):
             seen = set(range(branch + 1)) | set(range(first, first + j + 1))
@@ -45,7 +45,7 @@ def expected_rows(state: DecodeState, b: int, kind: str, num_k: int) -> list[tup
     return rows
 
 
-CASES = [("ar", 1), *(("chain", n) for n in (2, 3, 4, 8, 32)), *(("branched", n) for n in range(2, 9))]
+CASES = [("ar", 1), *(("chain", n) for n in (2, 3, 4, 8, 32)), *(("quadratic", n) for n in range(2, 9))]
 
 
 @pytest.mark.parametrize(("kind", "stride"), CASES)
@@ -69,7 +69,7 @@ def test_rows_follow_the_design(kind: str, stride: int, page_size: int) -> None:
             slot = lengths[b] - 1 + r
             page = int(state.page_table[b, slot // page_size])
             assert rows.slot_mapping[t] == page * page_size + slot % page_size
-            if kind == "branched":
+            if kind == "quadratic":
                 assert rows.tail_mask is not None
                 assert {j for j in range(64) if int(rows.tail_mask[t]) >> j & 1} == seen
             else:
@@ -92,8 +92,8 @@ def test_prefill_rows_end_in_the_first_step() -> None:
 @pytest.mark.parametrize(
     ("kind", "stride", "error"),
     [
-        ("branched", 1, ValueError),
-        ("branched", 9, ValueError),
+        ("quadratic", 1, ValueError),
+        ("quadratic", 9, ValueError),
         ("chain", 1, ValueError),
         ("chain", 33, ValueError),
         ("chain", True, TypeError),
@@ -108,7 +108,7 @@ def test_plans_out_of_range_are_refused(kind: str, stride: int, error: type[Exce
 
 def test_ar_is_one_row_at_any_stride() -> None:
     assert (StepPlan("ar", 4).max_rows, StepPlan("ar", 4).num_drafts) == (1, 0)
-    assert StepPlan("branched", 4).max_rows == 16 and StepPlan("chain", 4).max_rows == 7
+    assert StepPlan("quadratic", 4).max_rows == 16 and StepPlan("chain", 4).max_rows == 7
 
 
 def simulated_tpf(plan: StepPlan, p: float, steps: int = 200_000) -> float:
@@ -124,7 +124,9 @@ def simulated_tpf(plan: StepPlan, p: float, steps: int = 200_000) -> float:
     return tokens / steps
 
 
-@pytest.mark.parametrize(("kind", "stride"), [("ar", 1), ("chain", 2), ("chain", 4), ("branched", 2), ("branched", 4)])
+@pytest.mark.parametrize(
+    ("kind", "stride"), [("ar", 1), ("chain", 2), ("chain", 4), ("quadratic", 2), ("quadratic", 4)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
 def test_expected_tpf(kind: str, stride: int, p: float) -> None:
     plan = StepPlan(kind, stride)  # type: ignore[arg-type]
@@ -133,20 +135,20 @@ def test_expected_tpf(kind: str, stride: int, p: float) -> None:
 
 def test_expected_tpf_of_the_design() -> None:
     assert StepPlan("chain", 4).expected_tpf(0.9) == pytest.approx(2.92, abs=0.005)
-    assert StepPlan("branched", 4).expected_tpf(0.9) == pytest.approx(3.44, abs=0.005)
+    assert StepPlan("quadratic", 4).expected_tpf(0.9) == pytest.approx(3.44, abs=0.005)
 
 
 def test_row_budget() -> None:
-    assert StepPlan.within(1, "branched", 8) == StepPlan("ar", 1)
-    assert StepPlan.within(2, "branched", 8) == StepPlan("ar", 1)
-    assert StepPlan.within(16, "branched", 4) == StepPlan("branched", 4)
-    assert StepPlan.within(64, "branched", 3) == StepPlan("branched", 3)
+    assert StepPlan.within(1, "quadratic", 8) == StepPlan("ar", 1)
+    assert StepPlan.within(2, "quadratic", 8) == StepPlan("ar", 1)
+    assert StepPlan.within(16, "quadratic", 4) == StepPlan("quadratic", 4)
+    assert StepPlan.within(64, "quadratic", 3) == StepPlan("quadratic", 3)
     assert StepPlan.within(64, "chain", 4, acceptance=1.0) == StepPlan("chain", 4)
     for budget in range(1, 80):
-        for kind in ("ar", "chain", "branched"):
+        for kind in ("ar", "chain", "quadratic"):
             chosen = StepPlan.within(budget, kind, 6)  # type: ignore[arg-type]
-            assert chosen.max_rows <= budget and (kind == "branched" or not chosen.branched)
-            rivals = [StepPlan(k, n) for k in ("chain", "branched") for n in range(2, 7) if k == "chain" or k == kind]  # type: ignore[arg-type]
+            assert chosen.max_rows <= budget and (kind == "quadratic" or not chosen.branched)
+            rivals = [StepPlan(k, n) for k in ("chain", "quadratic") for n in range(2, 7) if k == "chain" or k == kind]  # type: ignore[arg-type]
             fitting = [r for r in rivals if r.max_rows <= budget and kind != "ar"]
             assert all(chosen.expected_tpf(0.8) >= r.expected_tpf(0.8) for r in fitting)
     with pytest.raises(ValueError, match="row_budget is 0"):

@@ -53,17 +53,17 @@ def p_value(counts: torch.Tensor, p: torch.Tensor) -> float:
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-@pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("branched", 3), ("branched", 4), ("ar", 1)])
+@pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("quadratic", 3), ("quadratic", 4), ("ar", 1)])
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}], ids=["plain", "truncated"]
 )
 def test_law_of_four_tokens(plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator) -> None:
     with use_backend("torch"):  # the references take the whole batch at once
         generator = make_generator(MemoryCheckpoint(tiny_config(vocab_size=VOCAB), seed=4, scale=0.3))
-    generator.max_batch = REQUESTS
+    generator.max_num_seqs = REQUESTS
     each = [SamplingParams(seed=1000 + s, max_tokens=TOKENS, **sampling) for s in range(REQUESTS)]  # type: ignore[arg-type]
     with use_backend("torch"):
-        found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, verify="rejection")  # type: ignore[arg-type]
+        found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, rule="rejection")  # type: ignore[arg-type]
     tokens = torch.tensor([r.token_ids for r in found])
     cells = (tokens * VOCAB ** torch.arange(TOKENS - 1, -1, -1)).sum(1)
     counts = torch.bincount(cells, minlength=VOCAB**TOKENS).double()
@@ -81,6 +81,6 @@ def test_rejection_is_greedy_at_temperature_zero(make_generator: MakeGenerator) 
     generator = make_generator()
     prompts = [[5, 6, 7], [8]]
     want = [r.token_ids for r in generator.generate(prompts, SamplingParams(max_tokens=20), plan="ar")]
-    for plan in ("chain", "branched"):
-        found = generator.generate(prompts, SamplingParams(max_tokens=20), plan=plan, verify="rejection")  # type: ignore[arg-type]
+    for plan in ("chain", "quadratic"):
+        found = generator.generate(prompts, SamplingParams(max_tokens=20), plan=plan, rule="rejection")  # type: ignore[arg-type]
         assert [r.token_ids for r in found] == want

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate import (
+    CostTable,
+    DecodeOptions,
+    Engine,
+    EngineOptions,
+    Generator,
+    PlanPolicy,
+    SamplingParams,
+    StepPlan,
+    memory,
+)
 from idlm_kernels.generate.output import RequestOutput
 from idlm_kernels.generate.params import mixed_seed, signed_seed
 from idlm_kernels.generate.state import LENGTH, RUNNING, STOPPED
@@ -100,7 +112,7 @@ def test_a_cancelled_request_keeps_its_text() -> None:
         ({"top_p": True}, TypeError),
         ({"min_p": -0.1}, ValueError),
         ({"min_p": 1.5}, ValueError),
-        ({"top_k": -1}, ValueError),
+        ({"top_k": -2}, ValueError),
         ({"top_k": 1.5}, TypeError),
         ({"max_tokens": 0}, ValueError),
         ({"seed": -1}, ValueError),
@@ -116,7 +128,26 @@ def test_parameters_out_of_range_are_named(changes: dict[str, Any], error: type[
         SamplingParams(**changes)
 
 
-def test_one_stop_string_needs_no_list() -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 2},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"min_tokens": 1},
+        {"skip_special_tokens": False},
+        {"logprobs": 1},
+    ],
+)
+def test_what_a_decode_lacks_is_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        SamplingParams(**changes)
+
+
+def test_parameters_that_ask_for_nothing_are_taken_in_every_spelling() -> None:
+    spelled = SamplingParams(top_k=-1, stop=None, stop_token_ids=None, n=1, repetition_penalty=1, min_tokens=0)  # type: ignore[arg-type]
+    assert spelled == SamplingParams()
     assert SamplingParams(stop="end").stop == ("end",)
 
 
@@ -128,19 +159,20 @@ def test_one_stop_string_needs_no_list() -> None:
         ([61], ValueError, "id 61, outside the vocabulary of 61"),
         ([-1], ValueError, "id -1, outside"),
         (["a"], TypeError, "holds a str"),
+        ("text", TypeError, "prompt 0: the prompt is text.*idlm_kernels.LLM"),
     ],
 )
 def test_prompts_that_cannot_run(
     prompt: list[Any], error: type[Exception], message: str, make_generator: MakeGenerator
 ) -> None:
     with pytest.raises(error, match=message):
-        make_generator(max_len=64).generate([prompt])
+        make_generator(max_model_len=64).generate([prompt])
 
 
 def test_arguments_that_cannot_run(make_generator: MakeGenerator) -> None:
     generator = make_generator()
     for arguments, message in (
-        ({"verify": "hope"}, "verify is 'hope'"),
+        ({"rule": "hope"}, "rule is 'hope'"),
         ({"plan": "tree"}, "plan is 'tree'"),
         ({"stride": 1}, "stride is 1"),
         ({"params": [SamplingParams()] * 2}, "2 SamplingParams for 1 prompts"),
@@ -150,13 +182,117 @@ def test_arguments_that_cannot_run(make_generator: MakeGenerator) -> None:
         with pytest.raises(ValueError, match=message):
             generator.generate([[1]], **arguments)  # type: ignore[arg-type]
     for arguments, message in (
-        ({"max_len": 1}, "max_len is 1"),
-        ({"max_len": 999}, "2 to 256"),
+        ({"max_model_len": 1}, "max_model_len is 1"),
+        ({"max_model_len": 999}, "2 to 256"),
         ({"page_size": 0}, "page"),
     ):
         with pytest.raises(ValueError, match=message):
             make_generator(**arguments)  # type: ignore[arg-type]
     assert generator.generate([]) == []
+
+
+def test_old_names_of_keywords_work_with_a_warning(make_generator: MakeGenerator) -> None:
+    generator, params = make_generator(), SamplingParams(max_tokens=9)
+    want = generator.generate([[1, 2]], params, plan="quadratic", stride=2, rule="rejection")[0]
+    with pytest.warns(DeprecationWarning, match="verify is now rule"):
+        found = generator.generate([[1, 2]], params, plan="quadratic", stride=2, verify="rejection")[0]
+    assert found.token_ids == want.token_ids
+    with pytest.warns(DeprecationWarning, match="'branched' is now 'quadratic'"):
+        assert generator.generate([[1, 2]], params, plan="branched", stride=2)[0].plan == "quadratic"
+    with pytest.warns(DeprecationWarning, match="'branched' is now 'quadratic'"):
+        assert StepPlan("branched", 4) == StepPlan("quadratic", 4)  # type: ignore[arg-type]
+    with pytest.warns(DeprecationWarning, match="Generator: max_len is now max_model_len"):
+        assert Generator(generator.model, max_len=20).max_model_len == 20  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match="EngineOptions: prefill_tokens is now max_num_batched_tokens"):
+        old = EngineOptions(max_batch=3, max_len=20, prefill_tokens=5)  # type: ignore[call-arg]
+    assert old == EngineOptions(max_num_seqs=3, max_model_len=20, max_num_batched_tokens=5)
+    for rest, named in (("rejection", old), {}), ((), {"verify": "rejection", "options": old}):
+        with pytest.warns(DeprecationWarning, match="Engine: verify is now options.rule"):
+            engine = Engine(generator.model, None, PlanPolicy.fixed(StepPlan("chain", 2)), *rest, **named)  # type: ignore[arg-type]
+        assert engine.options == dataclasses.replace(old, rule="rejection", page_size=engine.options.page_size)
+    with pytest.raises(TypeError, match="max_model_len and max_len, its old name"):
+        EngineOptions(max_len=20, max_model_len=20)  # type: ignore[call-arg]
+
+
+def test_an_engine_makes_its_own_policy_of_the_options(make_generator: MakeGenerator) -> None:
+    model = make_generator().model
+    engine = Engine(model, None, options=EngineOptions("chain", 5, row_budget=7, max_model_len=40))
+    assert engine.policy.plans == (StepPlan("chain", 4),)
+    with pytest.raises(TypeError, match="DecodeOptions has no strides"):
+        DecodeOptions().changed(strides=3)
+
+
+def test_an_engine_that_is_kept_serves_what_it_is_large_enough_for(
+    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where it holds recorded steps. The tokens are those of an engine for each batch."""
+    fresh, keeping = make_generator(), make_generator()
+    keeping._keeps_engine = True
+    made: list[tuple[int, int]] = []
+    engine_of = Generator._engine
+
+    def counted(self: Generator, *args: Any, **how: Any) -> Engine:
+        engine = engine_of(self, *args, **how)
+        if self is keeping:
+            made.append((engine.options.max_num_seqs, engine.options.max_model_len))
+        return engine
+
+    monkeypatch.setattr(Generator, "_engine", counted)
+    prompts = [[i, i + 1] for i in range(1, 6)]
+    for count, max_tokens, changes, engines in (
+        (3, 30, {}, 1),
+        (4, 30, {}, 1),  # room for twice as many
+        (2, 9, {}, 1),
+        (5, 30, {}, 2),  # too many
+        (1, 90, {}, 3),  # too long
+        (1, 90, {"rule": "rejection"}, 4),
+        (1, 90, {"rule": "rejection"}, 4),
+    ):
+        params = SamplingParams(temperature=1.0, max_tokens=max_tokens, seed=5)
+        want, found = (g.generate(prompts[:count], params, plan="chain", stride=3, **changes) for g in (fresh, keeping))
+        assert [r.token_ids for r in found] == [r.token_ids for r in want]
+        assert len(made) == engines
+    assert made[0] == (4, 32) and made[1] == (8, 32)
+    with pytest.raises(ValueError, match="prompt 1"):  # prompt 0 waits in the engine by then
+        keeping.generate([[1], [99]], params, plan="chain", stride=3, rule="rejection")
+    assert len(keeping.generate([[1]], params, plan="chain", stride=3, rule="rejection")) == 1
+    assert len(made) == 6, "an engine with a fault behind it is not used again"
+    slots = 2 * 2 * 2 * 8 * 4  # bytes of K and V of a token
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 150 * slots)
+    keeping.generate([[1]], SamplingParams(max_tokens=130), plan="chain", stride=3)
+    assert made[-1] == (1, 131), "too little memory for one twice as large"
+
+
+def test_batches_of_alike_size_are_measured_once(
+    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, measured = make_generator(), []
+    monkeypatch.setattr(CostTable, "measure", lambda model, plans, size: measured.append(size) or CostTable({1: 1.0}))
+    for size in range(1, 9):
+        assert len(generator.policy("auto", 3, max_num_seqs=size).plans) > 1
+    assert measured == [1, 2, 4, 8]
+
+
+def test_a_batch_that_memory_cannot_hold_at_once_is_decoded_all_the_same(
+    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, prompts = make_generator(), [[i] for i in range(1, 9)]
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3)
+    want = [r.token_ids for r in generator.generate(prompts, params, plan="chain", stride=3)]
+    page = 2 * 2 * 2 * 8 * 4 * 16  # bytes: K and V, layers, heads, width, fp32, tokens
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 5 * page)
+    made: list[Engine] = []
+    monkeypatch.setattr(Engine, "submit", lambda self, *a, _do=Engine.submit: (made.append(self), _do(self, *a))[1])
+    assert [r.token_ids for r in generator.generate(prompts, params, plan="chain", stride=3)] == want
+    assert made[0].pool.num_pages == 5
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 2 * page)
+    with pytest.raises(ValueError, match="holds 2 pages.*lower max_model_len or max_tokens"):
+        generator.generate(prompts, params, plan="chain", stride=3)
+    wide = Generator(generator.model, page_size=1000)  # a page is no larger than the longest request
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 4 * page)
+    assert [r.token_ids for r in wide.generate(prompts, params, plan="chain", stride=3)] == want
+    monkeypatch.undo()
+    assert memory.free_memory(torch.device("cpu")) > 1 << 20
 
 
 def test_seeds_of_a_batch_are_distinct_and_reproducible() -> None:

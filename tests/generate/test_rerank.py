@@ -33,7 +33,7 @@ def with_head(generator: Generator, head: RerankHead | None = None) -> Generator
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 @pytest.mark.parametrize("stride", [2, 3, 4, 7])
 def test_equals_ar(stride: int, plan: str, sampler: str, make_generator: MakeGenerator) -> None:
     generator = with_head(make_generator(oracle_checkpoint()))
@@ -46,7 +46,7 @@ def test_the_head_decides_the_drafts_and_can_be_turned_off(make_generator: MakeG
     """An oracle's drafts all stand; a wild head spoils them, and only while it is on."""
     generator = with_head(make_generator(oracle_checkpoint()), random_head(32, scale=30.0))
     params = SamplingParams(max_tokens=60, seed=3, temperature=1.0)
-    on, off = (generator.generate([[1, 2, 3]], params, plan="branched", stride=4, rerank=r)[0] for r in (True, False))
+    on, off = (generator.generate([[1, 2, 3]], params, plan="quadratic", stride=4, rerank=r)[0] for r in (True, False))
     assert on.token_ids == off.token_ids
     assert off.forwards < on.forwards
     assert off.acceptance == [1.0] * 3
@@ -58,11 +58,11 @@ def test_nan_drafts_nothing_that_harms(make_generator: MakeGenerator) -> None:
     generator.model.rerank_head = dataclasses.replace(
         generator.model.rerank_head, to_query=torch.full((32, WIDTH), torch.nan)
     )
-    found = generator.generate([[5, 6]], SamplingParams(max_tokens=20), plan="branched", stride=4)[0]
+    found = generator.generate([[5, 6]], SamplingParams(max_tokens=20), plan="quadratic", stride=4)[0]
     assert found.token_ids == want.token_ids and found.status == 0 and found.error is None
 
 
-@pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("branched", 3), ("branched", 4)])
+@pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("quadratic", 3), ("quadratic", 4)])
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}], ids=["plain", "truncated"]
 )
@@ -71,9 +71,9 @@ def test_law_of_rejection(plan: str, stride: int, sampling: dict[str, float], ma
     with use_backend("torch"):
         generator = make_generator(MemoryCheckpoint(tiny_config(vocab_size=VOCAB), seed=4, scale=0.3))
         with_head(generator, random_head(32, scale=1.0))
-        generator.max_batch = REQUESTS
+        generator.max_num_seqs = REQUESTS
         each = [SamplingParams(seed=2000 + s, max_tokens=TOKENS, **sampling) for s in range(REQUESTS)]  # type: ignore[arg-type]
-        found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, verify="rejection")  # type: ignore[arg-type]
+        found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, rule="rejection")  # type: ignore[arg-type]
         want = exact_law(generator, each[0])
     tokens = torch.tensor([r.token_ids for r in found])
     cells = (tokens * VOCAB ** torch.arange(TOKENS - 1, -1, -1)).sum(1)

@@ -21,11 +21,11 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5]]
 PAGE_SIZE = 3
 
 
-def run_steps(generator: Generator, plan: str, stride: int, step: Any, verify: str = "match") -> list[list[int]]:
+def run_steps(generator: Generator, plan: str, stride: int, step: Any, rule: str = "match") -> list[list[int]]:
     """Decode PROMPTS, with `step` in the place of decode_step; returns the tokens."""
     policy = PlanPolicy.fixed(StepPlan(plan, stride))  # type: ignore[arg-type]
-    options = EngineOptions(max_batch=2, max_len=64, page_size=PAGE_SIZE)
-    engine = Engine(generator.model, None, policy, verify, options, step=step)
+    options = EngineOptions(rule=rule, max_num_seqs=2, max_model_len=64, page_size=PAGE_SIZE)
+    engine = Engine(generator.model, None, policy, options, step=step)
     params = SamplingParams(temperature=1.0, seed=9, max_tokens=12)
     requests = [engine.submit(prompt, params, 9 + i) for i, prompt in enumerate(PROMPTS)]
     for _ in engine.events():
@@ -42,10 +42,10 @@ def assert_same(found: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("oracle", [False, True], ids=["rejects", "accepts"])
-@pytest.mark.parametrize("verify", ["match", "rejection"])
-@pytest.mark.parametrize(("plan", "stride"), [("ar", 1), ("chain", 4), ("branched", 4), ("branched", 2)])
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+@pytest.mark.parametrize(("plan", "stride"), [("ar", 1), ("chain", 4), ("quadratic", 4), ("quadratic", 2)])
 def test_cache_holds_a_fresh_prefill(
-    plan: str, stride: int, verify: str, oracle: bool, make_generator: MakeGenerator
+    plan: str, stride: int, rule: str, oracle: bool, make_generator: MakeGenerator
 ) -> None:
     generator = make_generator(oracle_checkpoint() if oracle else None)
     checked = 0
@@ -66,11 +66,11 @@ def test_cache_holds_a_fresh_prefill(
             checked += 1
         return outcome
 
-    run_steps(generator, plan, stride, step, verify)
+    run_steps(generator, plan, stride, step, rule)
     assert checked >= 6
 
 
-@pytest.mark.parametrize(("plan", "stride"), [("chain", 4), ("branched", 4), ("branched", 8), ("chain", 9)])
+@pytest.mark.parametrize(("plan", "stride"), [("chain", 4), ("quadratic", 4), ("quadratic", 8), ("chain", 9)])
 def test_rows_see_nothing_that_they_must_not(plan: str, stride: int, make_generator: MakeGenerator) -> None:
     """Another token in a row leaves the logits of all rows that do not see it bit-identical, and moves the others."""
     generator = make_generator()
@@ -84,7 +84,7 @@ def test_rows_see_nothing_that_they_must_not(plan: str, stride: int, make_genera
             rows = plan_rows(decoder.plan, state, PAGE_SIZE)
             base, _ = generator.model.forward(rows, decoder.cache)
             m = int(rows.query_start_loc[1])
-            assert m == (stride**2 if plan == "branched" else 2 * stride - 1)
+            assert m == (stride**2 if plan == "quadratic" else 2 * stride - 1)
             for changed in range(m):
                 other = dataclasses.replace(rows, ids=rows.ids.clone(), is_mask=rows.is_mask.clone())
                 other.ids[changed] = 59
@@ -101,7 +101,7 @@ def test_rows_see_nothing_that_they_must_not(plan: str, stride: int, make_genera
     assert checked
 
 
-@pytest.mark.parametrize(("plan", "stride"), [("ar", 1), ("chain", 4), ("branched", 4)])
+@pytest.mark.parametrize(("plan", "stride"), [("ar", 1), ("chain", 4), ("quadratic", 4)])
 def test_stale_slots_are_never_seen(plan: str, stride: int, make_generator: MakeGenerator) -> None:
     """NaN in every slot that no row of the request has written changes nothing."""
     generator = make_generator()

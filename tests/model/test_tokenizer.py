@@ -174,7 +174,7 @@ def tiny_fields(**changes) -> dict:
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
 
 
-@pytest.fixture(scope="module", params=["default model", "tiny"])
+@pytest.fixture(scope="module", params=[pytest.param("default model", marks=pytest.mark.default_model), "tiny"])
 def both_encoders(request):
     """pre -> (ours, the reference), of the default model's vocabulary, and of one with numbers of several
     digits."""

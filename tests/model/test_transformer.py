@@ -184,7 +184,7 @@ def test_an_adapter_moves_mask_rows_only(dtype: torch.dtype, tmp_path: Path) -> 
     want = [r.token_ids for r in Generator(base).generate(prompts, params, plan="ar")]
     drafted = []
     for model in (base, adapted):
-        for plan in ("ar", "chain", "branched"):
+        for plan in ("ar", "chain", "quadratic"):
             found = Generator(model).generate(prompts, params, plan=plan, stride=4)  # type: ignore[arg-type]
             assert [r.token_ids for r in found] == want
             drafted.append([r.acceptance for r in found])

@@ -228,9 +228,10 @@ def test_no_sampled_id_is_a_near_tie(sign: int, op: str, monkeypatch: pytest.Mon
 
     def near(**arguments: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(python_ref.sampling, "gumbel", noisy(python_ref.gumbel))
+            for module in (python_ref.sampling, python_ref.verify):
+                patch.setattr(module, "gumbel", noisy(python_ref.gumbel))
             patch.setattr(python_ref.rerank, "gumbel_at", noisy(python_ref.noise.gumbel_at))
-            patch.setattr(python_ref.sampling, "uniform", lambda *args: python_ref.uniform(*args) + sign * 1e-5)
+            patch.setattr(python_ref.verify, "uniform", lambda *args: python_ref.uniform(*args) + sign * 1e-5)
             top_p = arguments["top_p"]
             arguments["top_p"] = torch.where(top_p < 1, top_p + sign * 1e-5, top_p)
             for name in {"min_p", "to_query"} & set(arguments):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import python_ref.noise
-import python_ref.sampling
+import python_ref.verify
 from idlm_kernels import QState, sample_rows, use_backend, verify_accept
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, uniform
 from python_ref.noise import noise_words
@@ -429,7 +429,7 @@ def test_a_biased_rule_is_detected(rule, branched):
 @pytest.mark.parametrize("stream", ["STREAM_DRAFT", "STREAM_ACCEPT"])
 def test_shared_noise_is_detected(monkeypatch, stream):
     """Drafts, or acceptances, that share the noise of the residual samples."""
-    monkeypatch.setattr(python_ref.sampling, stream, STREAM_TARGET)
+    monkeypatch.setattr(python_ref.verify, stream, STREAM_TARGET)
     decode = Decode(*tables(3, 3), branched=True)
     text, _ = decode.run(SEEDS, 3)
     assert chi_square_p(path_counts(text), decode.ar_law()) < DETECT_BELOW
@@ -437,7 +437,7 @@ def test_shared_noise_is_detected(monkeypatch, stream):
 
 def test_a_rejection_without_its_residual_is_detected(monkeypatch):
     """After a refusal a sample of p instead of max(0, p - q)."""
-    true_law = python_ref.sampling.law
+    true_law = python_ref.verify.law
     decode = Decode(*tables(3, 1), branched=True)
 
     def run() -> Tensor:
@@ -451,7 +451,7 @@ def test_a_rejection_without_its_residual_is_detected(monkeypatch):
         law = true_law(*args)
         return law if next(calls) % 2 == 0 else law / 2  # p, then q, of each step
 
-    monkeypatch.setattr(python_ref.sampling, "law", half_of_q)
+    monkeypatch.setattr(python_ref.verify, "law", half_of_q)
     assert chi_square_p(run(), decode.ar_law(2)) < DETECT_BELOW
 
 

@@ -103,11 +103,13 @@ def texts(trained: Trained) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def generator(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    return Generator(exported(tmp_path_factory.mktemp("adapter"), trained.checkpoint, trained.trainee), max_len=64)
+    return Generator(
+        exported(tmp_path_factory.mktemp("adapter"), trained.checkpoint, trained.trainee), max_model_len=64
+    )
 
 
 @pytest.mark.parametrize("rerank", [False, True])
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 @pytest.mark.parametrize("stride", [2, 3, 4])
 def test_the_generator_takes_the_steps_of_the_walk(
     stride: int, plan: str, rerank: bool, generator: Generator, trained: Trained, texts: list[Sample]
@@ -123,13 +125,13 @@ def test_the_generator_takes_the_steps_of_the_walk(
         texts, predictions.reranked if rerank else predictions.plain, results, strict=True
     ):
         assert result.token_ids == sample.answer
-        walk = Walk().over(stands, stride - 1, plan == "branched")
+        walk = Walk().over(stands, stride - 1, plan == "quadratic")
         assert (result.tokens, result.forwards) == (walk.tokens + 1, walk.forwards + 1)
         counts = zip(walk.accepted, walk.verified, strict=True)
         assert result.acceptance == [a / v if v else None for a, v in counts][: stride - 1]
         tokens, forwards = tokens + walk.tokens, forwards + walk.forwards
         shares |= {share for share in result.acceptance if share is not None}
-    assert predictions.tpf(branched=plan == "branched", reranked=rerank, stride=stride) == tokens / forwards
+    assert predictions.tpf(branched=plan == "quadratic", reranked=rerank, stride=stride) == tokens / forwards
     assert len(shares) > 5, "drafts stand and fall"
 
 

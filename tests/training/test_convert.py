@@ -58,19 +58,19 @@ def test_the_checkpoint_is_loaded_and_decodes(dtype: torch.dtype, converted: Con
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     for name, weight in converted.model.weights.items():
         assert torch.equal(checkpoint.tensor(name), weight.to(dtype))
-    generator = Generator(Transformer(checkpoint, dtype=torch.float32), max_len=64)
+    generator = Generator(Transformer(checkpoint, dtype=torch.float32), max_model_len=64)
     prompts = [sample.prompt for sample in UNSEEN[:6]]
     params = SamplingParams(max_tokens=12)
     ar = generator.generate(prompts, params, plan="ar")
     assert [r.token_ids for r in ar] == [sample.answer for sample in UNSEEN[:6]]
-    for plan in ("chain", "branched"):
+    for plan in ("chain", "quadratic"):
         found = generator.generate(prompts, params, plan=plan, stride=4)  # type: ignore[arg-type]
         assert [r.token_ids for r in found] == [r.token_ids for r in ar]
         assert sum(r.tokens for r in found) > 2 * sum(r.forwards for r in found)
     sampled = SamplingParams(max_tokens=20, temperature=2.0, seed=1)
     texts = [
         [r.token_ids for r in generator.generate(prompts, sampled, plan=plan, stride=4)]  # type: ignore[arg-type]
-        for plan in ("ar", "branched")
+        for plan in ("ar", "quadratic")
     ]
     assert texts[0] == texts[1] and not any(47 in text for text in texts[0]), "MASK is never sampled"
 

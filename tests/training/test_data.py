@@ -171,7 +171,7 @@ def test_greedy_answers_are_what_the_generator_decodes() -> None:
     prompts = random_prompts(40, seed=1, longest=12)
     found = continue_batch(dense(checkpoint), prompts, DataSettings("", 30, sampled_share=0.0), 0)
     with use_backend("torch"):
-        generator = Generator(Transformer(checkpoint, dtype=torch.float32), max_len=64)  # type: ignore[arg-type]
+        generator = Generator(Transformer(checkpoint, dtype=torch.float32), max_model_len=64)  # type: ignore[arg-type]
         results = generator.generate(prompts, SamplingParams(max_tokens=30), plan="ar")
     assert found == [r.token_ids for r in results]
     assert {r.finish_reason for r in results} == {"stop", "length"}

@@ -113,7 +113,7 @@ def test_the_record_and_the_card_say_what_it_is(folder: Path) -> None:
         "| 1 | 1.000 | 0.500 |",
         "| 2 | 1.000 | 1.000 |",
         "| 3 | 0.000 | 0.000 |",
-        "Tokens per forward at N=4: chain 2.00, branched 2.00, branched and re-ranked 2.00",
+        "Tokens per forward at N=4: chain 2.00, quadratic 2.00, quadratic and re-ranked 2.00",
         "Do not\nmerge",
     ):
         assert part in card, part
