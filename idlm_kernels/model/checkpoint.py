@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ._files import SafetensorsFile, read_json_object, require_finite, require_float
+from ._files import SafetensorsFile, is_there, naming, read_json_object, require_finite, require_float
 from .config import ModelConfig, token_ids
 from .download import default_model
-from .errors import CheckpointError
+from .errors import CheckpointError, short
 from .gguf import ROPE_FREQS, GgufFile, config_from_gguf, huggingface_name, undo_rotary_permutation
 from .tokenizer import Tokenizer
 
@@ -50,7 +50,9 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         path = Path(source).expanduser()
         if not path.exists():
             if isinstance(source, str) and _HUB_ID.fullmatch(source):
-                return _FolderCheckpoint(_fetch(source, revision), name=source)
+                folder = _fetch(source, revision)
+                with naming(folder):
+                    return _FolderCheckpoint(folder, name=source)
             raise FileNotFoundError(
                 f"{source}: no such file or folder; wanted a Hugging Face folder, a .gguf file, a hub id "
                 "'org/name', "
@@ -59,12 +61,14 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if revision is not None:
         raise ValueError(f"revision {revision!r} has a meaning for hub ids only, and {source} is not one")
     if path.is_dir():
-        return _FolderCheckpoint(path, name=path.resolve().name)
+        with naming(path):
+            return _FolderCheckpoint(path, name=path.resolve().name)
     if path.suffix in _PICKLE_SUFFIXES:
         raise _pickle_error(path)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: a safetensors file alone lacks the config; give its folder")
-    return _GgufCheckpoint(path)
+    with naming(path):
+        return _GgufCheckpoint(path)
 
 
 class Checkpoint(ABC):
@@ -85,15 +89,17 @@ class Checkpoint(ABC):
         """
         if name not in self._shapes:
             raise KeyError(f"{self.name} has no tensor {name!r}")
-        tensor = self._read(name)
-        require_finite(self.path, name, tensor)
+        with naming(self.path):
+            tensor = self._read(name)
+            require_finite(self.path, name, tensor)
         return tensor
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that came with the weights. FileNotFoundError or CheckpointError when there is none
         of use."""
-        tokenizer = self._read_tokenizer()
+        with naming(self.path):
+            tokenizer = self._read_tokenizer()
         if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
@@ -133,10 +139,8 @@ class _FolderCheckpoint(Checkpoint):
         self.path, self.name = path, name
         self._files = _open_weights(path)
         config = read_json_object(path / "config.json")
-        try:
+        with naming(path / "config.json"):
             self.config = ModelConfig.from_hf(config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path / 'config.json'}: {error}") from None
         self.config = _complete_ids(self.config, path)
         found = {name: file.shape(name) for name, file in self._files.items()}
         # A buffer that old writers saved.
@@ -185,10 +189,8 @@ class _GgufCheckpoint(Checkpoint):
         return tensor
 
     def _read_tokenizer(self) -> Tokenizer:
-        try:
-            return Tokenizer.from_gguf(self._file.fields)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from None
+        with naming(self.path, "the tokenizer in it cannot be used"):
+            return Tokenizer.from_gguf(self._file.fields, str(self.path))
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
@@ -207,10 +209,10 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
+    if is_there(single):
         file = SafetensorsFile(single)
         return dict.fromkeys(file.names, file)
-    if not index.is_file():
+    if not is_there(index):
         raise _no_weights_error(path)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -219,10 +221,10 @@ def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise CheckpointError(
-                f"{index}: {name} lies in {shard!r}; wanted the name of a .safetensors file beside it"
+                f"{index}: {name} lies in {short(shard)}; wanted the name of a .safetensors file beside it"
             )
         if shard not in shards:
-            if not (path / shard).is_file():
+            if not is_there(path / shard):
                 raise FileNotFoundError(f"{path / shard}: no such file, but {index.name} puts {name} there")
             shards[shard] = SafetensorsFile(path / shard)
         if name not in shards[shard].names:
@@ -258,7 +260,7 @@ def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
     MASK."""
     changes: dict[str, Any] = {}
     generation = path / "generation_config.json"
-    if generation.is_file():
+    if is_there(generation):
         try:
             more = token_ids(read_json_object(generation), "eos_token_id")
         except CheckpointError as error:
@@ -271,7 +273,7 @@ def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
 
 def _mask_from_tokenizer(path: Path) -> int:
     file = path / "tokenizer_config.json"
-    settings = read_json_object(file) if file.is_file() else {}
+    settings = read_json_object(file) if is_there(file) else {}
     mask, added = settings.get("mask_token"), settings.get("added_tokens_decoder")
     mask = mask.get("content") if isinstance(mask, dict) else mask
     for token_id, token in added.items() if isinstance(added, dict) and isinstance(mask, str) else ():

@@ -4,6 +4,7 @@ Python."""
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from datetime import datetime
 from itertools import pairwise
@@ -18,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from idlm_kernels.model import tokenizer as tokenizer_module
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.model.gguf import GgufFile
@@ -96,9 +98,10 @@ def test_folder_equals_transformers(read_twice, text):
 def test_attributes(ours, theirs, folder):
     for tokenizer in (ours, Tokenizer.from_folder(folder)):
         assert tokenizer.vocab_size == len(theirs) == 49152
-        assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+        assert (tokenizer.bos_id, tokenizer.eos_ids[0]) == (theirs.bos_token_id, theirs.eos_token_id)
         assert tokenizer.special_ids == {i for i, token in theirs.added_tokens_decoder.items() if token.special}
         assert tokenizer.is_byte_level and tokenizer.has_chat_template
+    assert [ours.token_text(token) for token in ours.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
 
 
 # --- each pre-tokenizer against llama.cpp's rule, in plain Python -----------------------------------------
@@ -241,6 +244,14 @@ def test_unused_and_user_defined_tokens():
     [
         ({"model": "llama"}, "'llama' is not supported"),
         ({"model": None}, "None is not supported"),
+        ({"model": np.ones(3)}, "model array.* is not supported"),
+        ({"pre": ["gpt-2"]}, "pre \\['gpt-2'\\] is not supported"),
+        ({"pre": np.ones(3)}, "pre array.* is not supported"),
+        ({"pre": None}, "pre is missing: how the model splits .* --pre-tokenizer"),
+        ({"add_bos_token": np.ones(2)}, "add_bos_token is array.*, wanted true or false"),
+        ({"add_eos_token": "no"}, "add_eos_token is 'no', wanted true or false"),
+        ({"eot_token_id": np.ones(2)}, "eot_token_id is array.*, wanted a token id"),
+        ({"bos_token_id": True}, "bos_token_id is True"),
         ({"pre": "tekken"}, "'tekken' is not supported; supported: default, gpt-2, llama-bpe"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": [*byte_vocabulary()[:-1], SPECIAL[0]]}, "1 tokens twice"),
@@ -329,6 +340,62 @@ def test_damaged_folders(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template.jinja: not UTF-8"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_the_last_default_template_of_a_list_counts_and_odd_entries_do_not(tmp_path):
+    entries = [{"name": []}, 3, {"name": "default", "template": "a"}, {"name": "default", "template": "b"}]
+    save_tiny(tmp_path, chat_template=entries)
+    assert Tokenizer.from_folder(tmp_path).apply_chat_template([{"role": "user"}]) == "b"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_tokenizer_folder_is_refused_and_not_passed_over(tmp_path, name):
+    save_tiny(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_adding_many_tokens_looks_at_each_once(tmp_path, monkeypatch):
+    """Each call of the library's `add_tokens` goes through all tokens so far, so one call for each was quadratic."""
+    added = {str(i + 5): {"content": f"<{i}>"} for i in range(1000)}
+    calls = []
+
+    class Counting:
+        def __init__(self, backend):
+            self._backend = backend
+
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(self._backend, name)
+
+    backend = Counting(Backend.from_file(str(save_tiny(tmp_path) / "tokenizer.json")))
+    tokenizer_module._add_missing(backend, added, tmp_path)
+    assert calls.count("add_tokens") == 1 and backend.token_to_id("<999>") == 1004
+
+
+# --- ends that the keys of a GGUF do not name -------------------------------------------------------------
+
+
+def with_tokens(*more: str, kind: int = 3, **changes) -> dict:
+    tokens = [*byte_vocabulary(), *more]
+    kinds = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - len(more)) + [kind] * len(more)
+    return tiny_fields(tokens=tokens, token_type=np.array(kinds, np.int32), **changes)
+
+
+def test_a_llama_3_gguf_without_an_eot_key_stops_at_the_end_of_a_turn():
+    fields = with_tokens("<|end_of_text|>", "<|eot_id|>", "<|python_tag|>")
+    end = len(fields["tokenizer.ggml.tokens"]) - 3
+    fields["tokenizer.ggml.eos_token_id"] = end
+    assert Tokenizer.from_gguf(fields).eos_ids[0] == end
+    assert set(Tokenizer.from_gguf(fields).eos_ids) == {end, end + 1, 0, 2}  # <|endoftext|> and <|im_end|> as well
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["normal", "user-defined"])
+def test_a_token_that_a_text_may_spell_is_no_end_by_its_name(kind):
+    fields = with_tokens("<|eot_id|>", kind=kind)
+    assert len(fields["tokenizer.ggml.tokens"]) - 1 not in Tokenizer.from_gguf(fields).eos_ids
 
 
 # --- chat templates ---------------------------------------------------------------------------------------
