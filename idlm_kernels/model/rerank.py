@@ -17,7 +17,7 @@ from torch import Tensor
 
 from python_ref.rerank import next_state, unit
 
-from ._files import SafetensorsFile, require_finite, require_float
+from ._files import SafetensorsFile, is_there, require_finite, require_float
 from .config import ModelConfig
 from .errors import CheckpointError
 
@@ -53,7 +53,7 @@ class RerankHead:
 def load_rerank_head(path: str | Path, config: ModelConfig) -> RerankHead | None:
     """The head in an adapter folder, or None where there is none. Raises CheckpointError where it does not fit."""
     location = Path(path).expanduser() / FILE
-    if not location.is_file():
+    if not is_there(location):
         return None
     file = SafetensorsFile(location)
     names = {field.name for field in fields(RerankHead)}
