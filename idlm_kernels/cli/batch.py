@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from idlm_kernels.generate import Generator, PlanPolicy, SamplingParams
     from idlm_kernels.generate.batch_file import Progress
 
+_MAX_LEN_UNSEEN = 8192  # tokens that are reserved for each request without a look at what the prompts need
+
 
 def generate_file(
     generator: Generator,
@@ -39,7 +41,7 @@ def generate_file(
     from rich.progress import Progress as Bar
 
     from idlm_kernels.generate import Engine, EngineOptions
-    from idlm_kernels.generate.batch_file import RunStopped, encoder, run_file
+    from idlm_kernels.generate.batch_file import RunStopped, encoder, longest_request, run_file
     from idlm_kernels.generate.engine import pages_in_memory
 
     tokenizer = generator.tokenizer
@@ -47,9 +49,14 @@ def generate_file(
     chat = tokenizer.has_chat_template if chat is None else chat
     if (chat or system is not None) and not tokenizer.has_chat_template:
         raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
+    encode = encoder(tokenizer, chat, system)
+    max_len = generator.max_len
+    if max_len == generator.config.max_position_embeddings > _MAX_LEN_UNSEEN:  # not chosen by the user
+        print(f"idlm: reading {source} for its longest prompt (--max-len saves that)", file=sys.stderr)
+        max_len = longest_request(source, params, encode, max_len)
     options = EngineOptions(
         max_batch=max_batch,
-        max_len=generator.max_len,
+        max_len=max_len,
         page_size=generator.page_size,
         rerank=rerank,
         suffix_drafts=suffix_drafts,
@@ -76,7 +83,7 @@ def generate_file(
             bar.update(task, total=progress.total, completed=progress.lines, rate=rate)
 
         try:
-            return run_file(engine, source, target, params, encoder(tokenizer, chat, system), settings, report)
+            return run_file(engine, source, target, params, encode, settings, report)
         except RunStopped as stopped:
             bar.stop()
             print(f"idlm: stopped: {stopped}", file=sys.stderr)
