@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from .errors import CheckpointError
 
-MAX_JSON_BYTES = 256 << 20  # tokenizer.json files of the largest vocabularies stay under 40 MB
+MAX_JSON_BYTES = 128 << 20  # tokenizer.json files of the largest vocabularies stay under 40 MB
 MAX_SETTINGS_BYTES = 64 << 20  # all other JSON files; as Python objects they may take 20 times the space
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,6 +73,7 @@ def _refuse_constant(name: str) -> float:
 def naming(path: Path | str, fault: str = "damaged") -> Iterator[None]:
     """The boundary of a reader: whatever a file makes it raise is a CheckpointError that names the file, a panic of a
     Rust library included. Faults of the machine and of the user (no memory, Ctrl-C) stay what they are."""
+    prefix = f"{path}: " if str(path) else ""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -80,11 +81,11 @@ def naming(path: Path | str, fault: str = "damaged") -> Iterator[None]:
     except (CheckpointError, FileNotFoundError) as error:
         if str(path) in str(error):
             raise
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{prefix}{error}") from error
     except BaseException as error:
         if "can't allocate memory" in str(error):  # torch's MemoryError is a RuntimeError
             raise
-        raise CheckpointError(f"{path}: {fault}: {error or type(error).__name__}") from error
+        raise CheckpointError(f"{prefix}{fault}: {str(error) or type(error).__name__}") from error
 
 
 class SafetensorsFile:

@@ -7,6 +7,7 @@ What a GGUF does not say, the pre-tokenizer's regular expressions, is named by a
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from ._files import MAX_JSON_BYTES, is_there, naming, read_bytes, read_json_object
+from ._growth import Growth, unique_keys
 from .chat_template import ChatTemplate
 from .errors import CheckpointError, short
 from .gguf import eos_ids as gguf_eos_ids
@@ -47,9 +49,10 @@ class Tokenizer:
         chat_template: ChatTemplate | str | None = None,
         vocab_size: int | None = None,
         source: str = "",
+        growth: Growth | None = None,
     ) -> None:
         """`special_tokens` maps names such as "bos_token" to their text, as chat templates see them; `source` is the
-        file that errors name."""
+        file that errors name; `growth` bounds what its steps may make of a text."""
         backend.no_truncation()  # a tokenizer.json may ask for both, and either would change the prompt
         backend.no_padding()
         # transformers makes every named token special, whether or not the file marks it so.
@@ -65,7 +68,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._chat_template = ChatTemplate(chat_template, source) if isinstance(chat_template, str) else chat_template
-        self._source = source
+        self._source, self._growth = source, growth
         if vocab_size is None:
             vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size: int = vocab_size
@@ -94,6 +97,8 @@ class Tokenizer:
                 f"text holds half of a surrogate pair at index {error.start}; wanted valid Unicode"
             ) from None
         with naming(self._source, "the tokenizer failed"):
+            if self._growth is not None:
+                self._growth.check(text)
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -176,13 +181,13 @@ class Tokenizer:
                 f"{file}: no such file. Only the fast format is read; transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it from the others"
             )
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES >> 20} MiB, which no vocabulary is")
+        raw = read_bytes(file, MAX_JSON_BYTES)
         with naming(file, "not a tokenizer that the tokenizers library reads"):
-            backend = Backend.from_file(str(file))
+            growth = Growth(json.loads(raw, object_pairs_hook=unique_keys))
+            backend = Backend.from_buffer(raw)
         settings = _optional_json(path / "tokenizer_config.json")
         with naming(path / "tokenizer_config.json"):
-            _add_missing(backend, settings.get("added_tokens_decoder"), path / "tokenizer_config.json")
+            _add_missing(backend, settings.get("added_tokens_decoder"), path / "tokenizer_config.json", growth)
         fallback = _optional_json(path / "special_tokens_map.json")
         special = {}
         for name in _SPECIAL_NAMES:
@@ -199,6 +204,7 @@ class Tokenizer:
             eos_ids=[token for token in ends if isinstance(token, int) and not isinstance(token, bool)],
             chat_template=None if template is None else ChatTemplate(template, str(origin)),
             source=str(file),
+            growth=growth,
         )
 
     @classmethod
@@ -399,7 +405,7 @@ def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": content or ""} if "content" in message else dict(message)
 
 
-def _add_missing(backend: Backend, added: Any, file: Path) -> None:
+def _add_missing(backend: Backend, added: Any, file: Path, growth: Growth) -> None:
     """Tokens that tokenizer_config.json alone names: transformers adds them, so they are one id each."""
     if not isinstance(added, dict):
         return
@@ -410,6 +416,8 @@ def _add_missing(backend: Backend, added: Any, file: Path) -> None:
         if not isinstance(content, str) or not content or backend.token_to_id(content) is not None:
             continue
         kinds = {name: token.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+        if kinds["normalized"]:
+            growth.check(content)
         missing.setdefault(content, (token_id, AddedToken(content, **kinds)))
     backend.add_tokens([token for _, token in missing.values()])
     for content, (token_id, _) in missing.items():

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from idlm_kernels.model import tokenizer as tokenizer_module
+from idlm_kernels.model._growth import Growth
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.model.gguf import GgufFile
@@ -371,8 +372,113 @@ def test_adding_many_tokens_looks_at_each_once(tmp_path, monkeypatch):
             return getattr(self._backend, name)
 
     backend = Counting(Backend.from_file(str(save_tiny(tmp_path) / "tokenizer.json")))
-    tokenizer_module._add_missing(backend, added, tmp_path)
+    tokenizer_module._add_missing(backend, added, tmp_path, Growth({}))
     assert calls.count("add_tokens") == 1 and backend.token_to_id("<999>") == 1004
+
+
+# --- a tokenizer.json that multiplies a text --------------------------------------------------------------
+
+TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def save_with(folder: Path, **changes) -> Path:
+    save_tiny(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def sequence_of(*steps: dict, kind: str = "normalizers") -> dict:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        TEN,
+        {**TEN, "pattern": {"Regex": "a"}},
+        {**TEN, "pattern": {"Regex": ""}},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 3000},
+    ],
+    ids=["string", "expression", "empty", "long"],
+)
+def test_normalisers_that_multiply_a_text_are_stopped_before_they_run(tmp_path, step):
+    """Nine of them make 10^9 letters of one, and the library ends the process."""
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=sequence_of(*[step] * 8, sequence_of(step))))
+    assert tokenizer.encode("b") == [1] if step is TEN else True
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*the normalizer 'Replace' makes more than"):
+        tokenizer.encode("a b a b" * 9)
+
+
+def test_normalisers_run_on_added_tokens_when_the_file_is_read(tmp_path):
+    token = {"id": 5, "content": "a<x>", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    for normalized in (True, False):
+        added = [{**token, "normalized": normalized}]
+        save_with(tmp_path, normalizer=sequence_of(*[TEN] * 9), added_tokens=added)
+        if normalized:
+            with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*the added token 'a<x>': the normalizer"):
+                Tokenizer.from_folder(tmp_path)
+        else:
+            assert Tokenizer.from_folder(tmp_path).vocab_size == 6
+    settings = json.dumps({"added_tokens_decoder": {"5": {"content": "a<x>", "normalized": True}}})
+    save_with(tmp_path, normalizer=sequence_of(*[TEN] * 9), added_tokens=[])
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: .*makes more than"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        sequence_of({"type": "Prepend", "prepend": "▁"}, {**TEN, "pattern": {"String": " "}, "content": "▁"}),
+        sequence_of({"type": "NFKC"}, {"type": "Lowercase"}, {"type": "NFD"}, {"type": "StripAccents"}),
+        sequence_of(*[{**TEN, "content": "aa"}] * 4, {**TEN, "pattern": {"Regex": "a+"}, "content": "a"}),
+    ],
+    ids=["llama 2", "unicode", "there and back"],
+)
+def test_normalisers_that_end_within_bounds_give_what_the_library_gives(tmp_path, normalizer):
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=normalizer))
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a b a", "", "\ufdfa" * 50, "a" * 100, "Å ½ " * 20, " " * 3000):
+        assert tokenizer.encode(text) == backend.encode(text).ids
+
+
+REFUSED_STEPS = [
+    ({"pre_tokenizer": sequence_of(*[BYTES] * 5, kind="pretokenizers")}, "pre_tokenizer can make a text 32 times"),
+    ({"decoder": sequence_of(TEN, TEN, kind="decoders")}, "decoder can make a text 100 times longer"),
+    (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 17,
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {},
+            }
+        },
+        "post_processor can make a text 17 times",
+    ),
+    (
+        {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**6, "vocab": {}}},
+        "max_input_chars_per_word is 1000",
+    ),
+    ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 10**5: 0}}}, "has 100000 characters"),
+    ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**5, 0.0]]}}, "has 100000 characters"),
+    ({"normalizer": sequence_of(*[{"type": "NFC"}] * 1001)}, "more than 1000 normalizers"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED_STEPS, ids=[message[:20] for _, message in REFUSED_STEPS])
+def test_steps_that_would_multiply_any_text_are_refused(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: .*{message}"):
+        Tokenizer.from_folder(save_with(tmp_path, **changes))
+
+
+def test_a_key_that_occurs_twice_is_refused_since_two_readers_may_see_two_values(tmp_path):
+    file = save_tiny(tmp_path) / "tokenizer.json"
+    file.write_text(file.read_text().replace('"model":', '"normalizer": null, "model":'))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer.* a key occurs twice"):
+        Tokenizer.from_folder(tmp_path)
 
 
 # --- ends that the keys of a GGUF do not name -------------------------------------------------------------
