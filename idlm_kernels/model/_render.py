@@ -2,9 +2,9 @@
 
 It is run as a script, isolated, with the parent's jinja2 and nothing else: `python -I -S _render.py FOLDER...`, where
 the folders hold jinja2 and what it needs. Standard input is a socket to the parent. A message is its length (8 bytes,
-little-endian) and its bytes. This process says that it is ready; the parent sends the template once, then for each
-conversation the names that the template may read (marshal: plain data of one Python to another). An answer is a byte
-that says what the rest is, text or a fault. The process ends when the parent does, since the socket does then.
+little-endian) and its bytes. This process says that it is ready; for each conversation the parent then sends the
+template and the names that it may read (marshal: plain data of one Python to another). An answer is a byte that says
+what the rest is, text or a fault. The process ends when the parent does, since the socket does then.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def main(folders: list[str]) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     environment = _environment()
     _send(READY, b"")
-    source = _receive()
-    template = names = None
-    while source is not None and (request := _receive()) is not None:
+    compiled: Any = None
+    template: Any = None
+    while (request := _receive()) is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + SECONDS)
         _limit(resource.RLIMIT_AS, _address_space() + MEMORY_BYTES + _COPIES * len(request))
         try:
-            names = marshal.loads(request)
-            if template is None:
-                template = environment.from_string(source.decode("utf-8", "surrogatepass"))
+            source, names = marshal.loads(request)
+            if source != compiled:
+                compiled, template = None, environment.from_string(source)
+                compiled = source
             kind, text = TEXT, _bounded(template.generate(names))
         except MemoryError:
             kind, text = LIMIT, f"it takes more than {MEMORY_BYTES >> 20} MiB of memory"

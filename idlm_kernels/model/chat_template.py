@@ -54,10 +54,10 @@ class ChatTemplate:
         Raises CheckpointError, which names the file, when the template fails, refuses what it was given, or takes more
         than it may; TypeError for names that are no plain data; OSError when the machine cannot run the process.
         """
-        request = marshal.dumps(_plain(dict(names), "", 0))
+        request = marshal.dumps((self.source, _plain(dict(names), "", 0)))
         with self._lock:
             if self._process is None:
-                self._process = _Process(self, self.source.encode("utf-8", "surrogatepass"))
+                self._process = _Process(self)
             process = self._process
             try:
                 kind, answer = process.ask(request)
@@ -82,7 +82,7 @@ class ChatTemplate:
 class _Process:
     """A running _render, which ends when `owner` does."""
 
-    def __init__(self, owner: ChatTemplate, source: bytes) -> None:
+    def __init__(self, owner: ChatTemplate) -> None:
         if not sys.executable:
             raise OSError("rendering a chat template needs a Python interpreter, and sys.executable names none")
         ours, theirs = (_above_stdio(end) for end in socket.socketpair())
@@ -103,7 +103,6 @@ class _Process:
         self.end = weakref.finalize(owner, _end, self._child, ours, os.getpid())
         try:
             self._receive()
-            self._send(source)
         except BaseException as error:
             self.end()
             if isinstance(error, (EOFError, ConnectionError)):

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,9 +88,10 @@ class Checkpoint(ABC):
         """
         if name not in self._shapes:
             raise KeyError(f"{self.name} has no tensor {name!r}")
-        with naming(self.path):
+        file = self._file_of(name)
+        with naming(file):
             tensor = self._read(name)
-            require_finite(self.path, name, tensor)
+            require_finite(file, name, tensor)
         return tensor
 
     @cached_property
@@ -115,15 +115,21 @@ class Checkpoint(ABC):
         """Holds the tensors of the file against those that the config asks for, in both directions."""
         missing = [name for name in self._shapes if name not in found]
         if missing:
-            raise CheckpointError(f"{self.path}: {_listed(missing)} missing, which the config asks for")
+            raise CheckpointError(f"{self._file_of('')}: {_listed(missing)} missing, which the config asks for")
         extra = sorted(name for name in found if name not in self._shapes and name not in ignored)
         if extra:
-            raise CheckpointError(f"{self.path}: {_listed(extra)} not part of this architecture and config")
+            raise CheckpointError(
+                f"{self._file_of(extra[0])}: {_listed(extra)} not part of this architecture and config"
+            )
         for name, wanted in self._shapes.items():
             if found[name] != wanted:
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {list(found[name])}, the config asks for {list(wanted)}"
+                    f"{self._file_of(name)}: {name} has shape {list(found[name])}, the config asks for {list(wanted)}"
                 )
+
+    def _file_of(self, name: str) -> Path:
+        """The file that holds a tensor, or that should list it."""
+        return self.path
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
@@ -150,6 +156,11 @@ class _FolderCheckpoint(Checkpoint):
         self._check_shapes(found, frozenset(ignored))
         for tensor in self._shapes:
             require_float(self._files[tensor].path, tensor, self._files[tensor].dtype(tensor))
+
+    def _file_of(self, name: str) -> Path:
+        if name in self._files:
+            return self._files[name].path
+        return next(file for file in _weights(self.path) if is_there(file))
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._files[name].tensor(name)
@@ -208,7 +219,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = _weights(path)
     if is_there(single):
         file = SafetensorsFile(single)
         return dict.fromkeys(file.names, file)
@@ -230,6 +241,11 @@ def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
         if name not in shards[shard].names:
             raise CheckpointError(f"{path / shard}: holds no {name}, but {index.name} puts it there")
     return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _weights(path: Path) -> tuple[Path, Path]:
+    """Where a folder has its weights: all in one file, or an index of several."""
+    return path / "model.safetensors", path / "model.safetensors.index.json"
 
 
 def _no_weights_error(path: Path) -> Exception:
@@ -258,17 +274,19 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
     """Ids that live beside config.json: the end ids of generation_config.json and, for SDAR, the tokenizer's
     MASK."""
-    changes: dict[str, Any] = {}
     generation = path / "generation_config.json"
     if is_there(generation):
+        settings = read_json_object(generation)
         try:
-            more = token_ids(read_json_object(generation), "eos_token_id")
+            more = token_ids(settings, "eos_token_id")
+            config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace("config:", f"{generation}:", 1)) from None
-        changes["eos_token_ids"] = tuple(dict.fromkeys(config.eos_token_ids + more))
+            raise CheckpointError(f"{generation}: {str(error).removeprefix('config: ')}") from None
     if config.architecture == "sdar" and config.mask_token_id is None:
-        changes["mask_token_id"] = _mask_from_tokenizer(path)
-    return dataclasses.replace(config, **changes)
+        mask = _mask_from_tokenizer(path)
+        with naming(path / "tokenizer_config.json"):
+            config = dataclasses.replace(config, mask_token_id=mask)
+    return config
 
 
 def _mask_from_tokenizer(path: Path) -> int:
@@ -280,8 +298,8 @@ def _mask_from_tokenizer(path: Path) -> int:
         if isinstance(token, dict) and token.get("content") == mask and re.fullmatch(r"\d{1,9}", token_id):
             return int(token_id)
     raise CheckpointError(
-        f"{path}: an SDAR model needs its MASK token: no mask_token_id in config.json and no mask_token "
-        "in tokenizer_config.json"
+        f"{path / 'config.json'}: an SDAR model needs its MASK token: no mask_token_id here and no mask_token in "
+        "tokenizer_config.json"
     )
 
 

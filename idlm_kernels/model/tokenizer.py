@@ -105,7 +105,8 @@ class Tokenizer:
         """The text of `ids`. Ids outside of the vocabulary add nothing; bytes that are no UTF-8 become
         U+FFFD."""
         known = [int(token) for token in ids if 0 <= token <= _MAX_ID]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        with naming(self._source, "the tokenizer failed"):
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -194,6 +195,8 @@ class Tokenizer:
             token = settings.get(name, fallback.get(name))
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
+                with naming(path / ("tokenizer_config.json" if name in settings else "special_tokens_map.json")):
+                    token.encode("utf-8")  # half of a surrogate pair is no token
                 special[name] = token
         template, origin = _folder_template(path, settings)
         end = _optional_json(path / "generation_config.json").get("eos_token_id")

@@ -358,6 +358,13 @@ def test_a_pipe_in_a_tokenizer_folder_is_refused_and_not_passed_over(tmp_path, n
         Tokenizer.from_folder(tmp_path)
 
 
+def test_half_a_surrogate_pair_as_a_special_token_names_its_file(tmp_path):
+    save_tiny(tmp_path, eos_token="</s>")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: .*surrogates not allowed"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_adding_many_tokens_looks_at_each_once(tmp_path, monkeypatch):
     """Each call of the library's `add_tokens` goes through all tokens so far, so one call for each was quadratic."""
     added = {str(i + 5): {"content": f"<{i}>"} for i in range(1000)}
