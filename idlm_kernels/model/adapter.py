@@ -19,7 +19,7 @@ import torch
 from ._files import SafetensorsFile, is_there, naming, read_json_object, require_finite, require_float
 from ._patterns import ModulePatterns
 from .config import ModelConfig
-from .errors import CheckpointError, short
+from .errors import CheckpointError, cut, short
 from .rerank import RerankHead, load_rerank_head
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -130,7 +130,7 @@ def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
     for name in sorted(file.names):
         match = _TENSOR.fullmatch(name)
         if match is None or match[3] not in MODULES or f".{_BLOCK_OF[match[3]]}." not in name:
-            raise CheckpointError(f"{weights_file}: {name} is not a LoRA matrix of {', '.join(MODULES)}")
+            raise CheckpointError(f"{weights_file}: {cut(name)} is not a LoRA matrix of {', '.join(MODULES)}")
         if int(match[2]) >= config.num_layers:
             raise CheckpointError(f"{weights_file}: {name} is for a model of more than {config.num_layers} layers")
         require_float(weights_file, name, file.dtype(name))
@@ -246,7 +246,9 @@ def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
         return None
     file = SafetensorsFile(location)
     if file.names != {"mask_embedding"}:
-        raise CheckpointError(f"{location}: holds {sorted(file.names)[:5]}, wanted the tensor 'mask_embedding' alone")
+        raise CheckpointError(
+            f"{location}: holds {short(sorted(file.names))}, wanted the tensor 'mask_embedding' alone"
+        )
     require_float(location, "mask_embedding", file.dtype("mask_embedding"))
     if file.shape("mask_embedding") != (config.hidden_size,):
         raise CheckpointError(

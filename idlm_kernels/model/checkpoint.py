@@ -20,7 +20,7 @@ import torch
 from ._files import SafetensorsFile, is_there, naming, read_json_object, require_finite, require_float
 from .config import ModelConfig, token_ids
 from .download import default_model
-from .errors import CheckpointError, short
+from .errors import CheckpointError, cut, short
 from .gguf import ROPE_FREQS, GgufFile, config_from_gguf, huggingface_name, undo_rotary_permutation
 from .tokenizer import Tokenizer
 
@@ -230,16 +230,16 @@ def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
         raise CheckpointError(f"{index}: 'weight_map' is missing or empty")
     shards: dict[str, SafetensorsFile] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]{0,199}\.safetensors", shard):
             raise CheckpointError(
-                f"{index}: {name} lies in {short(shard)}; wanted the name of a .safetensors file beside it"
+                f"{index}: {cut(name)} lies in {short(shard)}; wanted the name of a .safetensors file beside it"
             )
         if shard not in shards:
             if not is_there(path / shard):
-                raise FileNotFoundError(f"{path / shard}: no such file, but {index.name} puts {name} there")
+                raise FileNotFoundError(f"{path / shard}: no such file, but {index.name} puts {cut(name)} there")
             shards[shard] = SafetensorsFile(path / shard)
         if name not in shards[shard].names:
-            raise CheckpointError(f"{path / shard}: holds no {name}, but {index.name} puts it there")
+            raise CheckpointError(f"{path / shard}: holds no {cut(name)}, but {index.name} puts it there")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
@@ -305,4 +305,4 @@ def _mask_from_tokenizer(path: Path) -> int:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{', '.join(map(cut, names[:3]))}{more} {'is' if len(names) == 1 else 'are'}"

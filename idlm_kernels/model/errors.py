@@ -15,9 +15,15 @@ class DownloadError(FileNotFoundError):
     """The default model is not in the cache and could not be put there."""
 
 
+_MAX_NAME_CHARS = 120
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 _repr.maxlong = 4300  # digits, beyond which Python has no repr
+
+
+def cut(name: str) -> str:
+    """A name out of a file, for a message."""
+    return name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}..."
 
 
 def short(value: Any) -> str:
