@@ -131,6 +131,8 @@ def _submit(
         except (ValueError, RecursionError):
             answer["id"] = None
         return answer
+    except OSError as error:  # of the machine, such as no process for the chat template
+        raise RunStopped(f"line {number}: {error}; run the same again for it and the others") from error
 
 
 def _own_parameters(record: Any, params: SamplingParams) -> SamplingParams:

@@ -77,17 +77,20 @@ class Growth:
             words = (pair[0] for pair in vocab if isinstance(pair, list) and pair)
         added = settings.get("added_tokens")
         added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-        for word in (*words, *(token.get("content") for token in added)):
-            if isinstance(word, str) and len(word) > _MAX_TOKEN_CHARS:
-                raise CheckpointError(
-                    f"the token {short(word)} has {len(word)} characters, more than {_MAX_TOKEN_CHARS}"
-                )
+        check_lengths((*words, *(token.get("content") for token in added)))
         for token in added:
             if isinstance(token.get("content"), str) and token.get("normalized") is not False:
                 try:
                     self.check(token["content"])
                 except ValueError as error:
                     raise CheckpointError(f"the added token {short(token['content'])}: {error}") from None
+
+
+def check_lengths(tokens: Iterable[Any]) -> None:
+    """Refuses a token whose text would be written each time that it is decoded."""
+    for token in tokens:
+        if isinstance(token, str) and len(token) > _MAX_TOKEN_CHARS:
+            raise CheckpointError(f"the token {short(token)} has {len(token)} characters, more than {_MAX_TOKEN_CHARS}")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

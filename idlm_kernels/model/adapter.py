@@ -161,9 +161,9 @@ def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
     for key, (name_a, name_b, _, own_scale) in plans.items():
         lora_a, lora_b = file.tensor(name_a), file.tensor(name_b)
         require_finite(weights_file, name_a, lora_a)
-        require_finite(weights_file, name_b, lora_b)
         if own_scale != scales.default:
             lora_b = lora_b.float() * (own_scale / scales.default)
+        require_finite(weights_file, name_b, lora_b)
         pairs[key] = lora_a, lora_b
     mask_embedding, rerank_head = _mask_embedding(path, config), load_rerank_head(path, config)
     return Adapter(
@@ -235,8 +235,8 @@ def _rank(value: Any, name: str) -> int:
 
 
 def _alpha(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
-        raise CheckpointError(f"{name} is {short(value)}, wanted a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-9 <= value <= 1e9:
+        raise CheckpointError(f"{name} is {short(value)}, wanted a number from 1e-9 to 1e9")
     return float(value)
 
 

@@ -113,7 +113,8 @@ class GgufFile:
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             try:
-                rows[part] = dequantize(blocks[part], place.kind)
+                with np.errstate(all="ignore"):  # what is not finite is counted and refused by the caller
+                    rows[part] = dequantize(blocks[part], place.kind)
             except NotImplementedError:
                 raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
         return torch.from_numpy(out)

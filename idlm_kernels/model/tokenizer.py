@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from ._files import MAX_JSON_BYTES, is_there, naming, read_bytes, read_json_object
-from ._growth import Growth, unique_keys
+from ._growth import Growth, check_lengths, unique_keys
 from .chat_template import ChatTemplate
 from .errors import CheckpointError, short
 from .gguf import eos_ids as gguf_eos_ids
@@ -204,7 +204,7 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special,
-            eos_ids=[token for token in ends if isinstance(token, int) and not isinstance(token, bool)],
+            eos_ids=[token for token in ends if type(token) is int and 0 <= token <= _MAX_ID],
             chat_template=None if template is None else ChatTemplate(template, str(origin)),
             source=str(file),
             growth=growth,
@@ -220,6 +220,7 @@ class Tokenizer:
                 f"tokenizer.ggml.model {short(model)} is not supported; only 'gpt2' (byte-level BPE) is"
             )
         tokens, merges = _strings(fields, "tokenizer.ggml.tokens"), _strings(fields, "tokenizer.ggml.merges")
+        check_lengths(tokens)
         kinds = _token_kinds(fields, len(tokens))
         pre = fields.get("tokenizer.ggml.pre")
         known = ", ".join(sorted(_PRE_TOKENIZERS))
@@ -418,6 +419,7 @@ def _add_missing(backend: Backend, added: Any, file: Path, growth: Growth) -> No
         content = token.get("content")
         if not isinstance(content, str) or not content or backend.token_to_id(content) is not None:
             continue
+        check_lengths([content])
         kinds = {name: token.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
         if kinds["normalized"]:
             growth.check(content)

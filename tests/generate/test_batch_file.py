@@ -247,6 +247,25 @@ def test_a_fault_of_the_machine_is_no_answer(
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_prompt_that_the_machine_cannot_make_stops_the_run_and_is_no_answer(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    """A chat template is rendered by a process, and there may be no process left."""
+    target = tmp_path / "out.jsonl"
+
+    def failing(record: dict[str, Any]) -> list[int]:
+        if record.get("id") == "n7":
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return encode(record)
+
+    generator = make_generator()
+    with pytest.raises(module.RunStopped, match="line 7: .*unavailable; run the same again"):
+        run_file(engine_of(generator), source, target, PARAMS, failing, {"model": "tiny"})
+    run(generator, source, target)
+    run(generator, source, tmp_path / "whole.jsonl")
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("fault", [AttributeError("numpy"), MemoryError(), RuntimeError("CUDA")])
 def test_an_encoder_that_fails_by_no_fault_of_the_line_stops_the_run(
     fault: Exception, source: Path, tmp_path: Path, make_generator: MakeGenerator

@@ -203,6 +203,15 @@ def test_a_pattern_cannot_take_exponential_time():
     assert ModulePatterns({"p": {key[:-1]: 1}}, "p", lambda value, name: value).get("a" * 35, 0) == 1
 
 
+def test_a_scale_that_makes_a_finite_matrix_infinite_is_refused(plain, config):
+    change_settings(plain, lora_alpha=1e-9, alpha_pattern={"q_proj": 1e9})
+    change_tensors(plain, lambda t: t[Q_A.replace("lora_A", "lora_B")].fill_(1e25))
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors: .*q_proj.lora_B.weight holds 128 non-finite"
+    ):
+        load_adapter(plain, config)
+
+
 def test_one_large_rank_does_not_pad_the_whole_adapter(plain, config):
     """Only linears that are computed as one share a rank, and files have to justify that."""
     big = 1 << 16
@@ -258,6 +267,7 @@ SETTINGS = [
     ({"r": 4.0}, "r is 4.0"),
     ({"lora_alpha": 0}, "lora_alpha is 0"),
     ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+    ({"lora_alpha": 1e-320, "alpha_pattern": {"q_proj": 1}}, "lora_alpha is 1e-320"),
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     ({"rank_pattern": {"q_proj": -1}}, "rank_pattern is -1"),
     ({"rank_pattern": ["q_proj"]}, "wanted a JSON object"),

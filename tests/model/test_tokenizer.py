@@ -255,6 +255,7 @@ def test_unused_and_user_defined_tokens():
         ({"bos_token_id": True}, "bos_token_id is True"),
         ({"pre": "tekken"}, "'tekken' is not supported; supported: default, gpt-2, llama-bpe"),
         ({"tokens": None}, "tokens is missing"),
+        ({"tokens": ["a" * 10**5, *byte_vocabulary()[1:]]}, "has 100000 characters"),
         ({"tokens": [*byte_vocabulary()[:-1], SPECIAL[0]]}, "1 tokens twice"),
         ({"merges": ["a b c"]}, "'a b c', wanted two tokens"),
         ({"merges": ["ab"]}, "'ab', wanted two tokens"),
