@@ -160,7 +160,10 @@ def _times_precompiled(charsmap: Any) -> int:
         blob = base64.b64decode(charsmap)
     except (ValueError, TypeError):
         return _UNKNOWN
-    texts = blob[4 + int.from_bytes(blob[:4], "little") :]
+    trie = int.from_bytes(blob[:4], "little")
+    if trie > len(blob) - 4:  # the library allocates what it says
+        raise CheckpointError(f"precompiled_charsmap claims {trie} bytes of {len(blob)}")
+    texts = blob[4 + trie :]
     return max(map(len, texts.split(b"\0")), default=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from collections.abc import Callable
@@ -288,19 +289,48 @@ def _tokenizer() -> dict[str, bytes]:
     }
 
 
+@lru_cache
+def _tokenizers() -> list[bytes]:
+    """tokenizer.json of three kinds, with equal numbers of tokens."""
+    bpe = json.loads(_tokenizer()["tokenizer.json"])
+    words = ["[UNK]", "##a", "in", "the", "h", "é", "12", "▁", *(f"w{i}" for i in range(251))]
+    charsmap = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"x\0").decode()
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [[word, -float(i)] for i, word in enumerate(words)]}
+    precompiled: Any = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    other = {
+        "normalizer": {"type": "Sequence", "normalizers": [precompiled, {"type": "NFKC"}, {"type": "Lowercase"}]},
+        "pre_tokenizer": metaspace,
+        "decoder": metaspace,
+        "model": unigram | {"byte_fallback": False},
+    }
+    wordpiece = {
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+        | {"strip_accents": None},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+        | {"max_input_chars_per_word": 100, "vocab": {word: i for i, word in enumerate(words)}},
+    }
+    return [json.dumps(settings).encode() for settings in (bpe, bpe | other, bpe | wordpiece)]
+
+
 def _spoil_tokenizer(random: Random, files: dict[str, bytes]) -> tuple[str, bytes]:
     name = random.choice(("tokenizer.json",) * 4 + tuple(files))
-    if name == "tokenizer.json" and random.randrange(4):  # the vocabulary has most of the values, and says little
-        settings = json.loads(files[name])
-        model = settings["model"]
-        vocab, model["vocab"] = model["vocab"], {"a": 0}
-        changed = json.loads(_or_null(spoiled_json(random, json.dumps(settings).encode())))
-        if isinstance(changed, dict) and isinstance(changed.get("model"), dict):
-            inner = changed["model"].get("vocab")
-            if inner == {"a": 0}:
-                changed["model"]["vocab"] = vocab
-        return name, json.dumps(changed).encode()
-    return name, spoiled_json(random, files[name])
+    if name != "tokenizer.json":
+        return name, spoiled_json(random, files[name])
+    settings = json.loads(random.choice(_tokenizers()))
+    if random.randrange(4) == 0:
+        return name, spoiled_json(random, json.dumps(settings).encode())
+    # The vocabulary has most of the values, and says little.
+    model = settings["model"]
+    vocab = model["vocab"]
+    model["vocab"] = empty = vocab[:1] if isinstance(vocab, list) else {"a": 0}
+    changed = json.loads(_or_null(spoiled_json(random, json.dumps(settings).encode())))
+    model = changed.get("model") if isinstance(changed, dict) else None
+    if isinstance(model, dict) and model.get("vocab") == empty:
+        model["vocab"] = vocab
+    return name, json.dumps(changed).encode()
 
 
 def _or_null(data: bytes) -> bytes:

@@ -473,6 +473,10 @@ REFUSED_STEPS = [
     ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 10**5: 0}}}, "has 100000 characters"),
     ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**5, 0.0]]}}, "has 100000 characters"),
     ({"normalizer": sequence_of(*[{"type": "NFC"}] * 1001)}, "more than 1000 normalizers"),
+    (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAAAAAAA"}},
+        "precompiled_charsmap claims 4294967292 bytes of 12",
+    ),
 ]
 
 
