@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from idlm_kernels.generate import DecodeOptions, Generator, PlanPolicy, SamplingParams
     from idlm_kernels.generate.batch_file import Progress
 
+_MAX_LEN_UNSEEN = 8192  # tokens that are reserved for each request without a look at what the prompts need
+
 
 def generate_file(
     generator: Generator,
@@ -36,7 +38,7 @@ def generate_file(
     from rich.progress import Progress as Bar
 
     from idlm_kernels.generate import Engine, EngineOptions
-    from idlm_kernels.generate.batch_file import RunStopped, encoder, run_file
+    from idlm_kernels.generate.batch_file import RunStopped, encoder, longest_request, run_file
     from idlm_kernels.generate.memory import pages_in_memory
 
     tokenizer = generator.tokenizer
@@ -44,10 +46,15 @@ def generate_file(
     chat = tokenizer.has_chat_template if chat is None else chat
     if (chat or system is not None) and not tokenizer.has_chat_template:
         raise ValueError("the model has no chat template, which --chat and --system need; use --raw")
+    encode = encoder(tokenizer, chat, system)
+    max_model_len = generator.max_model_len
+    if max_model_len == generator.config.max_position_embeddings > _MAX_LEN_UNSEEN:  # not chosen by the user
+        print(f"idlm: reading {source} for its longest prompt (--max-model-len saves that)", file=sys.stderr)
+        max_model_len = longest_request(source, params, encode, max_model_len)
     sizes = EngineOptions.of(
         options,
         max_num_seqs=max_num_seqs,
-        max_model_len=generator.max_model_len,
+        max_model_len=max_model_len,
         page_size=generator.page_size,
     )
     pages = pages_in_memory(generator.model, sizes, policy, gpu_memory_utilization)
@@ -71,7 +78,7 @@ def generate_file(
             bar.update(task, total=progress.total, completed=progress.lines, rate=rate)
 
         try:
-            return run_file(engine, source, target, params, encoder(tokenizer, chat, system), settings, report)
+            return run_file(engine, source, target, params, encode, settings, report)
         except RunStopped as stopped:
             bar.stop()
             print(f"idlm: stopped: {stopped}", file=sys.stderr)

@@ -82,7 +82,7 @@ def rerank_greedy(
     id_limit: int,
     mask_id: int,
 ) -> Tensor | None:
-    """`rerank_drafts` without a q_state. weights: embedding, head_rows, from_hidden, from_previous, from_state, to_query.
+    """`rerank_drafts` without a q_state. weights: the op's six, in its order.
 
     Of candidates within rounding of each other another one may be chosen than the reference chooses.
     """

@@ -1,7 +1,7 @@
 """Prompts from a JSON-lines file, results to another: any number of them in constant memory, resumable.
 
-A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field but logprobs.
-A line of output answers the line of input of the same number and holds only what does not depend on the schedule, so
+A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field but
+logprobs. A line of output answers the line of input of the same number and holds only what does not depend on the schedule, so
 that an interrupted and resumed run writes the same bytes as an undisturbed one. Lines are written whole and in order;
 they are on disk (fsync) at the edges of epochs. OUTPUT.run.json beside the output remembers how it was started, and
 goes when all is done.
@@ -30,6 +30,7 @@ from idlm_kernels.model.tokenizer import Tokenizer
 
 _PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)} - {"logprobs"}
 _KEYS = _PARAMETERS | {"id", "prompt", "messages"}
+_FAULTS_OF_A_LINE = (ValueError, TypeError, OverflowError, RecursionError)  # what the text of a line can cause
 
 
 @dataclasses.dataclass
@@ -118,23 +119,50 @@ def _submit(
     record: Any = None
     try:
         record = json.loads(line, parse_constant=_no_number)
-        if not isinstance(record, dict):
-            raise ValueError(f"a line must be an object, got {type(record).__name__}")
-        _encoded({"id": record.get("id")})
-        if unknown := sorted(set(record) - _KEYS):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
-        own = dataclasses.replace(params, **{k: v for k, v in record.items() if k in _PARAMETERS})
+        own = _own_parameters(record, params)
         seed = own.seed if record.get("seed") is not None and own.seed is not None else mixed_seed(base_seed, number)
         request = engine.submit(encode(record), own, seed)
         request.tag = record.get("id")
         return request
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # what the text of a line can cause
+    except _FAULTS_OF_A_LINE as error:
         answer = {"id": record.get("id") if isinstance(record, dict) else None, "error": _told(error)}
         try:
             _encoded(answer)
         except (ValueError, RecursionError):
             answer["id"] = None
         return answer
+    except OSError as error:  # of the machine, such as no process for the chat template
+        raise RunStopped(f"line {number}: {error}; run the same again for it and the others") from error
+
+
+def _own_parameters(record: Any, params: SamplingParams) -> SamplingParams:
+    if not isinstance(record, dict):
+        raise ValueError(f"a line must be an object, got {type(record).__name__}")
+    _encoded({"id": record.get("id")})
+    if unknown := sorted(set(record) - _KEYS):
+        raise ValueError(f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
+    return dataclasses.replace(params, **{k: v for k, v in record.items() if k in _PARAMETERS})
+
+
+def longest_request(
+    source: Path, params: SamplingParams, encode: Callable[[dict[str, Any]], list[int]], limit: int
+) -> int:
+    """The most tokens, prompt and answer, that a line of `source` can come to, at most `limit`.
+
+    An engine for so many gives what one for `limit` gives, and a model's own limit may be a number that nobody has the
+    memory for. It costs a pass over the file, which is little beside its answers.
+    """
+    longest = 2
+    for _, line in _lines(source, skip=0):
+        try:
+            record = json.loads(line, parse_constant=_no_number)
+            own = _own_parameters(record, params)
+            longest = max(longest, len(encode(record)) + own.max_tokens)
+        except _FAULTS_OF_A_LINE:  # its answer, later
+            continue
+        if longest >= limit:
+            return limit
+    return longest
 
 
 def _no_number(text: str) -> NoReturn:

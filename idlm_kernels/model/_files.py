@@ -7,35 +7,55 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .errors import CheckpointError
 
-MAX_JSON_BYTES = 256 << 20  # tokenizer.json files of the largest vocabularies stay under 40 MB
+MAX_JSON_BYTES = 128 << 20  # tokenizer.json files of the largest vocabularies stay under 40 MB
+MAX_SETTINGS_BYTES = 64 << 20  # all other JSON files; as Python objects they may take 20 times the space
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. FileNotFoundError when it is absent, CheckpointError when it is anything
-    else."""
+def is_there(path: Path) -> bool:
+    """Whether `path` is a regular file. CheckpointError where it is something else: a pipe would be waited for, a
+    device never ends, and neither may pass for a file that is absent."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device never ends
-            raise CheckpointError(f"{path}: not a regular file")
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return True
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file. FileNotFoundError when it is absent, CheckpointError when it is too large."""
+    if not is_there(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             raw = file.read(min(size, max_bytes))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     if size > max_bytes:
-        raise CheckpointError(f"{path}: larger than {max_bytes >> 20} MiB, which no real file of its kind is")
+        unit = f"{max_bytes >> 20} MiB" if max_bytes >= 1 << 20 else f"{max_bytes} bytes"
+        raise CheckpointError(f"{path}: larger than {unit}, which no real file of its kind is")
+    return raw
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`. FileNotFoundError when it is absent, CheckpointError when it is anything
+    else."""
+    raw = read_bytes(path, max_bytes)
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -50,14 +70,22 @@ def _refuse_constant(name: str) -> float:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turns what the safetensors library raises into a CheckpointError that names the file."""
+def naming(path: Path | str, fault: str = "damaged") -> Iterator[None]:
+    """The boundary of a reader: whatever a file makes it raise is a CheckpointError that names the file, a panic of a
+    Rust library included. Faults of the machine and of the user (no memory, Ctrl-C) stay what they are."""
+    prefix = f"{path}: " if str(path) else ""
     try:
         yield
-    except CheckpointError:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+    except (CheckpointError, FileNotFoundError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{prefix}{error}") from error
+    except BaseException as error:
+        if "can't allocate memory" in str(error):  # torch's MemoryError is a RuntimeError
+            raise
+        raise CheckpointError(f"{prefix}{fault}: {str(error) or type(error).__name__}") from error
 
 
 class SafetensorsFile:
@@ -66,25 +94,28 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not is_there(path):
             raise FileNotFoundError(f"{path}: no such file")
-        with naming(path):
+        with self._naming():
             self._file = safe_open(str(path), framework="pt", device="cpu")
             self.names = frozenset(self._file.keys())
 
+    def _naming(self) -> AbstractContextManager[None]:
+        return naming(self.path, "damaged or not a safetensors file")
+
     def shape(self, name: str) -> tuple[int, ...]:
-        with naming(self.path):
+        with self._naming():
             return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The dtype as the file spells it: F32, BF16, ..."""
-        with naming(self.path):
+        with self._naming():
             return str(self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, backed by the mapped file, so it costs memory only as it is
         read."""
-        with naming(self.path):
+        with self._naming():
             return self._file.get_tensor(name)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ._files import SafetensorsFile, read_json_object, require_finite, require_float
+from ._files import SafetensorsFile, is_there, naming, read_json_object, require_finite, require_float
+from ._patterns import ModulePatterns
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, cut, short
 from .rerank import RerankHead, load_rerank_head
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,15 +68,17 @@ _REASONS = {
     "fan_in_fan_out": "the base weights are stored as [out, in]",
     "lora_bias": "only the two matrices are applied",
 }
-_MAX_PATTERN_CHARS = 200
+# Linears that are computed as one, where all pairs are padded to the largest rank among them.
+_PACKED = {module: group for group in (MODULES[:3], MODULES[4:6]) for module in group}
+_MAX_PADDING = 4  # what the padded pairs may take, as a multiple of the stored ones and the weights beside them
 
 
 @dataclass
 class Adapter:
     """LoRA pairs by layer and module: a gated row adds `scale * (x A^T) B^T`.
 
-    Every pair has the same rank: a module of a lower one is padded with zeros, and where a module's own scale
-    differs from `scale` the ratio is folded into its B (which is fp32 then; all else keeps its stored dtype).
+    `rank` is the largest of all. Where a module's own scale differs from `scale` the ratio is folded into its B (which
+    is fp32 then; all else keeps its stored dtype).
     """
 
     name: str
@@ -87,7 +90,7 @@ class Adapter:
     acceptance: list[float] | None = None  # measured after training, by draft index; a hint for choosing plans
 
     def pair(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(A [rank, in], B [out, rank]) of one of the seven linears, or None when the adapter leaves it
+        """(A [r, in], B [out, r]) of one of the seven linears, r at most `rank`, or None when the adapter leaves it
         alone."""
         if module not in MODULES:
             raise ValueError(f"module is {module!r}, wanted one of {', '.join(MODULES)}")
@@ -102,21 +105,24 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     fit `config`, is damaged, or needs more than plain LoRA.
     """
     path = Path(path).expanduser()
+    with naming(path):
+        return _load_adapter(path, config)
+
+
+def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; wanted one with adapter_config.json in it")
     config_file, weights_file = path / "adapter_config.json", path / "adapter_model.safetensors"
     settings = read_json_object(config_file, max_bytes=16 << 20)
-    if not weights_file.is_file() and (path / "adapter_model.bin").is_file():
+    if not is_there(weights_file) and (path / "adapter_model.bin").is_file():
         raise CheckpointError(
             f"{path / 'adapter_model.bin'}: pickle adapters can run code when they are read and are never "
             "opened; save "
             "it again with PEFT's save_pretrained(..., safe_serialization=True)"
         )
-    try:
+    with naming(config_file):
         _refuse_unsupported(settings)
         scales = _Scales(settings)
-    except CheckpointError as error:
-        raise CheckpointError(f"{config_file}: {error}") from None
 
     file = SafetensorsFile(weights_file)
     # (layer, module) -> "A" or "B" -> (module path, tensor name)
@@ -124,7 +130,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     for name in sorted(file.names):
         match = _TENSOR.fullmatch(name)
         if match is None or match[3] not in MODULES or f".{_BLOCK_OF[match[3]]}." not in name:
-            raise CheckpointError(f"{weights_file}: {name} is not a LoRA matrix of {', '.join(MODULES)}")
+            raise CheckpointError(f"{weights_file}: {cut(name)} is not a LoRA matrix of {', '.join(MODULES)}")
         if int(match[2]) >= config.num_layers:
             raise CheckpointError(f"{weights_file}: {name} is for a model of more than {config.num_layers} layers")
         require_float(weights_file, name, file.dtype(name))
@@ -149,17 +155,15 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
                 )
         plans[key] = name_a, name_b, rank, scale
 
+    _check_padding({key: plan[2] for key, plan in plans.items()}, shapes, weights_file)
     rank = max(plan[2] for plan in plans.values())
     pairs = {}
-    for key, (name_a, name_b, own_rank, own_scale) in plans.items():
+    for key, (name_a, name_b, _, own_scale) in plans.items():
         lora_a, lora_b = file.tensor(name_a), file.tensor(name_b)
         require_finite(weights_file, name_a, lora_a)
-        require_finite(weights_file, name_b, lora_b)
         if own_scale != scales.default:
             lora_b = lora_b.float() * (own_scale / scales.default)
-        if own_rank != rank:
-            lora_a = torch.nn.functional.pad(lora_a, (0, 0, 0, rank - own_rank))
-            lora_b = torch.nn.functional.pad(lora_b, (0, rank - own_rank))
+        require_finite(weights_file, name_b, lora_b)
         pairs[key] = lora_a, lora_b
     mask_embedding, rerank_head = _mask_embedding(path, config), load_rerank_head(path, config)
     return Adapter(
@@ -167,20 +171,39 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     )
 
 
+def _check_padding(ranks: dict[tuple[int, str], int], shapes: dict[str, tuple[int, ...]], file: Path) -> None:
+    """Refuses ranks with which the padded pairs of packed linears take memory that the files do not justify. A rank up
+    to the width of the linears never does."""
+    for layer, module in ranks:
+        group = _PACKED.get(module, (module,))
+        prefix = f"model.layers.{layer}.{_BLOCK_OF[module]}."
+        sizes = {name: shapes[f"{prefix}{name}.weight"] for name in group}
+        own = {name: ranks.get((layer, name), 0) for name in group}
+        rank = max(own.values())
+        padded = sum(rank * (size_out + size_in) for size_out, size_in in sizes.values())
+        stored = sum(own[name] * sum(size) + math.prod(size) for name, size in sizes.items())
+        if padded > _MAX_PADDING * stored:
+            largest = max(own, key=lambda name: own[name])
+            raise CheckpointError(
+                f"{file}: {prefix}{largest} has rank {rank}; {', '.join(group)}, computed as "
+                f"one, would take {padded} values for {stored} in the files: wanted lower or equal ranks"
+            )
+
+
 def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"peft_type {settings.get('peft_type')!r} is not supported; only 'LORA' is")
+        raise CheckpointError(f"peft_type {short(settings.get('peft_type'))} is not supported; only 'LORA' is")
     if settings.get("bias", "none") != "none":
-        raise CheckpointError(f"bias {settings['bias']!r} is not supported; only 'none' is")
+        raise CheckpointError(f"bias {short(settings['bias'])} is not supported; only 'none' is")
     if settings.get("init_lora_weights") not in _HARMLESS_INITS:
         raise CheckpointError(
-            f"init_lora_weights {settings['init_lora_weights']!r} is not supported: it changes the base "
+            f"init_lora_weights {short(settings['init_lora_weights'])} is not supported: it changes the base "
             "weights; convert "
             "the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     for key, value in settings.items():
         if value and key not in _HARMLESS_KEYS:
-            raise CheckpointError(f"{key} is not supported: {_REASONS.get(key, 'plain LoRA has no such setting')}")
+            raise CheckpointError(f"{key[:60]} is not supported: {_REASONS.get(key, 'plain LoRA has no such setting')}")
 
 
 class _Scales:
@@ -190,59 +213,42 @@ class _Scales:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._rslora = settings.get("use_rslora") or False
         if not isinstance(self._rslora, bool):
-            raise CheckpointError(f"use_rslora is {self._rslora!r}, wanted true or false")
+            raise CheckpointError(f"use_rslora is {short(self._rslora)}, wanted true or false")
         self._rank = _rank(settings.get("r"), "r")
         self._alpha = _alpha(settings.get("lora_alpha"), "lora_alpha")
-        self._ranks = {key: _rank(value, "rank_pattern") for key, value in _patterns(settings, "rank_pattern")}
-        self._alphas = {key: _alpha(value, "alpha_pattern") for key, value in _patterns(settings, "alpha_pattern")}
+        self._ranks = ModulePatterns(settings, "rank_pattern", _rank)
+        self._alphas = ModulePatterns(settings, "alpha_pattern", _alpha)
         self.default = self._scale(self._rank, self._alpha)
 
     def of(self, module: str) -> tuple[int, float]:
-        rank = next((value for key, value in self._ranks.items() if key.match(module)), self._rank)
-        alpha = next((value for key, value in self._alphas.items() if key.match(module)), self._alpha)
-        return rank, self._scale(rank, alpha)
+        rank = self._ranks.get(module, self._rank)
+        return rank, self._scale(rank, self._alphas.get(module, self._alpha))
 
     def _scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self._rslora else rank)
 
 
-def _patterns(settings: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], Any]]:
-    patterns = settings.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{name} is {patterns!r}, wanted a JSON object")
-    compiled = []
-    for key, value in patterns.items():
-        # A stranger's regular expression: without repetition it cannot take exponential time.
-        if len(key) > _MAX_PATTERN_CHARS or not re.fullmatch(r"[\w.\\^|()\[\]-]+", key):
-            raise CheckpointError(
-                f"{name}: {key[:60]!r} is not supported; wanted module names without repetition (* + ?)"
-            )
-        try:
-            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except re.error as error:
-            raise CheckpointError(f"{name}: {key!r} is not a regular expression: {error}") from None
-    return compiled
-
-
 def _rank(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**16:
-        raise CheckpointError(f"{name} is {value!r}, wanted a rank from 1 to 65536")
+        raise CheckpointError(f"{name} is {short(value)}, wanted a rank from 1 to 65536")
     return value
 
 
 def _alpha(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
-        raise CheckpointError(f"{name} is {value!r}, wanted a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-9 <= value <= 1e9:
+        raise CheckpointError(f"{name} is {short(value)}, wanted a number from 1e-9 to 1e9")
     return float(value)
 
 
 def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
     location = path / "mask_embedding.safetensors"
-    if not location.is_file():
+    if not is_there(location):
         return None
     file = SafetensorsFile(location)
     if file.names != {"mask_embedding"}:
-        raise CheckpointError(f"{location}: holds {sorted(file.names)[:5]}, wanted the tensor 'mask_embedding' alone")
+        raise CheckpointError(
+            f"{location}: holds {short(sorted(file.names))}, wanted the tensor 'mask_embedding' alone"
+        )
     require_float(location, "mask_embedding", file.dtype("mask_embedding"))
     if file.shape("mask_embedding") != (config.hidden_size,):
         raise CheckpointError(
@@ -255,7 +261,7 @@ def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
 
 def _acceptance(path: Path, rerank_head: RerankHead | None) -> list[float] | None:
     location = path / TRAINING_FILE
-    if not location.is_file():
+    if not is_there(location):
         return None
     shares = read_json_object(location).get("acceptance_reranked" if rerank_head else "acceptance")
     if shares is None:
@@ -265,5 +271,5 @@ def _acceptance(path: Path, rerank_head: RerankHead | None) -> list[float] | Non
         or not 1 <= len(shares) < MAX_TRAINED_STRIDE
         or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x <= 1 for x in shares)
     ):
-        raise CheckpointError(f"{location}: wanted the acceptance as a list of shares from 0 to 1, got {shares!r:.100}")
+        raise CheckpointError(f"{location}: wanted the acceptance as a list of shares from 0 to 1, got {short(shares)}")
     return [float(x) for x in shares]

@@ -14,16 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from idlm_kernels.cpu.native import GGUF_BLOCKS, Blocks
 
-from ._files import SafetensorsFile, read_json_object, require_finite, require_float
+from ._files import SafetensorsFile, is_there, naming, read_json_object, require_finite, require_float
 from .config import ModelConfig, token_ids
 from .download import default_model
-from .errors import CheckpointError
+from .errors import CheckpointError, cut, short
 from .gguf import ROPE_FREQS, GgufFile, config_from_gguf, huggingface_name, undo_rotary_permutation
 from .tokenizer import Tokenizer
 
@@ -52,7 +51,9 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         path = Path(source).expanduser()
         if not path.exists():
             if isinstance(source, str) and _HUB_ID.fullmatch(source):
-                return _FolderCheckpoint(_fetch(source, revision), name=source)
+                folder = _fetch(source, revision)
+                with naming(folder):
+                    return _FolderCheckpoint(folder, name=source)
             raise FileNotFoundError(
                 f"{source}: no such file or folder; wanted a Hugging Face folder, a .gguf file, a hub id "
                 "'org/name', "
@@ -61,12 +62,14 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if revision is not None:
         raise ValueError(f"revision {revision!r} has a meaning for hub ids only, and {source} is not one")
     if path.is_dir():
-        return _FolderCheckpoint(path, name=path.resolve().name)
+        with naming(path):
+            return _FolderCheckpoint(path, name=path.resolve().name)
     if path.suffix in _PICKLE_SUFFIXES:
         raise _pickle_error(path)
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: a safetensors file alone lacks the config; give its folder")
-    return _GgufCheckpoint(path)
+    with naming(path):
+        return _GgufCheckpoint(path)
 
 
 class Checkpoint(ABC):
@@ -87,8 +90,10 @@ class Checkpoint(ABC):
         """
         if name not in self._shapes:
             raise KeyError(f"{self.name} has no tensor {name!r}")
-        tensor = self._read(name)
-        require_finite(self.path, name, tensor)
+        file = self._file_of(name)
+        with naming(file):
+            tensor = self._read(name)
+            require_finite(file, name, tensor)
         return tensor
 
     def blocks(self, name: str) -> Blocks | None:
@@ -103,7 +108,8 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that came with the weights. FileNotFoundError or CheckpointError when there is none
         of use."""
-        tokenizer = self._read_tokenizer()
+        with naming(self.path):
+            tokenizer = self._read_tokenizer()
         if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding only "
@@ -119,15 +125,21 @@ class Checkpoint(ABC):
         """Holds the tensors of the file against those that the config asks for, in both directions."""
         missing = [name for name in self._shapes if name not in found]
         if missing:
-            raise CheckpointError(f"{self.path}: {_listed(missing)} missing, which the config asks for")
+            raise CheckpointError(f"{self._file_of('')}: {_listed(missing)} missing, which the config asks for")
         extra = sorted(name for name in found if name not in self._shapes and name not in ignored)
         if extra:
-            raise CheckpointError(f"{self.path}: {_listed(extra)} not part of this architecture and config")
+            raise CheckpointError(
+                f"{self._file_of(extra[0])}: {_listed(extra)} not part of this architecture and config"
+            )
         for name, wanted in self._shapes.items():
             if found[name] != wanted:
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {list(found[name])}, the config asks for {list(wanted)}"
+                    f"{self._file_of(name)}: {name} has shape {list(found[name])}, the config asks for {list(wanted)}"
                 )
+
+    def _file_of(self, name: str) -> Path:
+        """The file that holds a tensor, or that should list it."""
+        return self.path
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor: ...
@@ -143,10 +155,8 @@ class _FolderCheckpoint(Checkpoint):
         self.path, self.name = path, name
         self._files = _open_weights(path)
         config = read_json_object(path / "config.json")
-        try:
+        with naming(path / "config.json"):
             self.config = ModelConfig.from_hf(config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path / 'config.json'}: {error}") from None
         self.config = _complete_ids(self.config, path)
         found = {name: file.shape(name) for name, file in self._files.items()}
         # A buffer that old writers saved.
@@ -156,6 +166,11 @@ class _FolderCheckpoint(Checkpoint):
         self._check_shapes(found, frozenset(ignored))
         for tensor in self._shapes:
             require_float(self._files[tensor].path, tensor, self._files[tensor].dtype(tensor))
+
+    def _file_of(self, name: str) -> Path:
+        if name in self._files:
+            return self._files[name].path
+        return next(file for file in _weights(self.path) if is_there(file))
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._files[name].tensor(name)
@@ -208,10 +223,8 @@ class _GgufCheckpoint(Checkpoint):
         return self._file.blocks(self._gguf_names[name]) is not None
 
     def _read_tokenizer(self) -> Tokenizer:
-        try:
-            return Tokenizer.from_gguf(self._file.fields)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from None
+        with naming(self.path, "the tokenizer in it cannot be used"):
+            return Tokenizer.from_gguf(self._file.fields, str(self.path))
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
@@ -229,28 +242,33 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
+    single, index = _weights(path)
+    if is_there(single):
         file = SafetensorsFile(single)
         return dict.fromkeys(file.names, file)
-    if not index.is_file():
+    if not is_there(index):
         raise _no_weights_error(path)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' is missing or empty")
     shards: dict[str, SafetensorsFile] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]{0,199}\.safetensors", shard):
             raise CheckpointError(
-                f"{index}: {name} lies in {shard!r}; wanted the name of a .safetensors file beside it"
+                f"{index}: {cut(name)} lies in {short(shard)}; wanted the name of a .safetensors file beside it"
             )
         if shard not in shards:
-            if not (path / shard).is_file():
-                raise FileNotFoundError(f"{path / shard}: no such file, but {index.name} puts {name} there")
+            if not is_there(path / shard):
+                raise FileNotFoundError(f"{path / shard}: no such file, but {index.name} puts {cut(name)} there")
             shards[shard] = SafetensorsFile(path / shard)
         if name not in shards[shard].names:
-            raise CheckpointError(f"{path / shard}: holds no {name}, but {index.name} puts it there")
+            raise CheckpointError(f"{path / shard}: holds no {cut(name)}, but {index.name} puts it there")
     return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _weights(path: Path) -> tuple[Path, Path]:
+    """Where a folder has its weights: all in one file, or an index of several."""
+    return path / "model.safetensors", path / "model.safetensors.index.json"
 
 
 def _no_weights_error(path: Path) -> Exception:
@@ -279,33 +297,35 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def _complete_ids(config: ModelConfig, path: Path) -> ModelConfig:
     """Ids that live beside config.json: the end ids of generation_config.json and, for SDAR, the tokenizer's
     MASK."""
-    changes: dict[str, Any] = {}
     generation = path / "generation_config.json"
-    if generation.is_file():
+    if is_there(generation):
+        settings = read_json_object(generation)
         try:
-            more = token_ids(read_json_object(generation), "eos_token_id")
+            more = token_ids(settings, "eos_token_id")
+            config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace("config:", f"{generation}:", 1)) from None
-        changes["eos_token_ids"] = tuple(dict.fromkeys(config.eos_token_ids + more))
+            raise CheckpointError(f"{generation}: {str(error).removeprefix('config: ')}") from None
     if config.architecture == "sdar" and config.mask_token_id is None:
-        changes["mask_token_id"] = _mask_from_tokenizer(path)
-    return dataclasses.replace(config, **changes)
+        mask = _mask_from_tokenizer(path)
+        with naming(path / "tokenizer_config.json"):
+            config = dataclasses.replace(config, mask_token_id=mask)
+    return config
 
 
 def _mask_from_tokenizer(path: Path) -> int:
     file = path / "tokenizer_config.json"
-    settings = read_json_object(file) if file.is_file() else {}
+    settings = read_json_object(file) if is_there(file) else {}
     mask, added = settings.get("mask_token"), settings.get("added_tokens_decoder")
     mask = mask.get("content") if isinstance(mask, dict) else mask
     for token_id, token in added.items() if isinstance(added, dict) and isinstance(mask, str) else ():
         if isinstance(token, dict) and token.get("content") == mask and re.fullmatch(r"\d{1,9}", token_id):
             return int(token_id)
     raise CheckpointError(
-        f"{path}: an SDAR model needs its MASK token: no mask_token_id in config.json and no mask_token "
-        "in tokenizer_config.json"
+        f"{path / 'config.json'}: an SDAR model needs its MASK token: no mask_token_id here and no mask_token in "
+        "tokenizer_config.json"
     )
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{', '.join(map(cut, names[:3]))}{more} {'is' if len(names) == 1 else 'are'}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, short
 
 # Far above every published model and far below what would overflow or exhaust memory by itself.
 MAX_DIMENSION = 10**7
@@ -231,7 +231,7 @@ def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
         if isinstance(token, bool) or not isinstance(token, int):
-            raise CheckpointError(f"config: {key} is {value!r}, wanted a token id or a list of token ids")
+            raise CheckpointError(f"config: {key} is {short(value)}, wanted a token id or a list of token ids")
     return tuple(dict.fromkeys(values))
 
 
@@ -239,23 +239,23 @@ def _architecture(config: Mapping[str, Any]) -> str:
     names, model_type = config.get("architectures"), config.get("model_type")
     wanted = ", ".join(_ARCHITECTURES)
     if names is None:
-        if model_type not in _QK_NORM:
-            raise CheckpointError(f"config: model_type {model_type!r} is not supported; supported: {wanted}")
+        if not isinstance(model_type, str) or model_type not in _QK_NORM:
+            raise CheckpointError(f"config: model_type {short(model_type)} is not supported; supported: {wanted}")
         return str(model_type)
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"config: architectures is {names!r}, wanted a list of one of {wanted}")
+        raise CheckpointError(f"config: architectures is {short(names)}, wanted a list of one of {wanted}")
     architecture = _ARCHITECTURES.get(names[0])
     if architecture is None:
-        raise CheckpointError(f"config: architecture {names[0]!r} is not supported; supported: {wanted}")
+        raise CheckpointError(f"config: architecture {short(names[0])} is not supported; supported: {wanted}")
     if model_type is not None and model_type != architecture:
-        raise CheckpointError(f"config: model_type {model_type!r} contradicts architecture {names[0]!r}")
+        raise CheckpointError(f"config: model_type {short(model_type)} contradicts architecture {short(names[0])}")
     return architecture
 
 
 def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"config: hidden_act {activation!r} is not supported; only 'silu' is")
+        raise CheckpointError(f"config: hidden_act {short(activation)} is not supported; only 'silu' is")
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
             raise CheckpointError(
@@ -264,7 +264,7 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
                 "or a GGUF file"
             )
     if config.get("pretraining_tp") not in (None, 1):
-        raise CheckpointError(f"config: pretraining_tp {config['pretraining_tp']!r} is not supported; only 1 is")
+        raise CheckpointError(f"config: pretraining_tp {short(config['pretraining_tp'])} is not supported; only 1 is")
     if architecture != "llama" and _bool(config, "mlp_bias", False):
         raise CheckpointError(f"config: mlp_bias is not part of the {architecture} architecture")
     layer_types = config.get("layer_types")
@@ -297,19 +297,19 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeSca
 
 def _rope_from(key: str, rope: Any, config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     if not isinstance(rope, Mapping):
-        raise CheckpointError(f"config: {key} is {rope!r}, wanted a JSON object")
+        raise CheckpointError(f"config: {key} is {short(rope)}, wanted a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise CheckpointError(f"config: {key}: rope type {kind!r} is not supported; 'default' and 'llama3' are")
+        raise CheckpointError(f"config: {key}: rope type {short(kind)} is not supported; 'default' and 'llama3' are")
     allowed = _ROPE_COMMON_KEYS + (_ROPE_LLAMA3_KEYS if kind == "llama3" else ())
     unknown = sorted(str(name) for name, value in rope.items() if name not in allowed and value is not None)
     if unknown:
-        raise CheckpointError(f"config: {key}: {', '.join(unknown)} not supported with rope type {kind!r}")
+        raise CheckpointError(f"config: {key}: {', '.join(unknown[:5])} not supported with rope type {kind!r}")
 
     top_level = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
     for name, value in top_level.items():
         if rope.get(name) not in (None, value):
-            raise CheckpointError(f"config: {name} {value!r} contradicts {key}.{name} {rope[name]!r}")
+            raise CheckpointError(f"config: {name} {short(value)} contradicts {key}.{name} {short(rope[name])}")
     merged = {**rope, **top_level}
     partial = _real(merged, "partial_rotary_factor", 1.0)
     if partial != 1.0:
@@ -337,7 +337,7 @@ def _int(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> int:
             raise CheckpointError(f"config: {key} is missing")
         value = default
     if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"config: {key} is {_short(value)}, wanted an integer")
+        raise CheckpointError(f"config: {key} is {short(value)}, wanted an integer")
     return value
 
 
@@ -352,11 +352,11 @@ def _real(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> floa
             raise CheckpointError(f"config: {key} is missing")
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"config: {key} is {_short(value)}, wanted a number")
+        raise CheckpointError(f"config: {key} is {short(value)}, wanted a number")
     try:
         return float(value)
     except OverflowError:
-        raise CheckpointError(f"config: {key} is {_short(value)}, too large for a number") from None
+        raise CheckpointError(f"config: {key} is {short(value)}, too large for a number") from None
 
 
 def _bool(config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -364,21 +364,15 @@ def _bool(config: Mapping[str, Any], key: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise CheckpointError(f"config: {key} is {_short(value)}, wanted true or false")
+        raise CheckpointError(f"config: {key} is {short(value)}, wanted true or false")
     return value
 
 
 def _require_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise CheckpointError(f"{name} is {_short(value)}, wanted an integer from {low} to {high}")
+        raise CheckpointError(f"{name} is {short(value)}, wanted an integer from {low} to {high}")
 
 
 def _require_real(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise CheckpointError(f"{name} is {_short(value)}, wanted a number from {low:g} to {high:g}")
-
-
-def _short(value: Any) -> str:
-    """repr, cut: a file may hold a number of a thousand digits."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise CheckpointError(f"{name} is {short(value)}, wanted a number from {low:g} to {high:g}")

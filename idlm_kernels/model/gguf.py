@@ -16,6 +16,7 @@ import mmap
 import re
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .config import ModelConfig
-from .errors import CheckpointError
+from ._files import is_there, naming
+from .config import MAX_DIMENSION, ModelConfig
+from .errors import CheckpointError, short
 
 if TYPE_CHECKING:
     from gguf.constants import GGMLQuantizationType
@@ -87,15 +89,15 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not is_there(path):
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: mmap of an empty file
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        header = _HeaderReader(path, self._data)
-        self.fields, self.tensors = header.read()
+        with naming(path):
+            self.fields, self.tensors = _HeaderReader(path, self._data).read()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor: F32, F16 and BF16 as they are, quantised ones as fp32. A copy; the rest of the file
@@ -112,7 +114,8 @@ class GgufFile:
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             try:
-                rows[part] = dequantize(blocks[part], place.kind)
+                with np.errstate(all="ignore"):  # what is not finite is counted and refused by the caller
+                    rows[part] = dequantize(blocks[part], place.kind)
             except NotImplementedError:
                 raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
         return torch.from_numpy(out)
@@ -160,7 +163,7 @@ class _HeaderReader:
             fields[key] = self.value(self.scalar("<I", f"type of {key!r}"), key)
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise self.error(f"general.alignment is {alignment!r}, wanted a power of two from 8")
+            raise self.error(f"general.alignment is {short(alignment)}, wanted a power of two from 8")
         entries = [self.tensor_entry() for _ in range(tensor_count)]
         return fields, self.place(entries, alignment)
 
@@ -282,6 +285,28 @@ _LAYER_PATTERN = re.compile(r"blk\.(0|[1-9]\d{0,4})\.([a-z_]+)\.(weight|bias)")
 
 ROPE_FREQS = "rope_freqs.weight"
 
+# Ends of a turn, a message or a document in the vocabularies of published models, after llama.cpp's list. "</s>" is not
+# here: where it is an end, it is the eos key's.
+_END_TOKENS = frozenset(
+    [
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<｜end▁of▁sentence｜>",
+    ]
+)
+
 # The keys of an architecture's block that are read, or that say nothing about the computation. Others are
 # refused.
 _READ_KEYS = frozenset(
@@ -326,15 +351,15 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     does."""
     path, fields = file.path, file.fields
     architecture = fields.get("general.architecture")
-    if architecture not in ("llama", "qwen3"):
+    if not isinstance(architecture, str) or architecture not in ("llama", "qwen3"):
         raise CheckpointError(
-            f"{path}: architecture {architecture!r} is not supported in GGUF; supported: 'llama', 'qwen3'"
+            f"{path}: architecture {short(architecture)} is not supported in GGUF; supported: 'llama', 'qwen3'"
         )
     prefix = f"{architecture}."
 
     scaling = fields.get(prefix + "rope.scaling.type", "none")
-    if scaling != "none":
-        raise CheckpointError(f"{path}: {prefix}rope.scaling.type {scaling!r} is not supported; only 'none' is")
+    if not isinstance(scaling, str) or scaling != "none":
+        raise CheckpointError(f"{path}: {prefix}rope.scaling.type {short(scaling)} is not supported; only 'none' is")
     unknown = sorted(key for key in fields if key.startswith(prefix) and key[len(prefix) :] not in _READ_KEYS)
     if unknown:
         raise CheckpointError(f"{path}: metadata not supported: {', '.join(unknown[:5])}")
@@ -342,7 +367,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     def number(key: str, default: int | float | None = None) -> Any:
         value = fields.get(prefix + key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"{path}: {prefix}{key} is {_short(value)}, wanted a number")
+            raise CheckpointError(f"{path}: {prefix}{key} is {short(value)}, wanted a number")
         return value
 
     embedding = file.tensors.get("token_embd.weight")
@@ -361,6 +386,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     if ROPE_FREQS in file.tensors:
         if file.tensors[ROPE_FREQS].kind.name != "F32":
             raise CheckpointError(f"{path}: {ROPE_FREQS} is stored as {file.tensors[ROPE_FREQS].kind.name}, wanted F32")
+        if math.prod(file.tensors[ROPE_FREQS].shape) > MAX_DIMENSION:
+            raise CheckpointError(f"{path}: {ROPE_FREQS} has the shape {list(file.tensors[ROPE_FREQS].shape)}")
         factors = tuple(file.tensor(ROPE_FREQS).flatten().tolist())
     try:
         return ModelConfig(
@@ -389,19 +416,25 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def eos_ids(fields: dict[str, Any]) -> tuple[int, ...]:
-    """End of text, end of turn and end of message, as far as the metadata names them."""
-    found = (_optional_id(fields, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(token for token in found if token is not None))
+def eos_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text: end of text, of a turn and of a message as far as keys name them, and then the control
+    tokens that are known to be ends by their names.
+
+    Converters write one of the keys or two, and a Hugging Face folder lists more ends than that, so the names count
+    beside the keys and not only in their absence. llama.cpp does the same. Tokens of another type do not count: a text
+    may spell those.
+    """
+    named = (_optional_id(fields, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    found = [token for token in named if token is not None]
+    tokens, kinds = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+    if isinstance(tokens, list) and isinstance(kinds, np.ndarray) and len(kinds) == len(tokens):
+        control = np.flatnonzero(kinds == gguf_module("constants").TokenType.CONTROL)
+        found += [int(i) for i in control if tokens[i] in _END_TOKENS]
+    return tuple(dict.fromkeys(found))
 
 
-def _optional_id(fields: dict[str, Any], key: str) -> int | None:
+def _optional_id(fields: Mapping[str, Any], key: str) -> int | None:
     value = fields.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise CheckpointError(f"{key} is {_short(value)}, wanted a token id")
+        raise CheckpointError(f"{key} is {short(value)}, wanted a token id")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from idlm_kernels.model._files import read_json_object
+from idlm_kernels.model._files import naming, read_json_object
 from idlm_kernels.model.checkpoint import Checkpoint, load_checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.tokenizer import Tokenizer
@@ -67,7 +67,9 @@ class RandomCheckpoint(Checkpoint):
         if isinstance(source, str) and source.lower() in SHAPES:
             return cls(SHAPES[source.lower()])
         if (folder := Path(source)).is_dir():
-            return cls(ModelConfig.from_hf(read_json_object(folder / "config.json")))
+            settings = read_json_object(folder / "config.json")
+            with naming(folder / "config.json"):
+                return cls(ModelConfig.from_hf(settings))
         return cls(load_checkpoint(source).config)
 
     def _read(self, name: str) -> torch.Tensor:

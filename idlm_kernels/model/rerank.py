@@ -17,9 +17,9 @@ from torch import Tensor
 
 from python_ref.rerank import next_state, unit
 
-from ._files import SafetensorsFile, require_finite, require_float
+from ._files import SafetensorsFile, is_there, require_finite, require_float
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, short
 
 FILE = "rerank_head.safetensors"
 
@@ -53,12 +53,12 @@ class RerankHead:
 def load_rerank_head(path: str | Path, config: ModelConfig) -> RerankHead | None:
     """The head in an adapter folder, or None where there is none. Raises CheckpointError where it does not fit."""
     location = Path(path).expanduser() / FILE
-    if not location.is_file():
+    if not is_there(location):
         return None
     file = SafetensorsFile(location)
     names = {field.name for field in fields(RerankHead)}
     if file.names != names:
-        raise CheckpointError(f"{location}: holds {sorted(file.names)[:5]}, wanted {', '.join(sorted(names))}")
+        raise CheckpointError(f"{location}: holds {short(sorted(file.names))}, wanted {', '.join(sorted(names))}")
     shape = file.shape("from_hidden")
     width = shape[0] if shape else 0
     hidden = config.hidden_size

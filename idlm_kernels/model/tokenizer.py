@@ -9,28 +9,24 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from ._files import MAX_JSON_BYTES, read_json_object
-from .errors import CheckpointError
+from ._files import MAX_JSON_BYTES, is_there, naming, read_bytes, read_json_object
+from ._growth import Growth, check_lengths, unique_keys
+from .chat_template import ChatTemplate
+from .errors import CheckpointError, short
 from .gguf import eos_ids as gguf_eos_ids
 from .gguf import gguf_module
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_TEMPLATE_BYTES = 1 << 20
-_MAX_TEMPLATE_OUTPUT = 1 << 24  # characters, of the whole and of any string or list that a template multiplies
 _MAX_ID = 2**32 - 1  # ids are 32 bits wide in the tokenizers library, which raises beyond
 
 
@@ -50,10 +46,13 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str],
         eos_ids: Sequence[int] = (),
-        chat_template: str | None = None,
+        chat_template: ChatTemplate | str | None = None,
         vocab_size: int | None = None,
+        source: str = "",
+        growth: Growth | None = None,
     ) -> None:
-        """`special_tokens` maps names such as "bos_token" to their text, as chat templates see them."""
+        """`special_tokens` maps names such as "bos_token" to their text, as chat templates see them; `source` is the
+        file that errors name; `growth` bounds what its steps may make of a text."""
         backend.no_truncation()  # a tokenizer.json may ask for both, and either would change the prompt
         backend.no_padding()
         # transformers makes every named token special, whether or not the file marks it so.
@@ -68,7 +67,8 @@ class Tokenizer:
         )
         self._backend = backend
         self._special_tokens = dict(special_tokens)
-        self._chat_template = chat_template
+        self._chat_template = ChatTemplate(chat_template, source) if isinstance(chat_template, str) else chat_template
+        self._source, self._growth = source, growth
         if vocab_size is None:
             vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size: int = vocab_size
@@ -96,14 +96,17 @@ class Tokenizer:
             raise ValueError(
                 f"text holds half of a surrogate pair at index {error.start}; wanted valid Unicode"
             ) from None
-        with _refusing("the tokenizer failed", ValueError):
+        with naming(self._source, "the tokenizer failed"):
+            if self._growth is not None:
+                self._growth.check(text)
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids outside of the vocabulary add nothing; bytes that are no UTF-8 become
         U+FFFD."""
         known = [int(token) for token in ids if 0 <= token <= _MAX_ID]
-        return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
+        with naming(self._source, "the tokenizer failed"):
+            return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -117,8 +120,11 @@ class Tokenizer:
             add_generation_prompt: end with the header of the assistant's turn.
             variables: further names that the template may read (`tools`, `enable_thinking`, ...).
 
+        The template runs in a process of its own (see `chat_template`), which starts with the first conversation.
+
         Raises ValueError when there is no template, when there are no messages, when a message holds something else
-        than text, or when the template fails, refuses the messages or writes more than 16 MB.
+        than text, or when the template fails, refuses the messages or takes more than it may: 3 s of a processor,
+        256 MiB, 16 MB of text. TypeError for variables that are no plain data.
         """
         if self._chat_template is None:
             raise ValueError("the tokenizer has no chat template; give the prompt as raw text")
@@ -128,26 +134,14 @@ class Tokenizer:
             raise ValueError("messages is empty, wanted at least one message")
         messages = [_as_text(message) for message in messages]
         names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens, **variables}
-        try:
-            return _bounded(
-                self._compiled_template.generate(
-                    messages=messages, add_generation_prompt=add_generation_prompt, **names
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template failed: {error}") from error
-        except Exception as error:  # a template is a stranger's program
-            raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return self._chat_template.render(
+            {**names, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        )
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token, which `decode` leaves out of a text; None if the text is none."""
         token = self._backend.token_to_id(text)
         return token if token in self.special_ids else None
-
-    @cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        assert self._chat_template is not None
-        return _template_environment().from_string(self._chat_template)
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -177,47 +171,67 @@ class Tokenizer:
         """Reads tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json,
         chat_template.jinja and the end ids of generation_config.json."""
         path = Path(path)
+        with naming(path):
+            return cls._from_folder(path)
+
+    @classmethod
+    def _from_folder(cls, path: Path) -> Tokenizer:
         file = path / "tokenizer.json"
-        if not file.is_file():
+        if not is_there(file):
             raise FileNotFoundError(
                 f"{file}: no such file. Only the fast format is read; transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it from the others"
             )
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES >> 20} MiB, which no vocabulary is")
-        with _refusing(f"{file}: not a tokenizer that the tokenizers library reads", CheckpointError):
-            backend = Backend.from_file(str(file))
+        raw = read_bytes(file, MAX_JSON_BYTES)
+        with naming(file, "not a tokenizer that the tokenizers library reads"):
+            growth = Growth(json.loads(raw, object_pairs_hook=unique_keys))
+            backend = Backend.from_buffer(raw)
         settings = _optional_json(path / "tokenizer_config.json")
-        _add_missing(backend, settings.get("added_tokens_decoder"), path / "tokenizer_config.json")
+        with naming(path / "tokenizer_config.json"):
+            _add_missing(backend, settings.get("added_tokens_decoder"), path / "tokenizer_config.json", growth)
         fallback = _optional_json(path / "special_tokens_map.json")
         special = {}
         for name in _SPECIAL_NAMES:
             token = settings.get(name, fallback.get(name))
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
+                with naming(path / ("tokenizer_config.json" if name in settings else "special_tokens_map.json")):
+                    token.encode("utf-8")  # half of a surrogate pair is no token
                 special[name] = token
+        template, origin = _folder_template(path, settings)
         end = _optional_json(path / "generation_config.json").get("eos_token_id")
         ends = end if isinstance(end, list) else [end]
         return cls(
             backend,
             special_tokens=special,
-            eos_ids=[token for token in ends if isinstance(token, int) and not isinstance(token, bool)],
-            chat_template=_folder_template(path, settings),
+            eos_ids=[token for token in ends if type(token) is int and 0 <= token <= _MAX_ID],
+            chat_template=None if template is None else ChatTemplate(template, str(origin)),
+            source=str(file),
+            growth=growth,
         )
 
     @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any]) -> Tokenizer:
-        """Builds the byte-level BPE that a GGUF's metadata describes. `fields` is `GgufFile.fields`."""
+    def from_gguf(cls, fields: Mapping[str, Any], source: str = "") -> Tokenizer:
+        """Builds the byte-level BPE that a GGUF's metadata describes. `fields` is `GgufFile.fields`, `source` the
+        file's name for errors."""
         model = fields.get("tokenizer.ggml.model")
-        if model != "gpt2":
-            raise CheckpointError(f"tokenizer.ggml.model {model!r} is not supported; only 'gpt2' (byte-level BPE) is")
-        tokens, merges = _strings(fields, "tokenizer.ggml.tokens"), _strings(fields, "tokenizer.ggml.merges")
-        kinds = _token_kinds(fields, len(tokens))
-        pre = fields.get("tokenizer.ggml.pre", "default")
-        if pre not in _PRE_TOKENIZERS:
+        if not isinstance(model, str) or model != "gpt2":
             raise CheckpointError(
-                f"tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
+                f"tokenizer.ggml.model {short(model)} is not supported; only 'gpt2' (byte-level BPE) is"
             )
+        tokens, merges = _strings(fields, "tokenizer.ggml.tokens"), _strings(fields, "tokenizer.ggml.merges")
+        check_lengths(tokens)
+        kinds = _token_kinds(fields, len(tokens))
+        pre = fields.get("tokenizer.ggml.pre")
+        known = ", ".join(sorted(_PRE_TOKENIZERS))
+        if pre is None:
+            raise CheckpointError(
+                "tokenizer.ggml.pre is missing: how the model splits a text is not said, and split in another way "
+                "(numbers above all) a prompt becomes tokens that the model has not learned. Convert the model again, "
+                f"or name the split with gguf-new-metadata --pre-tokenizer; supported: {known}"
+            )
+        if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
+            raise CheckpointError(f"tokenizer.ggml.pre {short(pre)} is not supported; supported: {known}")
         vocab = {token: index for index, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             raise CheckpointError(f"tokenizer.ggml.tokens holds {len(tokens) - len(vocab)} tokens twice")
@@ -226,7 +240,7 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.ggml.merges holds {wrong!r}, wanted two tokens with a space between")
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         is_llama3 = _PRE_TOKENIZERS[pre] is _LLAMA3
-        with _refusing("tokenizer.ggml.merges does not fit the tokens", CheckpointError):
+        with naming("tokenizer.ggml.merges", "does not fit the tokens"):
             backend = Backend(models.BPE(vocab=vocab, merges=pairs, ignore_merges=is_llama3))
         if _PRE_TOKENIZERS[pre] is _QWEN2:
             backend.normalizer = normalizers.NFC()
@@ -240,20 +254,18 @@ class Tokenizer:
         for name, key in _GGUF_SPECIAL_KEYS.items():
             token = fields.get(f"tokenizer.ggml.{key}_token_id")
             if token is not None:
-                if not isinstance(token, int) or not 0 <= token < len(tokens):
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(tokens):
                     raise CheckpointError(
-                        f"tokenizer.ggml.{key}_token_id is {token!r}, outside of {len(tokens)} tokens"
+                        f"tokenizer.ggml.{key}_token_id is {short(token)}, outside of {len(tokens)} tokens"
                     )
                 special[name] = tokens[token]
-        before = special.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", is_llama3) else None
-        after = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token", False) else None
+        before = special.get("bos_token") if _flag(fields, "tokenizer.ggml.add_bos_token", is_llama3) else None
+        after = special.get("eos_token") if _flag(fields, "tokenizer.ggml.add_eos_token", False) else None
         if before or after:
             around = [(token, vocab[token]) for token in dict.fromkeys((before, after)) if token]
             single = [*([before] if before else []), "$A", *([after] if after else [])]
-            try:
+            with naming(f"the tokens around a text, {around},", "cannot be used"):
                 backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
-            except ValueError as error:
-                raise CheckpointError(f"the tokens around a text, {around}, cannot be used: {error}") from error
         template = fields.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise CheckpointError("tokenizer.chat_template is not a string")
@@ -261,8 +273,9 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special,
-            eos_ids=gguf_eos_ids(dict(fields)),
+            eos_ids=gguf_eos_ids(fields),
             chat_template=template,
+            source=source,
             vocab_size=int(used[-1]) + 1 if len(used) else 0,
         )
 
@@ -349,6 +362,13 @@ def _strings(fields: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
+def _flag(fields: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = fields.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{key} is {short(value)}, wanted true or false")
+    return value
+
+
 def _token_kinds(fields: Mapping[str, Any], count: int) -> np.ndarray:
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is None:
@@ -375,17 +395,6 @@ _BYTE_OF_CHAR = _byte_of_char()
 # --- chat templates ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _refusing(what: str, kind: type[ValueError]) -> Iterator[None]:
-    """Turns whatever the tokenizers library raises, a panic of its Rust code included, into one kind of error."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise kind(f"{what}: {error}") from error
-
-
 def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is text, as the OpenAI API defines it: None is no text, text parts are joined."""
     content = message.get("content", "")
@@ -400,108 +409,48 @@ def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": content or ""} if "content" in message else dict(message)
 
 
-def _bounded(pieces: Iterator[str]) -> str:
-    """The pieces of a text, unless there are too many."""
-    kept, size = [], 0
-    for piece in pieces:
-        size += len(piece)
-        if size > _MAX_TEMPLATE_OUTPUT:
-            raise ValueError(f"it writes more than {_MAX_TEMPLATE_OUTPUT} characters")
-        kept.append(piece)
-    return "".join(kept)
-
-
-def _add_missing(backend: Backend, added: Any, file: Path) -> None:
+def _add_missing(backend: Backend, added: Any, file: Path, growth: Growth) -> None:
     """Tokens that tokenizer_config.json alone names: transformers adds them, so they are one id each."""
     if not isinstance(added, dict):
         return
     numbered = {int(i): token for i, token in added.items() if re.fullmatch(r"\d{1,9}", i) and isinstance(token, dict)}
+    missing: dict[str, tuple[int, AddedToken]] = {}  # added in one call, since each call looks at all of them again
     for token_id, token in sorted(numbered.items()):
         content = token.get("content")
         if not isinstance(content, str) or not content or backend.token_to_id(content) is not None:
             continue
+        check_lengths([content])
         kinds = {name: token.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
-        backend.add_tokens([AddedToken(content, **kinds)])
+        if kinds["normalized"]:
+            growth.check(content)
+        missing.setdefault(content, (token_id, AddedToken(content, **kinds)))
+    backend.add_tokens([token for _, token in missing.values()])
+    for content, (token_id, _) in missing.items():
         if backend.token_to_id(content) != token_id:
             raise CheckpointError(
-                f"{file}: added_tokens_decoder gives {content!r} the id {token_id}, but beside the vocabulary of "
+                f"{file}: added_tokens_decoder gives {short(content)} the id {token_id}, but beside the vocabulary of "
                 f"tokenizer.json it gets {backend.token_to_id(content)}"
             )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}
+    return read_json_object(path) if is_there(path) else {}
 
 
-def _folder_template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja before tokenizer_config.json; of several named templates the default one."""
+def _folder_template(path: Path, settings: Mapping[str, Any]) -> tuple[str | None, Path]:
+    """The template and the file that it is in: chat_template.jinja before tokenizer_config.json; of several named
+    templates the default one."""
     file = path / "chat_template.jinja"
-    if file.is_file():
-        raw = file.read_bytes()
-        if len(raw) > _MAX_TEMPLATE_BYTES:
-            raise CheckpointError(f"{file}: larger than {_MAX_TEMPLATE_BYTES} bytes")
+    if is_there(file):
         try:
-            return raw.decode("utf-8")
+            return read_bytes(file, _MAX_TEMPLATE_BYTES).decode("utf-8"), file
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: not UTF-8: {error}") from None
+    file = path / "tokenizer_config.json"
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        default = (entry for entry in reversed(template) if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(default, {}).get("template")
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{path / 'tokenizer_config.json'}: chat_template is not a string")
-    return template
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; for rendering it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """A template cannot make a value that its own size does not justify."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-        if operator == "**" and not (numbers and abs(right) <= 64 and abs(left) <= 2**64):
-            raise SecurityError(f"{left!r:.40} ** {right!r:.40} is beyond what a chat template may compute")
-        for one, times in ((left, right), (right, left)):
-            if hasattr(one, "__len__") and isinstance(times, int) and len(one) * times > _MAX_TEMPLATE_OUTPUT:
-                raise SecurityError(f"a {type(one).__name__} times {times} is longer than {_MAX_TEMPLATE_OUTPUT}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """Templates are a stranger's code: sandboxed, with the globals and filters that transformers gives
-    them."""
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(layout: str) -> str:
-        return datetime.now().strftime(layout)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    environment.filters["tojson"] = tojson
-    return environment
+        raise CheckpointError(f"{file}: chat_template is not a string")
+    return template, file

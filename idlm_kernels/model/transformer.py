@@ -175,12 +175,15 @@ class Transformer:
         lora, scale = None, 1.0
         if self._adapter is not None:
             pairs = [self._adapter.pair(index, module) for module in modules]
-            if any(pair is not None for pair in pairs):
-                rank, scale = self._adapter.rank, self._adapter.scale
-                a = torch.cat([torch.zeros(rank, in_features) if p is None else p[0].float() for p in pairs])
-                b = torch.cat(
-                    [torch.zeros(w, rank) if p is None else p[1].float() for w, p in zip(widths, pairs, strict=True)]
-                )
+            rank, scale = max((len(p[0]) for p in pairs if p is not None), default=0), self._adapter.scale
+            if rank:
+                # The slices share one rank: those of a lower one are padded with zeros.
+                a = torch.zeros(len(parts), rank, in_features)
+                b = torch.zeros(sum(widths), rank)
+                for part, rows, pair in zip(a, b.split(widths), pairs, strict=True):
+                    if pair is not None:
+                        part[: len(pair[0])], rows[:, : len(pair[0])] = pair
+                a = a.flatten(0, 1)
                 lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
         return Projection(weight, bias, widths, lora, scale)
 

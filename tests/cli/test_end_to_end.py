@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
+from idlm_kernels.generate import engine
 from tests.tiny import save_tiny_model
 
 
@@ -43,6 +46,36 @@ def test_streamed_text_is_the_text_of_json(model: Path) -> None:
     assert streamed.exit_code == 0, streamed.stderr
     assert streamed.stdout_bytes.decode() == json.loads(recorded.stdout)["text"] + "\n"
     assert f"{json.loads(recorded.stdout)['tokens']} tokens in " in streamed.stderr
+
+
+def test_a_file_of_prompts_reserves_what_they_need_and_not_what_a_config_claims(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config of one line may claim ten million positions, for which tables and pages took 12 GB."""
+    vast, seen = tmp_path / "vast", []
+    shutil.copytree(model, vast)
+    config = json.loads((vast / "config.json").read_text())
+    (vast / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_000_000}))
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": "Once"}\n{"prompt": "Once upon a time", "max_tokens": 5}\nno json\n')
+    measured = engine.pages_in_memory
+
+    def pages_in_memory(model: Any, options: Any, *more: Any) -> int:
+        seen.append(options.max_len)
+        return measured(model, options, *more)
+
+    monkeypatch.setattr(engine, "pages_in_memory", pages_in_memory)
+    answers = []
+    for folder in (model, vast):
+        target = tmp_path / f"{folder.name}.jsonl"
+        flags = ["--model", str(folder), "--input", str(prompts), "--output", str(target)]
+        done = CliRunner().invoke(app, ["generate", *flags, "--max-tokens", "9", "--plan", "ar", "--seed", "1"])
+        assert done.exit_code == 1, done.stderr  # one line is no JSON
+        answers.append(target.read_bytes())
+    assert seen == [21, 21] and answers[0] == answers[1]
+    flags = ["--input", str(prompts), "--output", str(tmp_path / "own"), "--max-len", "40", "--max-tokens", "9"]
+    CliRunner().invoke(app, ["generate", "--model", str(vast), *flags])
+    assert seen[2:] == [40], "what the user asks for stays"
 
 
 def test_bad_input_is_one_line(model: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
 from idlm_kernels.generate import batch_file as module
 from idlm_kernels.generate import engine as engine_module
-from idlm_kernels.generate.batch_file import Progress, run_file
+from idlm_kernels.generate.batch_file import Progress, longest_request, run_file
 
 MakeGenerator = Callable[..., Generator]
 PARAMS = SamplingParams(temperature=1.0, max_tokens=7, seed=5)
@@ -64,6 +64,15 @@ def test_every_line_is_answered_in_order(source: Path, tmp_path: Path, make_gene
         temperature = 0.5 if answer["id"] == "own" else 1.0
         params = SamplingParams(temperature=temperature, seed=answer["seed"], max_tokens=answer["tokens"])
         assert answer["token_ids"] == generator.generate([prompt], params, plan="ar")[0].token_ids
+
+
+def test_the_longest_request_is_found_and_lines_that_fail_do_not_count(source: Path) -> None:
+    assert longest_request(source, PARAMS, encode, 1000) == 99 + 7  # line 12
+    assert longest_request(source, PARAMS, encode, 60) == 60
+    source.write_text('{"id": "no"}\n[]\n{"prompt": "ab", "temperature": -1}\n')
+    assert longest_request(source, PARAMS, encode, 1000) == 2
+    source.write_text('{"prompt": "abc"}\n{"prompt": "a", "max_tokens": 20}\n')
+    assert longest_request(source, PARAMS, encode, 1000) == 21
 
 
 class Killed(BaseException):
@@ -235,6 +244,25 @@ def test_a_fault_of_the_machine_is_no_answer(
     assert not any("MemoryError" in str(line.get("error")) for line in whole_lines(target))
     assert (tmp_path / "out.jsonl.run.json").exists()
     run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_prompt_that_the_machine_cannot_make_stops_the_run_and_is_no_answer(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    """A chat template is rendered by a process, and there may be no process left."""
+    target = tmp_path / "out.jsonl"
+
+    def failing(record: dict[str, Any]) -> list[int]:
+        if record.get("id") == "n7":
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return encode(record)
+
+    generator = make_generator()
+    with pytest.raises(module.RunStopped, match="line 7: .*unavailable; run the same again"):
+        run_file(engine_of(generator), source, target, PARAMS, failing, {"model": "tiny"})
+    run(generator, source, target)
+    run(generator, source, tmp_path / "whole.jsonl")
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

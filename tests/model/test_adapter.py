@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from idlm_kernels.model import adapter as adapter_module
+from idlm_kernels.model._patterns import ModulePatterns
 from idlm_kernels.model.adapter import MODULES, load_adapter
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.errors import CheckpointError
@@ -74,6 +79,7 @@ def merged_delta(model, layer: int, module: str) -> torch.Tensor:
         ({"use_rslora": True}, 4, 12 / math.sqrt(4)),
         ({"target_modules": ["q_proj", "down_proj"]}, 4, 3.0),
         ({"layers_to_transform": [1]}, 4, 3.0),
+        ({"rank_pattern": {"^model.layers.[1-9]\\.self.attn.(k|v|)(_proj$)": 3, "k_proj": 2}}, 4, 3.0),
         ({"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}}, 6, 3.0),
         ({"alpha_pattern": {"v_proj": 1, r"model\.layers\.0\.mlp\.(gate|up)_proj": 20}}, 4, 3.0),
         (
@@ -82,7 +88,7 @@ def merged_delta(model, layer: int, module: str) -> torch.Tensor:
             6.0,
         ),
     ],
-    ids=["plain", "rslora", "two modules", "one layer", "ranks", "alphas", "all"],
+    ids=["plain", "rslora", "two modules", "one layer", "expressions", "ranks", "alphas", "all"],
 )
 def test_pairs_compute_what_peft_computes(tmp_path, config, settings, rank, scale):
     model = peft_model(tmp_path / "mine", **settings)
@@ -97,7 +103,8 @@ def test_pairs_compute_what_peft_computes(tmp_path, config, settings, rank, scal
                 assert not wanted.any(), (layer, module)
                 continue
             lora_a, lora_b = pair
-            assert lora_a.shape == (rank, wanted.shape[1]) and lora_b.shape == (wanted.shape[0], rank)
+            own = len(lora_a)
+            assert own <= rank and lora_a.shape == (own, wanted.shape[1]) and lora_b.shape == (wanted.shape[0], own)
             torch.testing.assert_close(adapter.scale * (lora_b @ lora_a), wanted, rtol=1e-5, atol=1e-6)
             nonzero += 1
     assert nonzero == {"target_modules": 4, "layers_to_transform": 7}.get(next(iter(settings), ""), 14)
@@ -138,6 +145,91 @@ def test_unknown_module_name_is_an_error(plain, config):
         load_adapter(plain, config).pair(0, "qkv_proj")
 
 
+# --- patterns of a stranger -------------------------------------------------------------------------------
+
+PATHS = [
+    f"model.layers.{i}.{block}.{module}"
+    for i in (0, 1, 11)
+    for block, module in (("self_attn", "q_proj"), ("mlp", "down_proj"))
+]
+PIECES = [
+    "model",
+    "layers",
+    "1",
+    "mlp",
+    "self_attn",
+    "q_proj",
+    ".",
+    r"\.",
+    "|",
+    "(",
+    ")",
+    "^",
+    "$",
+    "[01]",
+    r"\d",
+    "_",
+    "",
+]
+
+
+def test_patterns_match_what_re_matches():
+    random = Random(11)
+    compared = matched = 0
+    for _ in range(4000):
+        key = "".join(random.choice(PIECES) for _ in range(random.randint(1, 9)))
+        try:
+            patterns = ModulePatterns({"p": {key: 1}}, "p", lambda value, name: value)
+        except CheckpointError:
+            continue
+        for path in PATHS:
+            wanted = re.match(rf"(.*\.)?({key})$", path) is not None
+            assert (patterns.get(path, 0) == 1) == wanted, (key, path)
+            compared, matched = compared + 1, matched + wanted
+    assert compared > 10_000 and matched > 100
+
+
+def test_the_first_of_several_patterns_counts():
+    keys = {"(q|k)_proj": 1, "layers.1.self_attn.q_proj": 2, "q_proj": 3, "k_proj": 4}
+    for order, wanted in ((keys, 1), (dict(reversed(keys.items())), 3)):
+        assert ModulePatterns({"p": order}, "p", lambda value, name: value).get(PATHS[2], 0) == wanted
+
+
+def test_a_pattern_cannot_take_exponential_time():
+    """As a regular expression it tries 2^40 ways to match and none of them does."""
+    key = "(.|.)" * 35 + "x"
+    patterns = ModulePatterns({"p": {key: 1}}, "p", lambda value, name: value)
+    assert patterns.get("model.layers.0.self_attn.q_proj" + "_proj" * 3, 0) == 0
+    assert ModulePatterns({"p": {key[:-1]: 1}}, "p", lambda value, name: value).get("a" * 35, 0) == 1
+
+
+def test_a_scale_that_makes_a_finite_matrix_infinite_is_refused(plain, config):
+    change_settings(plain, lora_alpha=1e-9, alpha_pattern={"q_proj": 1e9})
+    change_tensors(plain, lambda t: t[Q_A.replace("lora_A", "lora_B")].fill_(1e25))
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors: .*q_proj.lora_B.weight holds 128 non-finite"
+    ):
+        load_adapter(plain, config)
+
+
+def test_one_large_rank_does_not_pad_the_whole_adapter(plain, config):
+    """Only linears that are computed as one share a rank, and files have to justify that."""
+    big = 1 << 16
+    down = PREFIX + "1.mlp.down_proj.lora_"
+    change_settings(plain, r=4, rank_pattern={"layers.1.mlp.down_proj": big})
+    large = {down + "A.weight": torch.zeros(big, 48).half(), down + "B.weight": torch.zeros(32, big).half()}
+    change_tensors(plain, lambda t: t.update(large))
+    adapter = load_adapter(plain, config)
+    assert adapter.rank == big
+    assert sum(half.nbytes for pair in adapter.pairs.values() for half in pair) < 2 << 24
+    assert len(adapter.pairs[0, "q_proj"][0]) == 4
+    wide = dataclasses.replace(config, num_heads=64)  # q_proj has 512 rows, k_proj 16
+    shapes = wide.tensor_shapes()
+    with pytest.raises(CheckpointError, match=r"weights: .*k_proj has rank 65536; q_proj, k_proj, v_proj, computed as"):
+        adapter_module._check_padding({(0, "k_proj"): big, (0, "q_proj"): 1}, shapes, Path("weights"))
+    adapter_module._check_padding({(0, "k_proj"): 32, (0, "q_proj"): 1}, shapes, Path("weights"))
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -175,11 +267,16 @@ SETTINGS = [
     ({"r": 4.0}, "r is 4.0"),
     ({"lora_alpha": 0}, "lora_alpha is 0"),
     ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+    ({"lora_alpha": 1e-320, "alpha_pattern": {"q_proj": 1}}, "lora_alpha is 1e-320"),
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     ({"rank_pattern": {"q_proj": -1}}, "rank_pattern is -1"),
     ({"rank_pattern": ["q_proj"]}, "wanted a JSON object"),
     ({"alpha_pattern": {"(a+)+b": 4}}, "without repetition"),
     ({"alpha_pattern": {"(q_proj": 4}}, "not a regular expression"),
+    ({"alpha_pattern": {"q_proj)": 4}}, "not a regular expression: unbalanced"),
+    ({"alpha_pattern": {"[q_proj": 4}}, "not a regular expression: unterminated"),
+    ({"alpha_pattern": {r"(q)\1": 4}}, "not a regular expression: .* has no meaning here"),
+    ({"alpha_pattern": {f"(q|{i})_proj": 4 for i in range(65)}}, "65 keys are no plain module names"),
     ({"alpha_pattern": {"q" * 300: 4}}, "without repetition"),
     (
         {"r": 3},
@@ -239,8 +336,6 @@ def test_refused_tensors(plain, config, change, message):
 
 
 def test_adapter_of_a_larger_model(plain, config):
-    import dataclasses
-
     with pytest.raises(CheckpointError, match="the model and rank 4 ask for"):
         load_adapter(plain, dataclasses.replace(config, hidden_size=64))
 

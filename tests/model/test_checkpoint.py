@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -411,4 +412,40 @@ def test_an_end_id_that_is_none_names_its_file(tiny_hf, write_folder):
     folder, _ = write_folder(tiny_hf())
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is 'x'"):
+        load_checkpoint(folder)
+
+
+def test_a_fault_is_looked_for_in_one_file_and_not_in_a_folder(tiny_hf, write_folder):
+    folder, tensors = write_folder(tiny_hf(), shards=2)
+    index = json.loads((folder / INDEX).read_text())
+    name = next(iter(index["weight_map"]))
+    shard = folder / index["weight_map"].pop(name)
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{INDEX}: {name} is missing"):
+        load_checkpoint(folder)
+    index["weight_map"][name] = shard.name
+    (folder / INDEX).write_text(json.dumps(index))
+    held = {key: tensors[key] for key, file in index["weight_map"].items() if file == shard.name}
+    for value, message in ((torch.ones(3), "has shape"), (tensors[name] * math.inf, "non-finite")):
+        shard.unlink()
+        save_file({**held, name: value}, shard)
+        with pytest.raises(CheckpointError, match=f"{shard.name}: {name} .*{message}"):
+            load_checkpoint(folder).tensor(name)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("generation_config.json", '{"eos_token_id": 65536}', r"eos_token_ids\[0\] is 65536"),
+        ("tokenizer_config.json", '{"mask_token": "m", "added_tokens_decoder": {"999": {"content": "m"}}}', "is 999"),
+    ],
+)
+def test_an_id_beyond_the_vocabulary_names_the_file_that_has_it(tiny_hf, write_folder, file, content, message):
+    config = tiny_hf("SDARForCausalLM")
+    folder, _ = write_folder(config)
+    if file == "tokenizer_config.json":
+        del config["mask_token_id"]
+        (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{file}: .*{message}"):
         load_checkpoint(folder)

@@ -169,6 +169,8 @@ REFUSALS = [
     ({"architectures": []}, "wanted a list of one"),
     ({"architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"]}, "wanted a list of one"),
     ({"model_type": "qwen3_moe"}, "contradicts"),
+    ({"architectures": None, "model_type": []}, "model_type \\[\\] is not supported"),
+    ({"model_type": ["x" * 10**6]}, "model_type \\['xxx.{0,60} contradicts"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ({"compression_config": {"format": "int8"}}, "compression_config"),

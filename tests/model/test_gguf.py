@@ -3,6 +3,7 @@ headers."""
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import tracemalloc
@@ -60,7 +61,7 @@ def test_config_and_name(write_gguf):
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
     assert (config.max_position_embeddings, config.rope_theta) == (128, 10000.0)
     assert config.rms_norm_eps == np.float32(1e-5)
-    assert (config.eos_token_ids, config.bos_token_id, config.mask_token_id) == ((2, 1), 1, None)
+    assert (config.eos_token_ids, config.bos_token_id, config.mask_token_id) == ((2, 1, 0), 1, None)
 
 
 def test_default_model_against_the_gguf_package(default_gguf):
@@ -127,6 +128,9 @@ def test_rope_factors(write_gguf):
         ({"llama.vocab_size": 17}, "model.embed_tokens.weight has shape"),
         ({"tokenizer.ggml.eos_token_id": 5000}, "eos_token_ids\\[0\\] is 5000"),
         ({"general.alignment": 3}, "general.alignment is 3"),
+        ({"general.alignment": [8, 8]}, "general.alignment is array"),
+        ({"llama.rope.scaling.type": [1, 2]}, "rope.scaling.type array.* is not supported"),
+        ({"tokenizer.ggml.eos_token_id": [1, 2]}, "eos_token_id is array.*, wanted a token id"),
     ],
     ids=str,
 )
@@ -156,6 +160,12 @@ def test_other_architectures_and_unknown_tensors_are_refused(write_gguf, tmp_pat
     path, _ = write_gguf(extra={"blk.0.attn_q.bias": np.ones(32, np.float32)}, name="bias.gguf")
     with pytest.raises(CheckpointError, match=r"k_proj.bias.* missing"):
         load_checkpoint(path)
+
+
+def test_a_pipe_as_gguf_is_refused_as_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(CheckpointError, match=r"pipe\.gguf: not a regular file"):
+        load_checkpoint(tmp_path / "pipe.gguf")
 
 
 def test_biases_are_permuted_too(write_gguf):
@@ -264,6 +274,14 @@ def test_lying_header(tmp_path, case):
     with pytest.raises(CheckpointError, match=message) as caught:
         GgufFile(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("array", [struct.pack("<IQ", 8, 1) + text("llama"), struct.pack("<IQII", 4, 2, 1, 2)])
+def test_an_architecture_that_is_an_array_is_refused_with_the_file_named(tmp_path, array):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(header(fields=1, rest=text("general.architecture") + struct.pack("<I", 9) + array + PADDING))
+    with pytest.raises(CheckpointError, match=r"bad\.gguf: architecture (\['llama'\]|array.*) is not supported"):
+        load_checkpoint(path)
 
 
 def test_minimal_header_is_read(tmp_path):

@@ -4,6 +4,7 @@ Python."""
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from datetime import datetime
 from itertools import pairwise
@@ -18,6 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from idlm_kernels.model import tokenizer as tokenizer_module
+from idlm_kernels.model._growth import Growth
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.model.gguf import GgufFile
@@ -96,9 +99,10 @@ def test_folder_equals_transformers(read_twice, text):
 def test_attributes(ours, theirs, folder):
     for tokenizer in (ours, Tokenizer.from_folder(folder)):
         assert tokenizer.vocab_size == len(theirs) == 49152
-        assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+        assert (tokenizer.bos_id, tokenizer.eos_ids[0]) == (theirs.bos_token_id, theirs.eos_token_id)
         assert tokenizer.special_ids == {i for i, token in theirs.added_tokens_decoder.items() if token.special}
         assert tokenizer.is_byte_level and tokenizer.has_chat_template
+    assert [ours.token_text(token) for token in ours.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
 
 
 # --- each pre-tokenizer against llama.cpp's rule, in plain Python -----------------------------------------
@@ -241,8 +245,17 @@ def test_unused_and_user_defined_tokens():
     [
         ({"model": "llama"}, "'llama' is not supported"),
         ({"model": None}, "None is not supported"),
+        ({"model": np.ones(3)}, "model array.* is not supported"),
+        ({"pre": ["gpt-2"]}, "pre \\['gpt-2'\\] is not supported"),
+        ({"pre": np.ones(3)}, "pre array.* is not supported"),
+        ({"pre": None}, "pre is missing: how the model splits .* --pre-tokenizer"),
+        ({"add_bos_token": np.ones(2)}, "add_bos_token is array.*, wanted true or false"),
+        ({"add_eos_token": "no"}, "add_eos_token is 'no', wanted true or false"),
+        ({"eot_token_id": np.ones(2)}, "eot_token_id is array.*, wanted a token id"),
+        ({"bos_token_id": True}, "bos_token_id is True"),
         ({"pre": "tekken"}, "'tekken' is not supported; supported: default, gpt-2, llama-bpe"),
         ({"tokens": None}, "tokens is missing"),
+        ({"tokens": ["a" * 10**5, *byte_vocabulary()[1:]]}, "has 100000 characters"),
         ({"tokens": [*byte_vocabulary()[:-1], SPECIAL[0]]}, "1 tokens twice"),
         ({"merges": ["a b c"]}, "'a b c', wanted two tokens"),
         ({"merges": ["ab"]}, "'ab', wanted two tokens"),
@@ -329,6 +342,178 @@ def test_damaged_folders(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template.jinja: not UTF-8"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_the_last_default_template_of_a_list_counts_and_odd_entries_do_not(tmp_path):
+    entries = [{"name": []}, 3, {"name": "default", "template": "a"}, {"name": "default", "template": "b"}]
+    save_tiny(tmp_path, chat_template=entries)
+    assert Tokenizer.from_folder(tmp_path).apply_chat_template([{"role": "user"}]) == "b"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_tokenizer_folder_is_refused_and_not_passed_over(tmp_path, name):
+    save_tiny(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_half_a_surrogate_pair_as_a_special_token_names_its_file(tmp_path):
+    save_tiny(tmp_path, eos_token="</s>")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: .*surrogates not allowed"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_adding_many_tokens_looks_at_each_once(tmp_path, monkeypatch):
+    """Each call of the library's `add_tokens` goes through all tokens so far, so one call for each was quadratic."""
+    added = {str(i + 5): {"content": f"<{i}>"} for i in range(1000)}
+    calls = []
+
+    class Counting:
+        def __init__(self, backend):
+            self._backend = backend
+
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(self._backend, name)
+
+    backend = Counting(Backend.from_file(str(save_tiny(tmp_path) / "tokenizer.json")))
+    tokenizer_module._add_missing(backend, added, tmp_path, Growth({}))
+    assert calls.count("add_tokens") == 1 and backend.token_to_id("<999>") == 1004
+
+
+# --- a tokenizer.json that multiplies a text --------------------------------------------------------------
+
+TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def save_with(folder: Path, **changes) -> Path:
+    save_tiny(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def sequence_of(*steps: dict, kind: str = "normalizers") -> dict:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        TEN,
+        {**TEN, "pattern": {"Regex": "a"}},
+        {**TEN, "pattern": {"Regex": ""}},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 3000},
+    ],
+    ids=["string", "expression", "empty", "long"],
+)
+def test_normalisers_that_multiply_a_text_are_stopped_before_they_run(tmp_path, step):
+    """Nine of them make 10^9 letters of one, and the library ends the process."""
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=sequence_of(*[step] * 8, sequence_of(step))))
+    assert tokenizer.encode("b") == [1] if step is TEN else True
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*the normalizer 'Replace' makes more than"):
+        tokenizer.encode("a b a b" * 9)
+
+
+def test_normalisers_run_on_added_tokens_when_the_file_is_read(tmp_path):
+    token = {"id": 5, "content": "a<x>", "single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    for normalized in (True, False):
+        added = [{**token, "normalized": normalized}]
+        save_with(tmp_path, normalizer=sequence_of(*[TEN] * 9), added_tokens=added)
+        if normalized:
+            with pytest.raises(CheckpointError, match=r"tokenizer\.json: .*the added token 'a<x>': the normalizer"):
+                Tokenizer.from_folder(tmp_path)
+        else:
+            assert Tokenizer.from_folder(tmp_path).vocab_size == 6
+    settings = json.dumps({"added_tokens_decoder": {"5": {"content": "a<x>", "normalized": True}}})
+    save_with(tmp_path, normalizer=sequence_of(*[TEN] * 9), added_tokens=[])
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: .*makes more than"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        sequence_of({"type": "Prepend", "prepend": "▁"}, {**TEN, "pattern": {"String": " "}, "content": "▁"}),
+        sequence_of({"type": "NFKC"}, {"type": "Lowercase"}, {"type": "NFD"}, {"type": "StripAccents"}),
+        sequence_of(*[{**TEN, "content": "aa"}] * 4, {**TEN, "pattern": {"Regex": "a+"}, "content": "a"}),
+    ],
+    ids=["llama 2", "unicode", "there and back"],
+)
+def test_normalisers_that_end_within_bounds_give_what_the_library_gives(tmp_path, normalizer):
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=normalizer))
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a b a", "", "\ufdfa" * 50, "a" * 100, "Å ½ " * 20, " " * 3000):
+        assert tokenizer.encode(text) == backend.encode(text).ids
+
+
+REFUSED_STEPS = [
+    ({"pre_tokenizer": sequence_of(*[BYTES] * 5, kind="pretokenizers")}, "pre_tokenizer can make a text 32 times"),
+    ({"decoder": sequence_of(TEN, TEN, kind="decoders")}, "decoder can make a text 100 times longer"),
+    (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 17,
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {},
+            }
+        },
+        "post_processor can make a text 17 times",
+    ),
+    (
+        {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**6, "vocab": {}}},
+        "max_input_chars_per_word is 1000",
+    ),
+    ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 10**5: 0}}}, "has 100000 characters"),
+    ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**5, 0.0]]}}, "has 100000 characters"),
+    ({"normalizer": sequence_of(*[{"type": "NFC"}] * 1001)}, "more than 1000 normalizers"),
+    (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAAAAAAA"}},
+        "precompiled_charsmap claims 4294967292 bytes of 12",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED_STEPS, ids=[message[:20] for _, message in REFUSED_STEPS])
+def test_steps_that_would_multiply_any_text_are_refused(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: .*{message}"):
+        Tokenizer.from_folder(save_with(tmp_path, **changes))
+
+
+def test_a_key_that_occurs_twice_is_refused_since_two_readers_may_see_two_values(tmp_path):
+    file = save_tiny(tmp_path) / "tokenizer.json"
+    file.write_text(file.read_text().replace('"model":', '"normalizer": null, "model":'))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer.* a key occurs twice"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# --- ends that the keys of a GGUF do not name -------------------------------------------------------------
+
+
+def with_tokens(*more: str, kind: int = 3, **changes) -> dict:
+    tokens = [*byte_vocabulary(), *more]
+    kinds = [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL) - len(more)) + [kind] * len(more)
+    return tiny_fields(tokens=tokens, token_type=np.array(kinds, np.int32), **changes)
+
+
+def test_a_llama_3_gguf_without_an_eot_key_stops_at_the_end_of_a_turn():
+    fields = with_tokens("<|end_of_text|>", "<|eot_id|>", "<|python_tag|>")
+    end = len(fields["tokenizer.ggml.tokens"]) - 3
+    fields["tokenizer.ggml.eos_token_id"] = end
+    assert Tokenizer.from_gguf(fields).eos_ids[0] == end
+    assert set(Tokenizer.from_gguf(fields).eos_ids) == {end, end + 1, 0, 2}  # <|endoftext|> and <|im_end|> as well
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["normal", "user-defined"])
+def test_a_token_that_a_text_may_spell_is_no_end_by_its_name(kind):
+    fields = with_tokens("<|eot_id|>", kind=kind)
+    assert len(fields["tokenizer.ggml.tokens"]) - 1 not in Tokenizer.from_gguf(fields).eos_ids
 
 
 # --- chat templates ---------------------------------------------------------------------------------------

@@ -142,8 +142,16 @@ def test_gguf_default_model_equals_transformers(default_gguf: Path) -> None:
     assert_fp32_equal(logits_of(model, ids), want)
 
 
-def write_adapter(path: Path, config: Any, *, seed: int = 0, size: float = 0.3, mask_embedding: bool = True) -> Path:
-    """A random adapter on all seven linears, in PEFT layout."""
+def write_adapter(
+    path: Path,
+    config: Any,
+    *,
+    seed: int = 0,
+    size: float = 0.3,
+    mask_embedding: bool = True,
+    ranks: dict[str, int] | None = None,
+) -> Path:
+    """A random adapter on all seven linears, in PEFT layout; `ranks`: those of modules with one of their own."""
     generator = torch.Generator().manual_seed(seed)
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
@@ -160,12 +168,14 @@ def write_adapter(path: Path, config: Any, *, seed: int = 0, size: float = 0.3, 
     for i in range(config.num_layers):
         for module, (inner, outer) in shapes.items():
             prefix = f"base_model.model.model.layers.{i}.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * size
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(outer, rank, generator=generator) * size
+            own = (ranks or {}).get(module.split(".")[1], rank)
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(own, inner, generator=generator) * size
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(outer, own, generator=generator) * size
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
     names = sorted(s.split(".")[1] for s in shapes)
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": names, "bias": "none"}
+    settings["rank_pattern"] = ranks or {}
     (path / "adapter_config.json").write_text(json.dumps(settings))
     if mask_embedding:
         save_file({"mask_embedding": torch.randn(h, generator=generator)}, path / "mask_embedding.safetensors")
@@ -191,10 +201,14 @@ def test_an_adapter_moves_mask_rows_only(dtype: torch.dtype, tmp_path: Path) -> 
     assert drafted[1:3] != drafted[4:6], "the adapter must change what MASK rows draft"
 
 
-def test_adapter_rows_equal_a_merged_model(tmp_path: Path) -> None:
+MIXED = {"k_proj": 7, "q_proj": 1, "up_proj": 2, "down_proj": 5}
+
+
+@pytest.mark.parametrize("ranks", [None, MIXED], ids=["one", "mixed"])
+def test_adapter_rows_equal_a_merged_model(tmp_path: Path, ranks: dict[str, int] | None) -> None:
     """Rows under the adapter compute what a model with W + scale B A computes."""
     checkpoint = MemoryCheckpoint(tiny_config(), scale=0.2)
-    adapter = load_adapter(write_adapter(tmp_path / "a", checkpoint.config), checkpoint.config)
+    adapter = load_adapter(write_adapter(tmp_path / "a", checkpoint.config, ranks=ranks), checkpoint.config)
     merged = MemoryCheckpoint(tiny_config(), scale=0.2)
     modules = {
         "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
