@@ -62,6 +62,7 @@ def _extent(
     gQueryStart,
     gSeqLens,
     request,
+    row_tile,
     max_slots,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -74,8 +75,8 @@ def _extent(
     row_start = tl.load(gQueryStart + request)
     m_rows = tl.load(gQueryStart + request + 1) - row_start
     seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
-    first_row = tl.program_id(0) * BLOCK_M // GROUP
-    last_row = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
+    first_row = row_tile * BLOCK_M // GROUP
+    last_row = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
     first_of_step = seq_len - m_rows
     end = seq_len if HAS_TAIL else tl.minimum(first_of_step + last_row + 1, seq_len)
     first_chunk = tl.maximum(first_of_step + first_row - WINDOW, 0) // CHUNK if WINDOW >= 0 else 0
@@ -112,6 +113,7 @@ def _attend_chunk(
     WINDOW: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """Online softmax over slots first_slot .. end_slot - 1: m, total [BLOCK_M], o [BLOCK_M, BLOCK_D] unnormalised."""
     d = tl.arange(0, BLOCK_D)
@@ -124,7 +126,7 @@ def _attend_chunk(
         inside = slot < end_slot
         page = tl.load(gPages + slot // PAGE_SIZE, mask=inside, other=0)
         page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
-        offset = slot % PAGE_SIZE
+        offset = (slot % PAGE_SIZE).to(INDEX)
         place = (page * stride_k_page + offset * stride_k_slot + kv_head * stride_k_head)[:, None] + d[None, :]
         pK = gK + place
         if not SAME_STRIDES:
@@ -153,7 +155,7 @@ def _attend_chunk(
     return m, total, o
 
 
-@triton.jit(do_not_specialize=["num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
+@triton.jit(do_not_specialize=["row_tiles", "num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
 def _attention_kernel(
     gQ,  # [T, Hq, D]
     gK,  # [num_pages, PAGE_SIZE, HKV, D]
@@ -169,6 +171,7 @@ def _attention_kernel(
     gChunkO,  # fp32 [T, Hq, num_chunks, D]
     gChunkML,  # fp32 [T, Hq, num_chunks, 2]
     gMeetings,  # int64 [row tiles * B * HKV]
+    row_tiles,
     num_rows,
     batch,
     num_pages,
@@ -204,20 +207,23 @@ def _attention_kernel(
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     THREADS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    request = tl.program_id(1) // HKV
-    kv_head = tl.program_id(1) % HKV
-    packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    tile = tl.program_id(0) // row_tiles
+    request = tile // HKV
+    kv_head = (tile % HKV).to(INDEX)
+    packed = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + packed % GROUP
     d = tl.arange(0, BLOCK_D)
     has_d = (d < D)[None, :]
 
     if request == batch:  # rows of no request: zeros
-        if tl.program_id(2) == 0:
+        if tl.program_id(1) == 0:
             row_start = tl.load(gQueryStart + request)
             zeros = tl.zeros([BLOCK_M, BLOCK_D], gOut.dtype.element_ty)
-            for first in range(row_start, num_rows, BLOCK_M // GROUP * tl.num_programs(0)):
-                row = (first + tl.program_id(0) * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
+            for first in range(row_start, num_rows, BLOCK_M // GROUP * row_tiles):
+                row = (first + row_tile * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
                 is_row = (row < num_rows) & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
                 pad_head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
                 pOut = gOut + (row * stride_out_row + pad_head * stride_out_head)[:, None] + d[None, :]
@@ -227,17 +233,17 @@ def _attention_kernel(
         return
 
     row_start, m_rows, first_of_step, end, first_chunk, end_chunk = _extent(
-        gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+        gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
     )
     i = packed // GROUP
     is_row = i < m_rows
-    if tl.program_id(0) * BLOCK_M // GROUP >= m_rows:
+    if row_tile * BLOCK_M // GROUP >= m_rows:
         return
     if SPLITS > 1:
         num_ctas = tl.maximum(tl.minimum(end_chunk - first_chunk, SPLITS), 1)
-        if tl.program_id(2) >= num_ctas:
+        if tl.program_id(1) >= num_ctas:
             return
-        gMeeting = gMeetings + (tl.program_id(0) * batch + request) * HKV + kv_head
+        gMeeting = gMeetings + (row_tile * batch + request) * HKV + kv_head
         # By one thread of a tensor of pointers: with a scalar, all threads would wait for the result here.
         thread = tl.arange(0, THREADS)
         started = tl.atomic_add(gMeeting + thread * 0, 1, mask=thread < (num_ctas > 1), sem="relaxed")
@@ -256,7 +262,7 @@ def _attention_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for chunk in range(first_chunk + tl.program_id(2), end_chunk, SPLITS):
+    for chunk in range(first_chunk + tl.program_id(1), end_chunk, SPLITS):
         m_chunk, total_chunk, o_chunk = _attend_chunk(
             q,
             tail,
@@ -285,6 +291,7 @@ def _attention_kernel(
             WINDOW,
             SAME_STRIDES,
             NUM_STAGES,
+            INDEX,
         )
         if SPLITS == 1:
             m, total, o = _fold(m, total, o, m_chunk, total_chunk, o_chunk)
@@ -318,16 +325,16 @@ def _attention_kernel(
         first, step = 0, 1
         if num_ctas > 1:
             word = tl.sum(tl.where(thread == 0, started, 0))
-            first, step = _rendezvous(gMeeting, word, tl.program_id(2), num_ctas)
+            first, step = _rendezvous(gMeeting, word, tl.program_id(1), num_ctas)
         # Read again: kept since the start, these would take registers of the loop.
         row_start, m_rows, _, _, first_chunk, end_chunk = _extent(
-            gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+            gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
         )
         # Shares of 4 fp32 values per thread: with more, a read would take half of each sector.
         SHARE: tl.constexpr = min(BLOCK_M, 4 * THREADS // BLOCK_D)
-        num_packed = tl.minimum(m_rows * GROUP - tl.program_id(0) * BLOCK_M, BLOCK_M)
+        num_packed = tl.minimum(m_rows * GROUP - row_tile * BLOCK_M, BLOCK_M)
         for share in range(first, tl.cdiv(num_packed, SHARE), step):
-            packed_share = tl.program_id(0) * BLOCK_M + share * SHARE + tl.arange(0, SHARE)
+            packed_share = row_tile * BLOCK_M + share * SHARE + tl.arange(0, SHARE)
             row_share = (row_start + packed_share // GROUP).to(tl.int64)
             head_share = kv_head * GROUP + packed_share % GROUP
             is_row_share = packed_share // GROUP < m_rows

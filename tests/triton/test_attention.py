@@ -207,14 +207,17 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_tiles_are_for_prefill_of_a_full_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = []
-    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *_, **meta: grids.append((grid[0], meta["BLOCK_M"])))
+    launches = []
+    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *_, **meta: launches.append((grid, meta["BLOCK_M"])))
+    found = []
     for rows, batch, kv_heads in ((16, 64, 8), (17, 64, 8), (320, 1, 8), (256, 1, 8), (320, 1, 2)):
         q = torch.empty(batch * rows, 4 * kv_heads, 128, dtype=torch.bfloat16)
         cache = torch.empty(1, 16, kv_heads, 128, dtype=torch.bfloat16)
         zeros = torch.zeros(batch + 1, dtype=torch.int32)
         attention.strided_attention(q, cache, cache, zeros[:-1, None], zeros[:-1], zeros, max_query_len=rows)
-    assert grids == [(1, 64), (1, 128), (10, 128), (16, 64), (20, 64)]
+        grid, block_m = launches.pop()
+        found.append((grid[0] // ((batch + 1) * kv_heads), block_m))
+    assert found == [(1, 64), (1, 128), (10, 128), (16, 64), (20, 64)]
 
 
 def check_meeting(module: ModuleType, is_together: bool) -> None:
@@ -512,8 +515,8 @@ MUTANTS = {
     ),
     "large tiles half a tile apart": (
         check_large_tiles,
-        "packed = tl.program_id(0) * BLOCK_M +",
-        "packed = tl.program_id(0) * 64 +",
+        "packed = row_tile * BLOCK_M +",
+        "packed = row_tile * 64 +",
     ),
     "a share of rows is left out": (
         check,
