@@ -65,11 +65,13 @@ def recorded_launches(softgpu: ModuleType) -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers, bytes of spill stores and loads, bytes of stack."""
+    """Of one thread: registers, bytes of spill stores and loads, bytes of stack; and how many instructions of the
+    innermost loops around matrix instructions are spills."""
 
     registers: int
     spill_bytes: int
     stack_bytes: int
+    spills_in_loops: int
 
 
 def resources(ptx: str) -> Resources:
@@ -87,12 +89,35 @@ def resources(ptx: str) -> Resources:
             f"{source}.cubin",
         ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        disassemble = [str(Path(get_ptxas(90).path).with_name("nvdisasm")), "-c", f"{source}.cubin"]
+        sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
 
     def number(pattern: str) -> int:
         return sum(int(found) for found in re.findall(pattern, report))
 
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return Resources(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack frame"))
+    return Resources(
+        number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack frame"), _spills_in_loops(sass)
+    )
+
+
+def _spills_in_loops(sass: str) -> int:
+    """Spills among the instructions of the innermost loops that hold a matrix instruction."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(code):
+        jump = re.search(r"\bBRA\S*\s.*`\((\.L_\w+)\)", instruction)
+        if jump and labels.get(jump[1], end + 1) <= end:
+            loops.append((labels[jump[1]], end))
+    loops = [(a, b) for a, b in loops if any("HGMMA" in i for i in code[a : b + 1])]
+    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    return sum(bool(re.search(r"\b(LDL|STL)", i)) for a, b in innermost for i in code[a : b + 1])
 
 
 def opcodes(ptx: str, prefix: str) -> set[str]:

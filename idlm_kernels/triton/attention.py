@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 import python_ref
@@ -18,6 +19,7 @@ kChunk = 256  # slots; frozen: it decides the bits
 kTargetCtas = 264  # 2 on each of the 132 SMs of an H100, as many as fit with 3 stages of K and V at head_dim 128
 kMinLargeCtas = 66  # prefill chunks that leave at least half of the SMs a tile of 128 packed rows take such tiles
 kMaxWorkspaceBytes = 256 << 20
+kMaxSlots = 2**31 - 2 * kChunk  # of a request: ends of chunks are 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ def num_splits(ctas: int, num_chunks: int, workspace_bytes: int) -> int:
     if num_chunks == 1 or 2 * ctas > kTargetCtas or workspace_bytes > kMaxWorkspaceBytes:
         return 1
     return min(num_chunks, kTargetCtas // ctas)
+
+
+def index_type(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> tl.dtype:
+    """Of the slot within a page and of the head. 64 bits only where a product with a stride needs them, since they take
+    registers; rows and pages always have them."""
+    strided = [(cache.shape[i], cache.stride(i)) for cache in (k_cache, v_cache) for i in (1, 2)]
+    strided += [(x.shape[1], x.stride(1)) for x in (q, out)]
+    return tl.int64 if any((size - 1) * stride >= 2**31 for size, stride in strided) else tl.int32
 
 
 def strided_attention(
@@ -98,7 +108,9 @@ def strided_attention(
     y = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if num_rows == 0:
         return y
-    batch, max_slots = seq_lens.shape[0], page_table.shape[1] * page_size
+    batch, max_slots = seq_lens.shape[0], min(page_table.shape[1] * page_size, kMaxSlots)
+    max_query_len = min(max_query_len, num_rows)
+    window = -1 if window >= max_slots else window
     num_chunks = max(triton.cdiv(max_slots, kChunk), 1)
     large = large_tiles(config)
     if large and triton.cdiv(max_query_len * group, large.block_m) * batch * num_kv_heads >= kMinLargeCtas:
@@ -113,7 +125,7 @@ def strided_attention(
     meetings = words_of_stream("meetings", kTargetCtas // 2, torch.int64, q) if splits > 1 else None
     launch(
         _attention_kernel,
-        (row_tiles, (batch + 1) * num_kv_heads, splits),
+        (row_tiles * (batch + 1) * num_kv_heads, splits),
         q,
         q,
         k_cache,
@@ -129,6 +141,7 @@ def strided_attention(
         chunk_o,
         chunk_ml,
         meetings,
+        row_tiles,
         num_rows,
         batch,
         num_pages,
@@ -160,6 +173,7 @@ def strided_attention(
         SAME_STRIDES=k_cache.stride() == v_cache.stride(),
         NUM_STAGES=config.num_stages,
         THREADS=32 * config.num_warps,
+        INDEX=index_type(q, k_cache, v_cache, y),
         num_warps=config.num_warps,
     )
     return y

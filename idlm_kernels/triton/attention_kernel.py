@@ -13,6 +13,10 @@ is masked for a row multiplies by 1 and adds 0. Where tiles are many, a CTA fold
 are few, SPLITS CTAs share a tile: each takes every SPLITS-th chunk and stores the chunk's (m, t, o), and when the last
 of them has arrived (`_rendezvous`), all fold, some rows each. Both run the same fold: the same bits.
 
+In the product with V a slot that a row does not see has p = 0, and 0 * NaN is NaN. Any value of V that is not finite
+shows in the o of all rows of its tile; then every row is computed again, alone, and reads only what it sees: the bits
+of a step of that row. It takes a pass over the context per row, of requests that hold such a value alone.
+
 Bytes: K and V of the visible slots once per tile (4096 B per slot and layer for Qwen3-8B: 5.0 us at 4096 slots and
 3.35 TB/s); the chunks' (m, t, o), about 11 % of that at 7 rows, go through L2. fp32 runs on FMA and is there for tests;
 fp64 is left to the reference.
@@ -62,6 +66,7 @@ def _extent(
     gQueryStart,
     gSeqLens,
     request,
+    row_tile,
     max_slots,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -74,8 +79,8 @@ def _extent(
     row_start = tl.load(gQueryStart + request)
     m_rows = tl.load(gQueryStart + request + 1) - row_start
     seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
-    first_row = tl.program_id(0) * BLOCK_M // GROUP
-    last_row = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
+    first_row = row_tile * BLOCK_M // GROUP
+    last_row = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
     first_of_step = seq_len - m_rows
     end = seq_len if HAS_TAIL else tl.minimum(first_of_step + last_row + 1, seq_len)
     first_chunk = tl.maximum(first_of_step + first_row - WINDOW, 0) // CHUNK if WINDOW >= 0 else 0
@@ -95,6 +100,8 @@ def _attend_chunk(
     num_pages,
     first_slot,
     end_slot,
+    low,  # slots before are not read, with WINDOW
+    seen,  # nor those of the step whose bit is 0, with HAS_TAIL and ALONE
     first_of_step,
     scale_log2,
     stride_k_page,
@@ -112,6 +119,8 @@ def _attend_chunk(
     WINDOW: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
     """Online softmax over slots first_slot .. end_slot - 1: m, total [BLOCK_M], o [BLOCK_M, BLOCK_D] unnormalised."""
     d = tl.arange(0, BLOCK_D)
@@ -122,9 +131,14 @@ def _attend_chunk(
     for tile in tl.range(first_slot, end_slot, BLOCK_KV, num_stages=NUM_STAGES):
         slot = tile + tl.arange(0, BLOCK_KV)
         inside = slot < end_slot
+        if WINDOW >= 0:  # both ends in one comparison
+            inside = (slot - low).to(tl.uint32, bitcast=True) < end_slot - low
+        if HAS_TAIL and ALONE:
+            bit = (seen >> tl.minimum(tl.maximum(slot - first_of_step, 0), 63).to(tl.int64)) & 1
+            inside = inside & ((slot < first_of_step) | (bit == 1))
         page = tl.load(gPages + slot // PAGE_SIZE, mask=inside, other=0)
         page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
-        offset = slot % PAGE_SIZE
+        offset = (slot % PAGE_SIZE).to(INDEX)
         place = (page * stride_k_page + offset * stride_k_slot + kv_head * stride_k_head)[:, None] + d[None, :]
         pK = gK + place
         if not SAME_STRIDES:
@@ -153,7 +167,149 @@ def _attend_chunk(
     return m, total, o
 
 
-@triton.jit(do_not_specialize=["num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
+@triton.jit
+def _attend_share(
+    gQ,
+    gK,
+    gV,
+    gPages,  # [max_pages] of this request
+    gTail,
+    gVScale,
+    gOut,
+    gLse,
+    gChunkO,
+    gChunkML,
+    only,  # the row of the step that is computed, -1: all of the tile
+    q,  # [BLOCK_M, BLOCK_D]
+    tail,  # [BLOCK_M]
+    i,  # [BLOCK_M]
+    row,  # int64 [BLOCK_M]
+    head,  # [BLOCK_M]
+    is_row,
+    row_tile,
+    kv_head,
+    row_start,
+    first_of_step,
+    first_chunk,
+    end,
+    end_chunk,
+    num_pages,
+    num_chunks,
+    scale_log2,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    stride_out_row,
+    stride_out_head,
+    stride_lse,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_V_SCALE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """This CTA's chunks: rows stored where it has all chunks, else what it found in each. Returns whether all of it is
+    finite. With `only` no more is read than that row sees."""
+    d = tl.arange(0, BLOCK_D)
+    has_d = (d < D)[None, :]
+    low = 0
+    seen = tl.full([], -1, tl.int64)
+    if WINDOW >= 0:
+        low = first_of_step + row_tile * BLOCK_M // GROUP - WINDOW
+    if only >= 0:
+        if HAS_TAIL:
+            seen = tl.load(gTail + row_start + only)
+        else:
+            end = first_of_step + only + 1
+        if WINDOW >= 0:
+            low = first_of_step + only - WINDOW
+    is_row = is_row & ((only < 0) | (i == only))
+    faults = tl.zeros([BLOCK_M], tl.float32)  # NaN for what is not finite
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for chunk in range(first_chunk + tl.program_id(1), end_chunk, SPLITS):
+        m_chunk, total_chunk, o_chunk = _attend_chunk(
+            q,
+            tail,
+            i,
+            gK,
+            gV,
+            gPages,
+            kv_head,
+            num_pages,
+            chunk * CHUNK,
+            tl.minimum((chunk + 1) * CHUNK, end),
+            low,
+            seen,
+            first_of_step,
+            scale_log2,
+            stride_k_page,
+            stride_k_slot,
+            stride_k_head,
+            stride_v_page,
+            stride_v_slot,
+            stride_v_head,
+            PAGE_SIZE,
+            D,
+            BLOCK_M,
+            BLOCK_KV,
+            BLOCK_D,
+            HAS_TAIL,
+            WINDOW,
+            SAME_STRIDES,
+            NUM_STAGES,
+            INDEX,
+            ALONE,
+        )
+        if SPLITS == 1:
+            m, total, o = _fold(m, total, o, m_chunk, total_chunk, o_chunk)
+        else:
+            place = (row * (HKV * GROUP) + head) * num_chunks + chunk
+            tl.store(gChunkO + place[:, None] * D + d[None, :], o_chunk, mask=is_row[:, None] & has_d)
+            tl.store(gChunkML + place * 2, m_chunk, mask=is_row)
+            tl.store(gChunkML + place * 2 + 1, total_chunk, mask=is_row)
+            faults += tl.sum(o_chunk * 0.0, axis=1)
+    if SPLITS == 1:
+        _store_rows(
+            gOut,
+            gLse,
+            gVScale,
+            row,
+            head,
+            is_row,
+            m,
+            total,
+            o,
+            stride_out_row,
+            stride_out_head,
+            stride_lse,
+            D,
+            BLOCK_D,
+            HAS_V_SCALE,
+            HAS_LSE,
+        )
+    if SPLITS == 1:
+        faults = tl.sum(o * 0.0, axis=1)
+    return tl.sum(faults, axis=0) == 0.0
+
+
+@triton.jit(do_not_specialize=["row_tiles", "num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
 def _attention_kernel(
     gQ,  # [T, Hq, D]
     gK,  # [num_pages, PAGE_SIZE, HKV, D]
@@ -169,6 +325,7 @@ def _attention_kernel(
     gChunkO,  # fp32 [T, Hq, num_chunks, D]
     gChunkML,  # fp32 [T, Hq, num_chunks, 2]
     gMeetings,  # int64 [row tiles * B * HKV]
+    row_tiles,
     num_rows,
     batch,
     num_pages,
@@ -204,20 +361,23 @@ def _attention_kernel(
     SAME_STRIDES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     THREADS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    request = tl.program_id(1) // HKV
-    kv_head = tl.program_id(1) % HKV
-    packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile = tl.program_id(0) % row_tiles
+    tile = tl.program_id(0) // row_tiles
+    request = tile // HKV
+    kv_head = (tile % HKV).to(INDEX)
+    packed = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + packed % GROUP
     d = tl.arange(0, BLOCK_D)
     has_d = (d < D)[None, :]
 
     if request == batch:  # rows of no request: zeros
-        if tl.program_id(2) == 0:
+        if tl.program_id(1) == 0:
             row_start = tl.load(gQueryStart + request)
             zeros = tl.zeros([BLOCK_M, BLOCK_D], gOut.dtype.element_ty)
-            for first in range(row_start, num_rows, BLOCK_M // GROUP * tl.num_programs(0)):
-                row = (first + tl.program_id(0) * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
+            for first in range(row_start, num_rows, BLOCK_M // GROUP * row_tiles):
+                row = (first + row_tile * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
                 is_row = (row < num_rows) & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
                 pad_head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
                 pOut = gOut + (row * stride_out_row + pad_head * stride_out_head)[:, None] + d[None, :]
@@ -227,17 +387,17 @@ def _attention_kernel(
         return
 
     row_start, m_rows, first_of_step, end, first_chunk, end_chunk = _extent(
-        gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+        gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
     )
     i = packed // GROUP
     is_row = i < m_rows
-    if tl.program_id(0) * BLOCK_M // GROUP >= m_rows:
+    if row_tile * BLOCK_M // GROUP >= m_rows:
         return
     if SPLITS > 1:
         num_ctas = tl.maximum(tl.minimum(end_chunk - first_chunk, SPLITS), 1)
-        if tl.program_id(2) >= num_ctas:
+        if tl.program_id(1) >= num_ctas:
             return
-        gMeeting = gMeetings + (tl.program_id(0) * batch + request) * HKV + kv_head
+        gMeeting = gMeetings + (row_tile * batch + request) * HKV + kv_head
         # By one thread of a tensor of pointers: with a scalar, all threads would wait for the result here.
         thread = tl.arange(0, THREADS)
         started = tl.atomic_add(gMeeting + thread * 0, 1, mask=thread < (num_ctas > 1), sem="relaxed")
@@ -253,22 +413,36 @@ def _attention_kernel(
         scale_log2 = scale_log2 * tl.load(gKScale)
     gPages = gPageTable + request.to(tl.int64) * stride_table
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for chunk in range(first_chunk + tl.program_id(2), end_chunk, SPLITS):
-        m_chunk, total_chunk, o_chunk = _attend_chunk(
-            q,
-            tail,
-            i,
+    # Two forms, for the registers: the mask of a row's slots has none to spare in the loop that all calls take.
+    end_row = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, m_rows)
+    if HAS_TAIL:
+        all_finite = _attend_share(
+            gQ,
             gK,
             gV,
             gPages,
+            gTail,
+            gVScale,
+            gOut,
+            gLse,
+            gChunkO,
+            gChunkML,
+            -1,
+            q,
+            tail,
+            i,
+            row,
+            head,
+            is_row,
+            row_tile,
             kv_head,
-            num_pages,
-            chunk * CHUNK,
-            tl.minimum((chunk + 1) * CHUNK, end),
+            row_start,
             first_of_step,
+            first_chunk,
+            end,
+            end_chunk,
+            num_pages,
+            num_chunks,
             scale_log2,
             stride_k_page,
             stride_k_slot,
@@ -276,58 +450,161 @@ def _attention_kernel(
             stride_v_page,
             stride_v_slot,
             stride_v_head,
-            PAGE_SIZE,
-            D,
-            BLOCK_M,
-            BLOCK_KV,
-            BLOCK_D,
-            HAS_TAIL,
-            WINDOW,
-            SAME_STRIDES,
-            NUM_STAGES,
-        )
-        if SPLITS == 1:
-            m, total, o = _fold(m, total, o, m_chunk, total_chunk, o_chunk)
-        else:
-            place = (row * (HKV * GROUP) + head) * num_chunks + chunk
-            tl.store(gChunkO + place[:, None] * D + d[None, :], o_chunk, mask=is_row[:, None] & has_d)
-            tl.store(gChunkML + place * 2, m_chunk, mask=is_row)
-            tl.store(gChunkML + place * 2 + 1, total_chunk, mask=is_row)
-
-    if SPLITS == 1:
-        _store_rows(
-            gOut,
-            gLse,
-            gVScale,
-            row,
-            head,
-            is_row,
-            m,
-            total,
-            o,
             stride_out_row,
             stride_out_head,
             stride_lse,
+            HKV,
+            GROUP,
             D,
+            PAGE_SIZE,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_KV,
             BLOCK_D,
+            SPLITS,
+            WINDOW,
+            HAS_TAIL,
             HAS_V_SCALE,
             HAS_LSE,
+            SAME_STRIDES,
+            NUM_STAGES,
+            INDEX,
+            False,
         )
+        if not all_finite:
+            for only in range(row_tile * BLOCK_M // GROUP, end_row):
+                _attend_share(
+                    gQ,
+                    gK,
+                    gV,
+                    gPages,
+                    gTail,
+                    gVScale,
+                    gOut,
+                    gLse,
+                    gChunkO,
+                    gChunkML,
+                    only,
+                    q,
+                    tail,
+                    i,
+                    row,
+                    head,
+                    is_row,
+                    row_tile,
+                    kv_head,
+                    row_start,
+                    first_of_step,
+                    first_chunk,
+                    end,
+                    end_chunk,
+                    num_pages,
+                    num_chunks,
+                    scale_log2,
+                    stride_k_page,
+                    stride_k_slot,
+                    stride_k_head,
+                    stride_v_page,
+                    stride_v_slot,
+                    stride_v_head,
+                    stride_out_row,
+                    stride_out_head,
+                    stride_lse,
+                    HKV,
+                    GROUP,
+                    D,
+                    PAGE_SIZE,
+                    CHUNK,
+                    BLOCK_M,
+                    BLOCK_KV,
+                    BLOCK_D,
+                    SPLITS,
+                    WINDOW,
+                    HAS_TAIL,
+                    HAS_V_SCALE,
+                    HAS_LSE,
+                    SAME_STRIDES,
+                    2,
+                    INDEX,
+                    True,
+                )
     else:
+        only = -1
+        while only < end_row:
+            all_finite = _attend_share(
+                gQ,
+                gK,
+                gV,
+                gPages,
+                gTail,
+                gVScale,
+                gOut,
+                gLse,
+                gChunkO,
+                gChunkML,
+                only,
+                q,
+                tail,
+                i,
+                row,
+                head,
+                is_row,
+                row_tile,
+                kv_head,
+                row_start,
+                first_of_step,
+                first_chunk,
+                end,
+                end_chunk,
+                num_pages,
+                num_chunks,
+                scale_log2,
+                stride_k_page,
+                stride_k_slot,
+                stride_k_head,
+                stride_v_page,
+                stride_v_slot,
+                stride_v_head,
+                stride_out_row,
+                stride_out_head,
+                stride_lse,
+                HKV,
+                GROUP,
+                D,
+                PAGE_SIZE,
+                CHUNK,
+                BLOCK_M,
+                BLOCK_KV,
+                BLOCK_D,
+                SPLITS,
+                WINDOW,
+                HAS_TAIL,
+                HAS_V_SCALE,
+                HAS_LSE,
+                SAME_STRIDES,
+                NUM_STAGES,
+                INDEX,
+                False,
+            )
+            if only >= 0:
+                only += 1
+            else:
+                only = tl.where(all_finite, 0x7FFFFFFF, row_tile * BLOCK_M // GROUP)
+    if SPLITS > 1:
         tl.debug_barrier()  # all threads have stored their part of the chunks before one tells the other CTAs
         first, step = 0, 1
         if num_ctas > 1:
             word = tl.sum(tl.where(thread == 0, started, 0))
-            first, step = _rendezvous(gMeeting, word, tl.program_id(2), num_ctas)
+            first, step = _rendezvous(gMeeting, word, tl.program_id(1), num_ctas)
         # Read again: kept since the start, these would take registers of the loop.
         row_start, m_rows, _, _, first_chunk, end_chunk = _extent(
-            gQueryStart, gSeqLens, request, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+            gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
         )
         # Shares of 4 fp32 values per thread: with more, a read would take half of each sector.
         SHARE: tl.constexpr = min(BLOCK_M, 4 * THREADS // BLOCK_D)
-        num_packed = tl.minimum(m_rows * GROUP - tl.program_id(0) * BLOCK_M, BLOCK_M)
+        num_packed = tl.minimum(m_rows * GROUP - row_tile * BLOCK_M, BLOCK_M)
         for share in range(first, tl.cdiv(num_packed, SHARE), step):
-            packed_share = tl.program_id(0) * BLOCK_M + share * SHARE + tl.arange(0, SHARE)
+            packed_share = row_tile * BLOCK_M + share * SHARE + tl.arange(0, SHARE)
             row_share = (row_start + packed_share // GROUP).to(tl.int64)
             head_share = kv_head * GROUP + packed_share % GROUP
             is_row_share = packed_share // GROUP < m_rows

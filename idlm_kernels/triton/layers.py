@@ -89,7 +89,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return y
     launch(
         _silu_and_mul_kernel,
-        (num_rows, triton.cdiv(width, kBlockColumns)),
+        (num_rows * triton.cdiv(width, kBlockColumns),),
         x,
         x,
         y,
@@ -122,7 +122,7 @@ def embed(
         return y
     launch(
         _embed_kernel,
-        (num_rows, triton.cdiv(width, kBlockColumns)),
+        (num_rows * triton.cdiv(width, kBlockColumns),),
         weight,
         ids,
         weight,
@@ -184,7 +184,7 @@ def qk_norm_rope_append(
     block_half = next_power_of_2(head_dim // 2)
     launch(
         _qk_norm_rope_append_kernel,
-        (num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, kBlockHeads)),
+        (num_rows * triton.cdiv(num_heads + 2 * num_kv_heads, kBlockHeads),),
         qkv,
         qkv,
         positions,

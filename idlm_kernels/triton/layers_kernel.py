@@ -1,5 +1,7 @@
 """The kernels of rms_norm (+ residual add), silu_and_mul, embed and qk_norm_rope_append.
 
+All CTAs stand on axis x of their grids, the only one that takes more than 65,535.
+
 Each is one launch that reads its input once and writes its result once, in fp32 with one rounding at the end:
 
     rms_norm              h = x (or residual += x); out = h / sqrt(mean(h^2) + eps) * weight    one CTA per row
@@ -63,8 +65,9 @@ def _silu_and_mul_kernel(
     BLOCK_F: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = column < F
     pGate = gX + row * stride_x + column
     gate = tl.load(tl.multiple_of(pGate, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
@@ -88,8 +91,9 @@ def _embed_kernel(
     HAS_MASK_EMBEDDING: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < H
     token = tl.load(gIds + row)
     is_valid = (token >= 0) & (token < num_ids)
@@ -166,8 +170,10 @@ def _qk_norm_rope_append_kernel(
     STORE_ALIGNMENT: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    BLOCKS: tl.constexpr = (HQ + 2 * HKV + BLOCK_HEADS - 1) // BLOCK_HEADS
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    # 64 bits: strides of heads are free, and the heads of a cache may lie further apart than 32 bits count.
+    head = (tl.program_id(0) % BLOCKS * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]).to(tl.int64)
     i = tl.arange(0, BLOCK_HALF)
     inside = (head < HQ + 2 * HKV) & (i < HALF)[None, :]
     is_q = head < HQ

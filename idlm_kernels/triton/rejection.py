@@ -269,7 +269,7 @@ def _conclude_kernel(
         raw = tl.load(gLogits + row * stride_logits + id_, mask=id_ < vocab_size)
         if HAS_BIAS:
             raw = raw.to(tl.float32) + tl.load(gBias + row * stride_bias + id_, mask=id_ < vocab_size).to(tl.float32)
-        pQ = gQLogits + request * stride_q_request + j * stride_q_draft + id_
+        pQ = gQLogits + request * stride_q_request + tl.cast(j, tl.int64) * stride_q_draft + id_
         tl.store(pQ, raw.to(gQLogits.dtype.element_ty), mask=id_ < vocab_size)
 
 

@@ -157,7 +157,7 @@ def rerank_drafts(
     for j in range(num_k):
         launch(
             _state_kernel,
-            (w_tiles, triton.cdiv(batch, by_state)),
+            (w_tiles * triton.cdiv(batch, by_state),),
             logits,
             previous,
             num_drafts,
@@ -189,7 +189,7 @@ def rerank_drafts(
         )
         launch(
             _score_kernel,
-            (slices, triton.cdiv(batch, by_query)),
+            (slices * triton.cdiv(batch, by_query),),
             logits,
             num_drafts,
             state,

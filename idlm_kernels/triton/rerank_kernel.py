@@ -134,7 +134,7 @@ def _choose(
         if writes:
             tl.store(gQCut + request * stride_cut + j, tl.where(is_empty, 0.0, cut))
             tl.store(gQLogNorm + request * stride_log_norm + j, log_norm)
-            gQ = gQLogits + request * stride_q_request + j * stride_q_draft
+            gQ = gQLogits + request * stride_q_request + tl.cast(j, tl.int64) * stride_q_draft
             # A point mass where nothing can be chosen; else the finite scores: ids that fill up stand for nothing.
             id_ = tl.where(is_empty, lowest_id(mask_id), id_)
             kept = tl.where(is_empty, c == 0, x > float("-inf"))
@@ -189,14 +189,16 @@ def _state_kernel(
     BLOCK_STATE: tl.constexpr,
 ):
     """BLOCK_W entries of s_j of several requests. Every CTA chooses draft j - 1 for itself, the first one writes it."""
-    n = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    first = (tl.program_id(1) * num_served).to(tl.int64)
+    TILES: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    tile = tl.program_id(0) % TILES
+    n = tile * BLOCK_W + tl.arange(0, BLOCK_W)
+    first = (tl.program_id(0) // TILES * num_served).to(tl.int64)
     for request in range(first, tl.minimum(first + num_served, batch)):
         if tl.load(gNumDrafts + request) > 0:
             if IS_FIRST:
                 token = tl.load(gPrevious + request)
             else:
-                writes = tl.program_id(0) == 0
+                writes = tile == 0
                 token = _choose(
                     gPart,
                     gValue,
@@ -232,7 +234,7 @@ def _state_kernel(
             x = row_part + y * _inverse_rms(squares, H)
             gMine = gState + (j * batch + request) * W
             if not IS_FIRST:
-                gBefore = gMine - batch * W
+                gBefore = gMine - batch.to(tl.int64) * W
                 x += _product(gFromState, gBefore, n, stride_from_state, W, W, BLOCK_W, BLOCK_STATE)[0]
             tl.store(gMine + n, silu_times(x, 1.0), mask=n < W)
 
@@ -257,9 +259,11 @@ def _score_kernel(
     BLOCK_STATE: tl.constexpr,
 ):
     """BLOCK_H entries of the query u = Q s_j of several requests, and what they add to the scores of the candidates."""
-    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    slice_ = tl.program_id(0) % SLICES
+    h = slice_ * BLOCK_H + tl.arange(0, BLOCK_H)
     c = tl.arange(0, kCandidates)
-    first = (tl.program_id(1) * num_served).to(tl.int64)
+    first = (tl.program_id(0) // SLICES * num_served).to(tl.int64)
     for request in range(first, tl.minimum(first + num_served, batch)):
         if tl.load(gNumDrafts + request) > 0:
             id_ = tl.load(gId + (request * num_k + j) * kCandidates + c).to(tl.int64)
@@ -268,7 +272,7 @@ def _score_kernel(
             gX = gState + (j * batch + request) * W
             query, _ = _product(gToQuery, gX, h, stride_to_query, H, W, BLOCK_H, BLOCK_STATE)
             part = tl.sum(direction * query[None, :], axis=1)
-            place = request * tl.num_programs(0) + tl.program_id(0)
+            place = request * SLICES + slice_
             tl.store(gPart + place * kCandidates + c, part)
 
 

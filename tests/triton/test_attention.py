@@ -207,14 +207,17 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_tiles_are_for_prefill_of_a_full_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = []
-    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *_, **meta: grids.append((grid[0], meta["BLOCK_M"])))
+    launches = []
+    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *_, **meta: launches.append((grid, meta["BLOCK_M"])))
+    found = []
     for rows, batch, kv_heads in ((16, 64, 8), (17, 64, 8), (320, 1, 8), (256, 1, 8), (320, 1, 2)):
         q = torch.empty(batch * rows, 4 * kv_heads, 128, dtype=torch.bfloat16)
         cache = torch.empty(1, 16, kv_heads, 128, dtype=torch.bfloat16)
         zeros = torch.zeros(batch + 1, dtype=torch.int32)
         attention.strided_attention(q, cache, cache, zeros[:-1, None], zeros[:-1], zeros, max_query_len=rows)
-    assert grids == [(1, 64), (1, 128), (10, 128), (16, 64), (20, 64)]
+        grid, block_m = launches.pop()
+        found.append((grid[0] // ((batch + 1) * kv_heads), block_m))
+    assert found == [(1, 64), (1, 128), (10, 128), (16, 64), (20, 64)]
 
 
 def check_meeting(module: ModuleType, is_together: bool) -> None:
@@ -379,7 +382,7 @@ def test_every_row_count_runs_the_same_matrix_instructions(
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_no_spills(head_dim: int, softgpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_spills_where_it_counts(head_dim: int, softgpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the forms that the budget's cases do not have. Other compilers than the budget's may spill a little."""
     with recorded_launches(softgpu) as launches:
         for target, least in ((SPLIT, 10**9), (TOGETHER, 10**9), (TOGETHER, 1)):
@@ -387,8 +390,13 @@ def test_no_spills(head_dim: int, softgpu: ModuleType, monkeypatch: pytest.Monke
             monkeypatch.setattr(attention, "kMinLargeCtas", least)
             Problem((300,), (40,), (4, 1), head_dim, window=20).run(attention.strided_attention)
         Problem((300,), (40,), (4, 1), head_dim, tail="random").run(attention.strided_attention)
-    allowed = 0 if triton.__version__ == json.loads(counters.BUDGET.read_text())["triton"] else 128
-    assert max(resources(launch.ptx).spill_bytes for launch in launches) <= allowed
+    found = [resources(launch.ptx) for launch in launches]
+    assert all(used.spills_in_loops == 0 for used in found)
+    # Once per CTA, around the loops: some registers of the forms that are short of them.
+    allowed = {64: 0, 128: 64, 256: 256}[head_dim]
+    if triton.__version__ != json.loads(counters.BUDGET.read_text())["triton"]:
+        allowed += 128
+    assert max(used.spill_bytes for used in found) <= allowed
 
 
 @pytest.mark.compiled
@@ -440,7 +448,22 @@ def check_all_meet(module: ModuleType) -> None:
     check_meeting(module, is_together=True)
 
 
+def check_spoilt(module: ModuleType) -> None:
+    for problem in (Problem((270, 40), (9, 3)), Problem((270, 40), (9, 3), window=11)):
+        check_unseen(module, problem, TOGETHER, problem.caches())
+
+
 MUTANTS = {
+    "a row alone reads the slots after it": (
+        check_spoilt,
+        "            end = first_of_step + only + 1\n",
+        "            end = end + 0\n",
+    ),
+    "a row alone reads what is older than its window": (
+        check_spoilt,
+        "            low = first_of_step + only - WINDOW\n",
+        "            low = low + 0\n",
+    ),
     "causal edge off by one": (
         check,
         "visible = step_slot <= i[:, None]",
@@ -512,8 +535,8 @@ MUTANTS = {
     ),
     "large tiles half a tile apart": (
         check_large_tiles,
-        "packed = tl.program_id(0) * BLOCK_M +",
-        "packed = tl.program_id(0) * 64 +",
+        "packed = row_tile * BLOCK_M +",
+        "packed = row_tile * 64 +",
     ),
     "a share of rows is left out": (
         check,
@@ -538,10 +561,56 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     assert caught(check_, mutant(attention, old, new, tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="0 * NaN in the product with V: no selection yet (design section 4)")
-def test_a_value_that_a_row_does_not_see_never_reaches_it(softgpu) -> None:
-    q, k, v = torch.randn(2, 1, 64), torch.randn(2, 4, 1, 64), torch.randn(2, 4, 1, 64)
-    table, lengths, start = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1]], [5], [0, 2]))
-    v[1, 0] = float("inf")  # the second row's own slot
-    out = attention.strided_attention(q, k, v, table, lengths, start, max_query_len=2)
-    assert out[0].isfinite().all()
+# Values that are not finite
+
+
+def check_unseen(module: ModuleType, problem: Problem, target: int, caches: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Rows that do not see a spoilt slot keep their bits; the others are not finite where the reference's are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "kTargetCtas", target)
+        clean, clean_lse = problem.run(module.strided_attention, caches)
+        k, v, table = caches
+        length, m = problem.lengths[0], problem.rows[0]
+        tail = None if problem.tail is None else problem.tail[None, :m]
+        visible = visible_slots(torch.tensor([m]), torch.tensor([length]), m, length, tail, problem.window)[0]
+        for slot, value in ((length - m + 1, math.inf), (length - 2, math.nan), (length - m - 4, -math.inf)):
+            v2, k2 = v.clone(), k.clone()
+            page, offset = int(table[0, slot // problem.page_size]), slot % problem.page_size
+            v2[page, offset, 0, 3::5], k2[page, offset, 0] = value, value
+            got, lse = problem.run(module.strided_attention, (k2, v2, table))
+            hidden = ~visible[:, slot]
+            assert hidden.any() or slot < length - m
+            assert same_bits(got[:m][hidden], clean[:m][hidden]) and same_bits(lse[:m][hidden], clean_lse[:m][hidden])
+            assert same_bits(got[m:], clean[m:]), "other requests"
+            seen, _ = problem.run(module.strided_attention, (k, v2, table))
+            wanted, _ = problem.run(python_ref.strided_attention, (k, v2, table))
+            assert torch.equal(seen.isfinite(), wanted.isfinite())
+            alone = rows_of(problem, 0, slice(m - 1, m), length)
+            if problem.tail is None:
+                assert same_bits(alone.run(module.strided_attention, (k, v2, table))[0][:1], seen[m - 1 : m])
+
+
+def unseen_problems() -> dict[str, Problem]:
+    return {
+        "causal": Problem((270, 40), (9, 3)),
+        "causal, several tiles": Problem((270,), (40,), heads=(4, 1), head_dim=128),
+        "branched": Problem((270, 20), (16, 4), heads=(4, 1), head_dim=128, tail="branched"),
+        "window": Problem((270, 40), (9, 3), window=11),
+        "wide": Problem((270, 40), (9, 3), heads=(2, 1), head_dim=256),
+        "fp32": Problem((270, 40), (9, 3), dtype=torch.float32, heads=(2, 1)),
+    }
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+@pytest.mark.parametrize("name", unseen_problems())
+def test_a_value_that_a_row_does_not_see_never_reaches_it(name: str, target: int) -> None:
+    problem = unseen_problems()[name]
+    check_unseen(attention, problem, target, problem.caches())
+
+
+@pytest.mark.compiled
+def test_a_value_that_a_row_of_a_large_tile_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kMinLargeCtas", 1)
+    problem = Problem((290,), (60,), (4, 1))
+    check_unseen(attention, problem, TOGETHER, problem.caches())
