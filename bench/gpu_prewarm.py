@@ -1,6 +1,6 @@
 """Fill Triton's cache for sm_90 without touching a GPU: every kernel variant that the GPU day launches.
 
-    python gpu_prewarm.py [--parts selfcheck,report,decode,tiny,rows] [--claims DIR] [--launchers] [--list]
+    python -m bench.gpu_prewarm [--parts selfcheck,report,decode,tiny,rows] [--claims DIR] [--launchers] [--list]
 
 Runs the very calls of the self-checks, of bench.gpu_report and of the decodes on CPU tensors that hold no data (their
 memory is never touched), with a launch that compiles and does not run. Several of these side by side share the work:
@@ -20,25 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.getcwd())
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # this process compiles; it shall not open a context on the card
-
-try:
-    import gguf
-except ImportError:  # not on the device machine; of the model code only GGUF files need it
-    import types
-
-    gguf = types.ModuleType("gguf")
-    for name, members in (
-        ("constants", ("GGML_QUANT_SIZES", "GGMLQuantizationType", "TokenType")),
-        ("quants", ("dequantize",)),
-    ):
-        module = types.ModuleType(f"gguf.{name}")
-        for member in members:
-            setattr(module, member, type(member, (), {"__getattr__": lambda self, key: 0})())
-        sys.modules[f"gguf.{name}"] = module
-        setattr(gguf, name, module)
-    sys.modules["gguf"] = gguf
 
 import torch
 import triton
@@ -311,7 +293,7 @@ def decode() -> None:
 
 def tiny() -> None:
     """The tiny models of gpu_checks.py."""
-    import gpu_checks
+    from bench import gpu_checks
 
     for config, rank in gpu_checks.TINY:
         decodes(config, (rank,), ((3, 40, gpu_checks.TINY_TOKENS),), ())
@@ -319,7 +301,7 @@ def tiny() -> None:
 
 def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
     import idlm_kernels
-    from bench import gpu_report
+    from bench import gpu_parts
     from bench.gpu_cases import PAGE_SIZE
     from idlm_kernels.generate import EngineOptions, Generator, SamplingParams
 
@@ -330,7 +312,7 @@ def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
             for batch, prompt, tokens in batches:
                 prompts = [[(i * j) % config.vocab_size for j in range(prompt)] for i in range(1, batch + 1)]
                 params = SamplingParams(max_tokens=min(tokens, 9), temperature=0.9, seed=1, ignore_eos=True)
-                for plan, stride in gpu_report.PLANS:
+                for plan, stride in gpu_parts.PLANS:
                     attempt(
                         f"decode rank={rank} {plan}",
                         lambda plan=plan, stride=stride: results(
@@ -339,9 +321,9 @@ def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
                     )
             for batch, context in contexts:
                 options = EngineOptions(
-                    max_batch=batch, max_len=context + 256, page_size=PAGE_SIZE, synthetic_acceptance=0.8
+                    max_batch=batch, max_len=context + 2 * gpu_parts.Setting.tokens, page_size=PAGE_SIZE
                 )
-                for plan, stride in gpu_report.PLANS:
+                for plan, stride in gpu_parts.PLANS:
 
                     def run(plan: Any = plan, stride: int = stride, options: Any = options, batch: int = batch) -> None:
                         engine = ENGINE(generator.model, None, generator.policy(plan, stride), "match", options)
@@ -364,7 +346,7 @@ def results(found: Any, tokens: int) -> None:
 
 def rows() -> None:
     """The row-invariance checks of gpu_checks.py."""
-    import gpu_checks
+    from bench import gpu_checks
 
     gpu_checks.normal = lambda device, *shape, scale=1.0: nothing(*shape)
     gpu_checks.same = lambda *a: True
@@ -395,7 +377,6 @@ def main() -> int:
     ARGS = parser.parse_args()
     if ARGS.claims:
         ARGS.claims.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     prepare()
     start = time.perf_counter()

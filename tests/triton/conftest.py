@@ -21,6 +21,8 @@ if importlib.util.find_spec("triton") is None:  # it exists for Linux only
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs the compiled kernel, the interpreter will not do")
+    config.addinivalue_line("markers", "emulator: looks at the emulator itself, or needs no GPU; left out on one")
+    config.addinivalue_line("markers", "planted: kernels with planted faults, which may hang a GPU; left out on one")
 
 
 @pytest.fixture(autouse=True)
