@@ -20,7 +20,7 @@ from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
 from idlm_kernels.triton import attention, gemm, layers, sampling
-from tests.triton.support import judge, same_bits
+from tests.triton.support import DEVICE, judge, same_bits
 from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
 from tests.triton.test_attention import check as check_attention
 from tests.triton.test_end_to_end import recorded_rows
@@ -274,7 +274,7 @@ def one_layer(model: Model, intermediate_size: int, vocab_size: int) -> Transfor
         vocab_size=vocab_size,
         qk_norm=model.qk_norm,
     )
-    transformer = Transformer(RandomCheckpoint(config), dtype=torch.bfloat16)
+    transformer = Transformer(RandomCheckpoint(config, device=DEVICE), device=DEVICE, dtype=torch.bfloat16)
     transformer.dtype = torch.bfloat16
     layer = transformer.layers[0]
     layer.attention_norm, layer.mlp_norm = layer.attention_norm.bfloat16(), layer.mlp_norm.bfloat16()
