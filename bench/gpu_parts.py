@@ -21,7 +21,7 @@ from torch import Tensor
 
 import idlm_kernels
 from bench.gpu_cases import PAGE_SIZE, RANK, Call, Case, cases
-from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams, engine
+from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams, StepPlan, engine
 from idlm_kernels.generate.step import StepOutcome
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
@@ -216,15 +216,6 @@ def check_decoding(generator: Generator, name: str, prompts: list[list[int]], to
             yield {"kind": "exactness", "what": f"{name}, {what}, T={temperature}, {tokens} tokens", "verdict": word}
 
 
-def tokens_per_forward(plan: str, stride: int, p: float) -> float:
-    """In the steady state at acceptance p (design section 3)."""
-    if plan == "ar":
-        return 1.0
-    if plan == "branched":
-        return (1 - p**stride) / (1 - p)
-    return (2 + sum(p**i for i in range(1, stride - 1))) / (2 - p ** (stride - 1))
-
-
 def step_figure(
     generator: Generator, setting: Setting, names: Finding, batch: int, context: int, plan: Any, stride: int
 ) -> Finding:
@@ -271,7 +262,7 @@ def step_figure(
         "step_ms": seconds / steps * 1e3,
         "floor_ms": floor * 1e3,
         "share": floor * steps / seconds,
-        "tokens_per_second": batch * tokens_per_forward(plan, stride, ACCEPTANCE) * steps / seconds,
+        "tokens_per_second": batch * StepPlan(plan, stride).expected_tpf(ACCEPTANCE) * steps / seconds,
     }
 
 
