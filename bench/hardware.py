@@ -133,8 +133,8 @@ def readme_paragraph(runs: list[Run]) -> str:
     if not runs:
         return (
             "Not yet run on hardware: anything on a GPU, be it the `torch` backend on CUDA tensors, a Triton or CUDA\n"
-            "kernel, the recording of steps as CUDA graphs, or the clock of `make gpu-report`. No speed, and no result\n"
-            f"of a real tensor core, is claimed. {REST}"
+            "kernel, the recording of steps as CUDA graphs, or the clock of `make gpu-report`. No speed, and no\n"
+            f"result of a real tensor core, is claimed. {REST}"
         )
     missing = [
         words
