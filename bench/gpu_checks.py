@@ -40,6 +40,8 @@ LAYERS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
 )
 COUNTS = (1, 2, 7, 8, 16, 56, 63, 64, 65, 128, 130)  # rows of a call, compared with the same rows among 512
 CONTEXTS = (1, 37, 255, 256, 257, 1023, 4096, 20000)
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN, VOCAB = 4096, 151_936
 
 
 def normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -126,7 +128,7 @@ def attention_rows(device: torch.device) -> Found:
     import idlm_kernels
     import python_ref
 
-    heads, kv_heads, dim = 32, 8, 128
+    heads, kv_heads, dim = HEADS, KV_HEADS, HEAD_DIM
     for context in CONTEXTS:
         slots = context + 512
         q = normal(device, 512, heads, dim)
@@ -190,7 +192,7 @@ def other_rows(device: torch.device) -> Found:
     """Norms, rotary, activation and sampling: a row alone and among others."""
     import idlm_kernels
 
-    x, weight, residual = normal(device, 512, 4096), normal(device, 4096), normal(device, 512, 4096)
+    x, weight, residual = normal(device, 512, HIDDEN), normal(device, HIDDEN), normal(device, 512, HIDDEN)
     whole, summed = idlm_kernels.rms_norm(x, weight, 1e-6), residual.clone()
     added = idlm_kernels.rms_norm(x, weight, 1e-6, residual=summed)
     for rows in (slice(0, 1), slice(3, 10), slice(100, 116), slice(448, 512)):
@@ -198,12 +200,13 @@ def other_rows(device: torch.device) -> Found:
         pairs = [(idlm_kernels.rms_norm(x[rows], weight, 1e-6), whole[rows])]
         pairs += [(idlm_kernels.rms_norm(x[rows], weight, 1e-6, residual=own), added[rows]), (own, summed[rows])]
         yield judged(f"rms_norm: rows {rows.start} to {rows.stop}", *pairs)
-    qkv, table = normal(device, 64, 48 * 128), torch.randn(4096, 128, device=device)
-    weights = {"q_weight": normal(device, 128), "k_weight": normal(device, 128)}
+    heads, kv_heads, dim = HEADS, KV_HEADS, HEAD_DIM
+    qkv, table = normal(device, 64, (heads + 2 * kv_heads) * dim), torch.randn(4096, dim, device=device)
+    weights = {"q_weight": normal(device, dim), "k_weight": normal(device, dim)}
     where = torch.arange(64, device=device)
 
     def rope(rows: slice) -> tuple[Tensor, ...]:
-        k, v = (torch.zeros(2, 64, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.zeros(2, 64, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
         y = idlm_kernels.qk_norm_rope_append(qkv[rows], where[rows] + 9, table, where[rows], k, v, **weights)
         return y, k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
 
@@ -213,13 +216,13 @@ def other_rows(device: torch.device) -> Found:
             f"qk_norm_rope_append: rows {rows.start} to {rows.stop}",
             *zip(rope(rows), (t[rows] for t in among), strict=True),
         )
-    logits = normal(device, 64, 151_936, scale=3.0)
+    logits = normal(device, 64, VOCAB, scale=3.0)
     i = torch.arange(64, device=device)
     each = ((i % 4) * 0.4, (i % 3).to(torch.int32) * 20, 1.0 - 0.1 * (i % 2), 0.02 * (i % 5 == 0), i * 977)
     each = tuple(t.float() if t.is_floating_point() else t for t in each)
-    ids = idlm_kernels.sample_rows(logits, i + 100, *each, 151_936, -1)
+    ids = idlm_kernels.sample_rows(logits, i + 100, *each, VOCAB, -1)
     for rows in (slice(0, 1), slice(7, 14), slice(48, 64)):
-        alone = idlm_kernels.sample_rows(logits[rows], i[rows] + 100, *(t[rows] for t in each), 151_936, -1)
+        alone = idlm_kernels.sample_rows(logits[rows], i[rows] + 100, *(t[rows] for t in each), VOCAB, -1)
         yield f"sample_rows: rows {rows.start} to {rows.stop}", "ok" if torch.equal(alone, ids[rows]) else "ids differ"
 
 
@@ -235,11 +238,11 @@ def family_rows(device: torch.device, family: str) -> Found:
         yield from layer_rows(device, family)
 
 
-def invariance(device: torch.device, backend: str) -> Found:
+def backend_rows(device: torch.device, backend: str, *families: str) -> Found:
     import idlm_kernels
 
-    with idlm_kernels.use_backend(backend):
-        for family in FAMILIES:
+    with idlm_kernels.use_backend(backend), torch.inference_mode():
+        for family in families or FAMILIES:
             yield from family_rows(device, family)
 
 
@@ -408,24 +411,34 @@ def tell_compilations() -> None:
 
 
 def one(what: str, *rest: str) -> int:
-    count_compilations()
+    """A piece on the GPU, in this process."""
     if not torch.cuda.is_available():
         print("VERDICT: torch sees no CUDA device here")
         return 3
-    device = torch.device("cuda", 0)
-    run = {"facts": facts, "selfcheck": selfcheck, "tiny": tiny_decodes, "rows": None}[what]
-    if what == "rows":
-        import idlm_kernels
+    count_compilations()
+    code = told(found_by(what, torch.device("cuda", 0), *rest), torch.cuda.synchronize)
+    tell_compilations()
+    return code
 
-        def run(device: torch.device, backend: str, family: str) -> Found:
-            with idlm_kernels.use_backend(backend), torch.inference_mode():
-                yield from family_rows(device, family)
 
+def found_by(what: str, device: torch.device, *rest: str) -> Found:
+    """What a piece finds, and at its end whether the kernels that it loaded spill."""
+    run = {"facts": facts, "selfcheck": selfcheck, "tiny": tiny_decodes, "rows": backend_rows}[what]
+    yield from run(device, *rest)  # type: ignore[operator]
+    if what != "facts":
+        from idlm_kernels.triton import spills
+
+        words = spills()
+        yield "registers", "ok" if not words else f"kernels spill, in words per thread: {words}"
+
+
+def told(findings: Found, synchronize: Any) -> int:
+    """Print what is wrong and a verdict; the exit status."""
     good = 0
     bad: list[str] = []
     try:
-        for name, verdict in run(device, *rest):  # type: ignore[misc]
-            torch.cuda.synchronize()
+        for name, verdict in findings:
+            synchronize()
             if verdict == "ok":
                 good += 1
             else:
@@ -434,7 +447,6 @@ def one(what: str, *rest: str) -> int:
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         bad.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    tell_compilations()
     print(
         f"VERDICT: ok, {good} checks"
         if not bad

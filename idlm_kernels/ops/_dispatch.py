@@ -187,6 +187,9 @@ def verdict(backend: Backend, op: str, model: str, device: torch.device) -> str 
             where = ", ".join(f"{name} {version}" for name, version in versions(device).items())
             _verdicts[key] = reason = self_check.self_check(backend.load(), op, device)
             logger.info("self-check of %s of backend %s: %s (%s)", op, backend.name, reason or "ok", where)
+            # A kernel that this compiler made spill is right, and slow.
+            for kernel, words in getattr(backend.load(), "spills", dict)().items():
+                logger.warning("%s of %s spills %d registers per thread (%s)", kernel, backend.name, words, where)
         return _verdicts[key]
 
 
