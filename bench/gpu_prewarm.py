@@ -23,42 +23,15 @@ from typing import Any
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # this process compiles; it shall not open a context on the card
 
 import torch
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
+
+from idlm_kernels.triton import warm
+from idlm_kernels.triton.warm import gpu_target, use_dry_launches
 
 ARGS: argparse.Namespace
 COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "seconds": 0.0, "launchers": 0, "launcher_seconds": 0.0}
 SEEN: dict[str, str] = {}
 SLOW: list[tuple[float, str]] = []
-
-
-class CompileOnly:
-    """A Triton driver for a GPU that is not there: names the target, loads and launches nothing."""
-
-    def __init__(self) -> None:
-        self.get_current_device = lambda: 0
-        self.set_current_device = lambda d: None
-        self.get_current_stream = lambda d=0: 0
-        self.get_device_capability = lambda d=0: (9, 0)
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        from triton.backends.nvidia.driver import ty_to_cpp
-
-        return ty_to_cpp(ty)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
 
 
 def claimed(**kwargs: Any) -> bool:
@@ -68,14 +41,10 @@ def claimed(**kwargs: Any) -> bool:
     SEEN[key] = kwargs["fn"].name
     if ARGS.list:
         return True
-    if ARGS.claims is None:
+    if ARGS.claims is None or warm.claimed(ARGS.claims, key):
         return False
-    try:
-        os.close(os.open(ARGS.claims / key, os.O_CREAT | os.O_EXCL))
-        return False
-    except FileExistsError:
-        COUNT["skipped"] += 1
-        return True
+    COUNT["skipped"] += 1
+    return True
 
 
 def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
@@ -120,30 +89,10 @@ def build_launcher(src: Any, metadata: Any) -> None:
     COUNT["launcher_seconds"] += time.perf_counter() - start
 
 
-def launch(kernel: Any, grid: Any, like: Any, *args: Any, **meta: Any) -> None:
-    start = time.perf_counter()
-    kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=False)
-    COUNT["seconds"] += time.perf_counter() - start
-
-
 def prepare() -> None:
-    triton.runtime.driver.set_active(CompileOnly())
     knobs.runtime.jit_cache_hook = claimed
     knobs.compilation.listener = compiled
-    import dataclasses
-
-    import idlm_kernels.triton as backend
-    from idlm_kernels.ops import _dispatch
-    from idlm_kernels.triton import common
-
-    common.launch = launch
-    for name, module in list(sys.modules.items()):
-        if name.startswith("idlm_kernels.triton.") and hasattr(module, "launch"):
-            module.launch = launch
-    assert backend.linear.__globals__["launch"] is launch
-    _dispatch._backends["triton"] = dataclasses.replace(
-        _dispatch._backends["triton"], device_types=("cuda", "cpu"), automatic=False
-    )
+    use_dry_launches(gpu_target("cuda:90"))
 
 
 CPU = torch.device("cpu")
