@@ -40,6 +40,42 @@ def test_the_phases_that_are_named_are_the_ones_that_run(tmp_path: Path) -> None
     assert len((tmp_path / "verdicts.txt").read_text().splitlines()) == 2
 
 
+# Stands for the Python of a machine with a GPU: tells what it was asked to do, and what it is said to have found.
+PYTHON_THERE = """#!/bin/sh
+echo "$*" | head -n 1 >> "$CALLS"
+case "$*" in
+  *"assert torch.cuda"*) exit 0 ;;  # it has a GPU, so there is no reason against it
+  *"bench.gpu_checks rows"*) echo "VERDICT: $ROWS"; case "$ROWS" in ok*) exit 0 ;; esac; exit 1 ;;
+  *"bench.gpu_checks tiny"*) echo "no verdict, for it died"; exit $TINY ;;
+  *native.load*) echo "VERDICT: ok, it loads"; exit 0 ;;
+  *) echo "VERDICT: ok"; exit 0 ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the script is one for bash")
+@pytest.mark.parametrize("rows, tiny, status", [("ok, 7", "0", 0), ("2 of 7 wrong", "0", 1), ("ok, 7", "139", 1)])
+def test_a_phase_that_fails_stops_nothing_and_is_told(tmp_path: Path, rows: str, tiny: str, status: int) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(PYTHON_THERE)
+    stub.chmod(0o755)
+    settings = {"PYTHON": str(stub), "CALLS": str(tmp_path / "calls"), "ROWS": rows, "TINY": tiny}
+    settings |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    names = [name for name in PHASES if name != "sanitizer"]  # which wants a program of its own
+    done = gpu_day(tmp_path / "out", *names, **settings)
+    assert done.returncode == status, done.stdout + done.stderr
+    verdicts = (tmp_path / "out" / "verdicts.txt").read_text()
+    found = dict(re.findall(r"\] (\w+) \(\d+ s, (status \d+: .*)", verdicts.replace("): ", ": ")))
+    assert list(found) == names
+    assert found["rows"] == f"status {int(rows != 'ok, 7')}: {rows}" and found["kernels"] == "status 0: ok"
+    assert found["tiny"] == f"status {tiny}: no verdict; its last line: no verdict, for it died"
+    assert (tmp_path / "out" / "logs.tgz").is_file()
+    calls = (tmp_path / "calls").read_text()
+    assert f"-m bench.hardware keep {tmp_path / 'out'}" in calls.splitlines()[-1]
+    for module in set(re.findall(r"-m (bench\.\w+)", calls)):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
 @pytest.mark.skipif(shutil.which("make") is None or shutil.which("bash") is None, reason="about make and bash")
 def test_make_tells_the_status_of_the_script(tmp_path: Path) -> None:
     """Make itself has no status but 2 for a recipe that fails, so it has to be read there."""
