@@ -5,7 +5,7 @@
 Writes OUTPUT.md, a page to read, and OUTPUT.json, every figure of it; both anew after every figure. In this order, each
 part in a process of its own, which is ended where it gives no answer in time, and begun again behind the piece that
 failed; what the minutes do not suffice for is named:
-1. `bandwidth`, always: a copy of 2 GB, bytes read and written over time;
+1. `bandwidth`, always, by the first process: a copy of 2 GB, bytes read and written over time;
 2. `checks`: the self-check of every kernel, values and bits against the references (what `idlm doctor` runs);
 3. `decoding`, and `adapter` with one of rank 128: Qwen3-8B with random weights, by the Triton kernels and by what
    `auto` takes: strided decoding against AR, token for token, sampled and greedy, recorded and eager; and the time of a
@@ -40,6 +40,8 @@ PEERS = Path(__file__).parent / "peers_h100_sxm.csv"
 ORDER = ("bandwidth", "checks", "decoding", "adapter", "kernels")
 MARK = "FOUND "  # before a finding, on the standard output of a process that measures
 PIECE_SECONDS = 75.0  # without a word: kernels compile, 16 GB of weights are drawn; a kernel that hangs says nothing
+
+Emit = Callable[[dict[str, Any]], None]
 
 
 class Report:
@@ -80,7 +82,7 @@ class Report:
 # A process that measures
 
 
-def run_pieces(pieces: Any, emit: Callable[[dict[str, Any]], None], skip: int = 0, synchronize: Any = None) -> None:
+def run_pieces(pieces: Any, emit: Emit, skip: int = 0, synchronize: Callable[[], None] | None = None) -> None:
     """Run the pieces after the first `skip`; what they find goes to `emit`. A fault of one piece leaves the others
     alone, unless the device keeps the error: then `synchronize` raises it, and this process is done."""
     for index, (name, run) in enumerate(pieces):
@@ -96,7 +98,6 @@ def run_pieces(pieces: Any, emit: Callable[[dict[str, Any]], None], skip: int = 
             emit({"kind": "left out", "what": f"{name}: {type(error).__name__}: {words}"})
             if synchronize is not None:
                 synchronize()
-    emit({"kind": "end"})
 
 
 def measure_part(part: str, skip: int, bandwidth: float, peers: Path) -> None:
@@ -124,8 +125,25 @@ def measure_part(part: str, skip: int, bandwidth: float, peers: Path) -> None:
         l2_bytes=card.L2_cache_size,
     )
     with torch.inference_mode():
-        pieces = gpu_parts.PARTS[part](setting)
-        run_pieces(pieces, emit, skip, lambda: torch.cuda.synchronize(device))
+        measure_pieces(setting, part, emit, skip, lambda: torch.cuda.synchronize(device))
+
+
+def measure_pieces(setting: Any, part: str, emit: Emit, skip: int, synchronize: Callable[[], None]) -> None:
+    """The pieces of a part, and before them the bandwidth, where it is not known yet."""
+    from bench import gpu_parts
+
+    def noting(found: dict[str, Any]) -> None:
+        if found["kind"] == "bandwidth":
+            setting.bandwidth = found["bytes_per_second"]
+        emit(found)
+
+    if not setting.bandwidth:
+        run_pieces(gpu_parts.bandwidth_pieces(setting), noting, synchronize=synchronize)
+    if not setting.bandwidth:
+        emit({"kind": "left out", "what": f"{part}: no bandwidth to compare with"})
+    elif part != "bandwidth":
+        run_pieces(gpu_parts.PARTS[part](setting), emit, skip, synchronize)
+    emit({"kind": "end"})
 
 
 # The process that collects
@@ -154,10 +172,6 @@ def collect(
             skip = _one_process(command(part, skip, report.bandwidth), part, report, stop, save, piece_seconds)
             print(f"{part}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         save()
-        if part == "bandwidth" and not report.bandwidth:
-            report.left_out += [f"{other}: no bandwidth to compare with" for other in parts[1:]]
-            save()
-            return
 
 
 def _one_process(
@@ -174,7 +188,7 @@ def _one_process(
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    name, index = part, -1
+    name, index = part, -1  # of the piece that is running; the bandwidth is none of those that can be skipped
     while True:
         wait = min(piece_seconds, stop - time.monotonic())
         try:
@@ -196,7 +210,7 @@ def _one_process(
             continue
         found = json.loads(line[len(MARK) :])
         if found["kind"] == "begin":
-            name, index = found["name"], found["index"]
+            name, index = found["name"], -1 if found["name"] == "bandwidth" else found["index"]
         elif found["kind"] == "end":
             process.wait()
             return None
@@ -293,7 +307,7 @@ def main() -> None:
         how = ["--measure", part, str(skip), str(bandwidth), "--peers", str(arguments.peers)]
         return [sys.executable, "-X", "faulthandler", "-m", "bench.gpu_report", *how]
 
-    parts = [part for part in ORDER if part in (*arguments.parts.split(","), "bandwidth")]
+    parts = [part for part in ORDER[1:] if part in arguments.parts.split(",")] or ["bandwidth"]
     collect(command, report, parts, seconds, lambda: report.save(arguments.output))
     print(page(report))
     print(f"wrote {arguments.output}.md and .json", file=sys.stderr)

@@ -96,10 +96,27 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "5.0 (someone) | 2.00 |" in text and "its N=96 scaled by bytes" in text
 
 
-def test_what_fits_the_l2_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_case(config: ModelConfig, device: torch.device) -> Iterator[Case]:
-        yield next(gpu_cases.linear_cases(config, device, 1))
+def one_case(config: ModelConfig, device: torch.device) -> Iterator[Case]:
+    yield next(gpu_cases.linear_cases(config, device, 1))
 
+
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({"bandwidth": 0.0}, "begin, bandwidth, begin, figure, end"),
+        ({"bandwidth": 1e9}, "begin, figure, end"),
+        ({"bandwidth": 0.0, "timer": lambda calls: 1 / 0}, "begin, left out, left out, end"),
+    ],
+    ids=["first", "second", "without an answer"],
+)
+def test_the_first_process_measures_the_bandwidth(changes: dict[str, Any], wanted: str) -> None:
+    found: list[str] = []
+    arguments = setting(cases=one_case, **changes)
+    gpu_report.measure_pieces(arguments, "kernels", lambda x: found.append(x["kind"]), 0, lambda: None)
+    assert ", ".join(found) == wanted
+
+
+def test_what_fits_the_l2_is_marked() -> None:
     size = 64 * 2 * 512 * 64  # of 64 calls
     for l2_bytes, marked in ((size, True), (size - 1, False)):
         report = report_of("kernels", cases=one_case, l2_bytes=l2_bytes)
@@ -200,9 +217,9 @@ def test_bits_that_depend_on_other_rows_are_wrong(monkeypatch: pytest.MonkeyPatc
 
 CHILD = """
 import json, os, sys, time
-part, skip = sys.argv[1], int(sys.argv[2])
+part, skip, bandwidth = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 def say(**found): print("FOUND " + json.dumps(found), flush=True)
-if part == "bandwidth":
+if not bandwidth:
     say(kind="begin", index=0, name="bandwidth"); say(kind="bandwidth", bytes_per_second=1e12)
 for index, name in enumerate(("good", "hangs", "dies", "last") if part == "checks" else ()):
     if index < skip: continue
@@ -229,7 +246,7 @@ def collected(tmp_path: Path, seconds: float, parts: list[str]) -> tuple[Report,
 
 
 def test_a_piece_that_hangs_or_dies_takes_nothing_else_along(tmp_path: Path) -> None:
-    report, pages = collected(tmp_path, 50.0, ["bandwidth", "checks"])
+    report, pages = collected(tmp_path, 50.0, ["checks", "kernels"])
     assert [op for _, op, _ in report.checks] == ["good", "last"] and report.bandwidth == 1e12
     assert report.left_out == [
         "hangs: no answer for 3 s, a kernel that waits for ever?",
@@ -240,7 +257,7 @@ def test_a_piece_that_hangs_or_dies_takes_nothing_else_along(tmp_path: Path) -> 
 
 
 def test_what_the_minutes_do_not_suffice_for_is_named(tmp_path: Path) -> None:
-    report, _ = collected(tmp_path, 2.0, ["bandwidth", "checks", "kernels"])
+    report, _ = collected(tmp_path, 2.0, ["checks", "kernels"])
     assert report.left_out == ["hangs, and what comes after it: no time was left", "kernels: no time was left"]
-    report, _ = collected(tmp_path, 0.0, ["bandwidth"])
-    assert report.left_out == ["bandwidth: no time was left"]
+    report, _ = collected(tmp_path, 0.0, ["kernels"])
+    assert report.left_out == ["kernels: no time was left"]
