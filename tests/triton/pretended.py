@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 CARD = torch.device("cpu", 0)
 MIXED = {"__getitem__", "__setitem__", "copy_", "index", "to"}  # take tensors of both places
-TO_CPU = {"cpu", "numpy", "tolist", "item"}
+TO_CPU = {"cpu", "tolist", "item"}
 DEVICE_OF = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 
 
@@ -49,6 +49,8 @@ class PretendedCard(TorchFunctionMode):
             if generator is not None and there != (generator in _generators):
                 raise RuntimeError(f"{name}: the generator is not on the device of the tensor")
             return _marked(function(*args, **kwargs), there)
+        if name in ("numpy", "__array__") and on_card(args[0]):
+            raise RuntimeError(f"{name}: a tensor on the card, not on the CPU")
         if name not in MIXED:
             there_too = [on_card(x) for x in given if x.dim() > 0]
             if any(there_too) and not all(there_too):

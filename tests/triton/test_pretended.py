@@ -40,7 +40,8 @@ def test_what_a_gpu_refuses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             and on_card(y.to(x.device))
             and on_card(x[torch.tensor([0], device="cpu")])
         )
-        for wrong in (lambda: x + y, lambda: torch.cat([x, y]), lambda: y[x.long()], lambda: torch.equal(x, y)):
+        mixed = (lambda: x + y, lambda: torch.cat([x, y]), lambda: y[x.long()], lambda: torch.equal(x, y))
+        for wrong in (*mixed, lambda: x.numpy()):
             with pytest.raises(RuntimeError, match="on the CPU"):
                 wrong()
         with pytest.raises(RuntimeError, match="generator"):
