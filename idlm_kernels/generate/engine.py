@@ -150,7 +150,7 @@ class Engine:
             raise ValueError("suffix drafts have no law q: use verify='match'")
         _check_process()
         num_slots = options.max_len - 1 + policy.widest.max_rows
-        options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # larger ones hold no more
+        options = dataclasses.replace(options, page_size=_page_size(options.page_size, num_slots))
         self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
         self._lag = (1 if model.device.type == "cuda" else 0) if options.lag is None else options.lag
         self._id_limit = model.config.vocab_size
@@ -538,7 +538,7 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
         raise ValueError(f"memory_fraction is {fraction}, wanted above 0 and at most 1")
     config = model.config
     num_slots = options.max_len - 1 + policy.widest.max_rows
-    options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # as Engine has it
+    options = dataclasses.replace(options, page_size=_page_size(options.page_size, num_slots))  # as Engine has it
     per_request = -(-num_slots // options.page_size)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     if model.device.type == "cuda":
@@ -606,6 +606,12 @@ def _buckets(max_batch: int, few: bool) -> list[int]:
     if not few:
         return list(range(1, max_batch + 1))
     return [*(1 << i for i in range((max_batch - 1).bit_length())), max_batch]
+
+
+def _page_size(wanted: int, num_slots: int) -> int:
+    """Of a cache for requests of at most num_slots: larger pages than that hold no more. A power of two then, since a
+    kernel is compiled for each size of page."""
+    return min(wanted, 1 << (num_slots - 1).bit_length())
 
 
 def _neighbours(requests: list[Request]) -> Iterator[list[Request]]:
