@@ -55,38 +55,9 @@ def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_
         if ARGS.verbose:
             print(f"{time.process_time():7.1f} s cpu, {seconds:5.1f} s: {src.name}", file=sys.stderr, flush=True)
     if ARGS.launchers:
-        build_launcher(src, metadata)
-
-
-_launchers: set[str] = set()
-
-
-def build_launcher(src: Any, metadata: Any) -> None:
-    """The C stub that calls a kernel of this signature: gcc takes a second for each, and there it would be serial."""
-    from triton.backends.nvidia import driver
-    from triton.runtime import build
-
-    if not hasattr(driver, "make_launcher"):  # Triton from 3.7 on has one launcher for all
-        return
-    text = driver.make_launcher(dict(src.constants), dict(src.signature), getattr(metadata, "tensordesc_meta", None))
-    if (key := hashlib.sha256(text.encode()).hexdigest()) in _launchers:
-        return
-    _launchers.add(key)
-    start = time.perf_counter()
-    build._load_module_from_path = lambda name, path: None  # built, not loaded: that would take libcuda
-    try:
-        driver.compile_module_from_src(
-            src=text,
-            name="__triton_launcher",
-            library_dirs=driver.library_dirs(),
-            include_dirs=driver.include_dirs,
-            libraries=driver.libraries,
-        )
-        COUNT["launchers"] += 1
-    except Exception as error:  # no libcuda, no gcc: then the first launch makes it
-        print("launcher:", error, file=sys.stderr)
-        ARGS.launchers = False
-    COUNT["launcher_seconds"] += time.perf_counter() - start
+        start = time.perf_counter()
+        COUNT["launchers"] += warm.build_launcher(src, metadata)
+        COUNT["launcher_seconds"] += time.perf_counter() - start
 
 
 def prepare() -> None:

@@ -221,6 +221,36 @@ def claimed(folder: Path, key: str) -> bool:
         return False
 
 
+_launchers: set[str] = set()
+
+
+def build_launcher(src: Any, metadata: Any) -> bool:
+    """Build what calls a kernel of this signature, where Triton (before 3.7) compiles a C function for each: a second
+    with gcc, at the first launch. False where there is nothing to do or no way to do it here: then that launch does."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    if not hasattr(driver, "make_launcher"):
+        return False
+    text = driver.make_launcher(dict(src.constants), dict(src.signature), getattr(metadata, "tensordesc_meta", None))
+    if text in _launchers:
+        return False
+    _launchers.add(text)
+    build._load_module_from_path = lambda name, path: None  # built, not loaded: that would take libcuda
+    try:
+        driver.compile_module_from_src(
+            src=text,
+            name="__triton_launcher",
+            library_dirs=driver.library_dirs(),
+            include_dirs=driver.include_dirs,
+            libraries=driver.libraries,
+        )
+    except Exception as error:  # no libcuda, no gcc
+        print(f"no launcher: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def work(wanted: Wanted, tell: Callable[[dict[str, Any]], None]) -> None:
     """Compile what nobody has claimed, or only list it. Faults of a call are told, and the others go on."""
     use_dry_launches(gpu_target(wanted.target))
@@ -238,6 +268,7 @@ def work(wanted: Wanted, tell: Callable[[dict[str, Any]], None]) -> None:
         return wanted.claims is not None and not claimed(Path(wanted.claims), key)
 
     def after(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        build_launcher(src, metadata)
         seconds = 0.0 if cache_hit else times.total / 1e6
         tell({"kernel": src.name, "cached": cache_hit, "seconds": seconds})
 
