@@ -19,6 +19,6 @@ if ! ldconfig -p | grep -q libcuda.so.1; then  # the launchers link against it a
   export TRITON_LIBCUDA_PATH=/tmp/gpu312/stub
 fi
 claims=$(mktemp -d)
-for i in $(seq "$(nproc)"); do $V/bin/python bench/gpu_prewarm.py --claims "$claims" --launchers --turn "$i" & done; wait
+for i in $(seq "$(nproc)"); do $V/bin/python -m bench.gpu_prewarm --claims "$claims" --launchers --turn "$i" & done; wait
 (cd $TRITON_CACHE_DIR && find . -name '*.cubin' -o -name '*.json' -o -name '*.so' | tar -cJf - -T -) > .gpu/triton-cache.tar.xz
 ls -la .gpu idlm_kernels/native/*.so

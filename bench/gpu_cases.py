@@ -32,13 +32,16 @@ class Problem:
 
 @dataclass
 class Case:
-    """A call to measure. bytes: that it has to move. make: draws inputs. peer: its row in the file of peers."""
+    """A call to measure. bytes: that it has to move. make: draws inputs. peer: its row in the file of peers; where that
+    row is of another shape, its time is multiplied by peer_scale, the ratio of bytes, and peer_note says so."""
 
     op: str
     shape: str
     bytes: int
     make: Callable[[], Problem]
     peer: tuple[str, ...] | None = None
+    peer_scale: float = 1.0
+    peer_note: str = ""
 
 
 def _normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -90,7 +93,11 @@ def linear_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterat
             op = "linear_silu_and_mul" if name == "gate_up" else "gated_lora_linear" if rank else "linear"
             shape = f"{name} rows={rows}" + (f" rank={rank}" if rank else "")
             floor = 2 * (n * k + rank * (n + k * len(slices)))
-            yield Case(op, shape, floor, make, ("gemm_bf16", str(rows), str(n), str(k), ""))
+            # Peers were measured at the width of gate or up alone, and at an LM head of 65,536 ids.
+            peer_n = {"gate_up": config.intermediate_size, "lm_head": 65_536}.get(name, n)
+            scale = (n * k + rows * (n + k)) / (peer_n * k + rows * (peer_n + k))
+            note = "" if n == peer_n else f", its N={peer_n} scaled by bytes"
+            yield Case(op, shape, floor, make, ("gemm_bf16", str(rows), str(peer_n), str(k), ""), scale, note)
 
 
 def attention_case(

@@ -1,8 +1,7 @@
 """What only hardware can show, in pieces that fail apart: each family in a process of its own, under a time limit.
 
-    python gpu_checks.py facts | selfcheck | rows | tiny           # all of it, processes side by side
-    python gpu_checks.py one selfcheck triton linear               # one piece, in this process
-    python gpu_checks.py report decoding|kernels --minutes 2 --output PATH   # bench.gpu_report, saved as it goes
+    python -m bench.gpu_checks facts | selfcheck | rows | tiny     # all of it, processes side by side
+    python -m bench.gpu_checks one selfcheck triton linear         # one piece, in this process
 
 A CUDA error stays with its process, and a kernel that waits for ever takes its process with it: so no piece shares a
 process with another. Last line of each: VERDICT: ok, or what is wrong. Exit status 0, 1 (wrong), 124 (too late).
@@ -14,8 +13,10 @@ import argparse
 import concurrent.futures
 import dataclasses
 import faulthandler
+import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -23,8 +24,6 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [os.getcwd(), str(Path(__file__).resolve().parent)]
 
 import torch
 from torch import Tensor
@@ -41,6 +40,8 @@ LAYERS: tuple[tuple[str, int, tuple[int, ...]], ...] = (
 )
 COUNTS = (1, 2, 7, 8, 16, 56, 63, 64, 65, 128, 130)  # rows of a call, compared with the same rows among 512
 CONTEXTS = (1, 37, 255, 256, 257, 1023, 4096, 20000)
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN, VOCAB = 4096, 151_936
 
 
 def normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
@@ -127,7 +128,7 @@ def attention_rows(device: torch.device) -> Found:
     import idlm_kernels
     import python_ref
 
-    heads, kv_heads, dim = 32, 8, 128
+    heads, kv_heads, dim = HEADS, KV_HEADS, HEAD_DIM
     for context in CONTEXTS:
         slots = context + 512
         q = normal(device, 512, heads, dim)
@@ -191,7 +192,7 @@ def other_rows(device: torch.device) -> Found:
     """Norms, rotary, activation and sampling: a row alone and among others."""
     import idlm_kernels
 
-    x, weight, residual = normal(device, 512, 4096), normal(device, 4096), normal(device, 512, 4096)
+    x, weight, residual = normal(device, 512, HIDDEN), normal(device, HIDDEN), normal(device, 512, HIDDEN)
     whole, summed = idlm_kernels.rms_norm(x, weight, 1e-6), residual.clone()
     added = idlm_kernels.rms_norm(x, weight, 1e-6, residual=summed)
     for rows in (slice(0, 1), slice(3, 10), slice(100, 116), slice(448, 512)):
@@ -199,12 +200,13 @@ def other_rows(device: torch.device) -> Found:
         pairs = [(idlm_kernels.rms_norm(x[rows], weight, 1e-6), whole[rows])]
         pairs += [(idlm_kernels.rms_norm(x[rows], weight, 1e-6, residual=own), added[rows]), (own, summed[rows])]
         yield judged(f"rms_norm: rows {rows.start} to {rows.stop}", *pairs)
-    qkv, table = normal(device, 64, 48 * 128), torch.randn(4096, 128, device=device)
-    weights = {"q_weight": normal(device, 128), "k_weight": normal(device, 128)}
+    heads, kv_heads, dim = HEADS, KV_HEADS, HEAD_DIM
+    qkv, table = normal(device, 64, (heads + 2 * kv_heads) * dim), torch.randn(4096, dim, device=device)
+    weights = {"q_weight": normal(device, dim), "k_weight": normal(device, dim)}
     where = torch.arange(64, device=device)
 
     def rope(rows: slice) -> tuple[Tensor, ...]:
-        k, v = (torch.zeros(2, 64, 8, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.zeros(2, 64, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
         y = idlm_kernels.qk_norm_rope_append(qkv[rows], where[rows] + 9, table, where[rows], k, v, **weights)
         return y, k.flatten(0, 1)[rows], v.flatten(0, 1)[rows]
 
@@ -214,13 +216,13 @@ def other_rows(device: torch.device) -> Found:
             f"qk_norm_rope_append: rows {rows.start} to {rows.stop}",
             *zip(rope(rows), (t[rows] for t in among), strict=True),
         )
-    logits = normal(device, 64, 151_936, scale=3.0)
+    logits = normal(device, 64, VOCAB, scale=3.0)
     i = torch.arange(64, device=device)
     each = ((i % 4) * 0.4, (i % 3).to(torch.int32) * 20, 1.0 - 0.1 * (i % 2), 0.02 * (i % 5 == 0), i * 977)
     each = tuple(t.float() if t.is_floating_point() else t for t in each)
-    ids = idlm_kernels.sample_rows(logits, i + 100, *each, 151_936, -1)
+    ids = idlm_kernels.sample_rows(logits, i + 100, *each, VOCAB, -1)
     for rows in (slice(0, 1), slice(7, 14), slice(48, 64)):
-        alone = idlm_kernels.sample_rows(logits[rows], i[rows] + 100, *(t[rows] for t in each), 151_936, -1)
+        alone = idlm_kernels.sample_rows(logits[rows], i[rows] + 100, *(t[rows] for t in each), VOCAB, -1)
         yield f"sample_rows: rows {rows.start} to {rows.stop}", "ok" if torch.equal(alone, ids[rows]) else "ids differ"
 
 
@@ -236,11 +238,11 @@ def family_rows(device: torch.device, family: str) -> Found:
         yield from layer_rows(device, family)
 
 
-def invariance(device: torch.device, backend: str) -> Found:
+def backend_rows(device: torch.device, backend: str, *families: str) -> Found:
     import idlm_kernels
 
-    with idlm_kernels.use_backend(backend):
-        for family in FAMILIES:
+    with idlm_kernels.use_backend(backend), torch.inference_mode():
+        for family in families or FAMILIES:
             yield from family_rows(device, family)
 
 
@@ -281,25 +283,10 @@ TINY = _LazyTiny()
 TINY_TOKENS = 96
 
 
-class EagerRecorder:
-    """Replays by running the step again, so that nothing but the recording differs."""
-
-    def __call__(self, step: Any) -> Any:
-        outcome = step()
-
-        def replay() -> None:
-            new = step()
-            for field in dataclasses.fields(outcome):
-                if (x := getattr(outcome, field.name)) is not None:
-                    x.copy_(getattr(new, field.name))
-
-        return replay, outcome
-
-
 def tiny_decodes(device: torch.device, backend: str) -> Found:
     """AR against chain and branched, greedy and sampled; recorded and eager; `auto` and `triton`; `rejection` runs."""
     import idlm_kernels
-    from bench.gpu_report import random_adapter
+    from bench.gpu_parts import EagerRecorder, random_adapter
     from idlm_kernels.generate import Generator, SamplingParams, engine
     from idlm_kernels.generate.graphs import CudaRecorder
     from idlm_kernels.model import Transformer
@@ -334,7 +321,7 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
                     yield f"{name} T={temperature} top_p={top_p} {key[0]} N={key[1]} {key[2]}", verdict
             engine.CudaRecorder = CudaRecorder  # type: ignore[misc]
             params = SamplingParams(max_tokens=TINY_TOKENS, temperature=1.0, seed=1, ignore_eos=True)
-            found = generator.generate(prompts, params, plan="branched", stride=4, verify="rejection")
+            found = generator.generate(prompts, params, plan="branched", stride=4, rule="rejection")
             bad = [r.error or r.finish_reason for r in found if r.finish_reason != "length"]
             yield f"{name} rejection runs", "ok" if not bad else str(bad)
 
@@ -342,21 +329,30 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
 # Pieces and processes
 
 
-def facts(device: torch.device) -> Found:
-    import triton
+def facts(device: torch.device, output: str = "") -> Found:
+    """output: a file of JSON that is to say on what all else was found."""
     from triton.runtime.cache import triton_key
 
     import idlm_kernels.native
+    from idlm_kernels.ops._dispatch import versions
 
     p = torch.cuda.get_device_properties(device)
-    memory = f"{p.total_memory / 2**30:.1f} GiB L2 {p.L2_cache_size >> 20} MiB"
-    print(f"device {p.name} sm_{p.major}{p.minor} {p.multi_processor_count} SMs {memory}")
-    versions = f"torch {torch.__version__} cuda {torch.version.cuda} triton {triton.__version__}"
-    print(f"python {sys.version.split()[0]} {versions}")
-    import hashlib
-
-    print(f"triton key {hashlib.sha256(triton_key().encode()).hexdigest()[:16]}")
-    print(f"native {idlm_kernels.native.status()}")
+    environment = {
+        **versions(device),
+        "compute capability": f"{p.major}.{p.minor}",
+        "SMs": str(p.multi_processor_count),
+        "memory": f"{p.total_memory / 2**30:.1f} GiB",
+        "L2": f"{p.L2_cache_size >> 20} MiB",
+        "python": platform.python_version(),
+        "idlm_kernels": idlm_kernels.__version__,
+        "native": idlm_kernels.native.status(),
+        "triton key": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for name, fact in environment.items():
+        print(f"{name}: {fact}")
+    if output:
+        Path(output).write_text(json.dumps(environment, indent=1) + "\n")
     source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
@@ -415,24 +411,34 @@ def tell_compilations() -> None:
 
 
 def one(what: str, *rest: str) -> int:
-    count_compilations()
+    """A piece on the GPU, in this process."""
     if not torch.cuda.is_available():
         print("VERDICT: torch sees no CUDA device here")
         return 3
-    device = torch.device("cuda", 0)
-    run = {"facts": facts, "selfcheck": selfcheck, "tiny": tiny_decodes, "rows": None}[what]
-    if what == "rows":
-        import idlm_kernels
+    count_compilations()
+    code = told(found_by(what, torch.device("cuda", 0), *rest), torch.cuda.synchronize)
+    tell_compilations()
+    return code
 
-        def run(device: torch.device, backend: str, family: str) -> Found:
-            with idlm_kernels.use_backend(backend), torch.inference_mode():
-                yield from family_rows(device, family)
 
+def found_by(what: str, device: torch.device, *rest: str) -> Found:
+    """What a piece finds, and at its end whether the kernels that it loaded spill."""
+    run = {"facts": facts, "selfcheck": selfcheck, "tiny": tiny_decodes, "rows": backend_rows}[what]
+    yield from run(device, *rest)  # type: ignore[operator]
+    if what != "facts":
+        from idlm_kernels.triton import spills
+
+        words = spills()
+        yield "registers", "ok" if not words else f"kernels spill, in words per thread: {words}"
+
+
+def told(findings: Found, synchronize: Any) -> int:
+    """Print what is wrong and a verdict; the exit status."""
     good = 0
     bad: list[str] = []
     try:
-        for name, verdict in run(device, *rest):  # type: ignore[misc]
-            torch.cuda.synchronize()
+        for name, verdict in findings:
+            synchronize()
             if verdict == "ok":
                 good += 1
             else:
@@ -441,7 +447,6 @@ def one(what: str, *rest: str) -> int:
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         bad.append(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    tell_compilations()
     print(
         f"VERDICT: ok, {good} checks"
         if not bad
@@ -450,7 +455,7 @@ def one(what: str, *rest: str) -> int:
     return int(bool(bad))
 
 
-def pieces(what: str) -> list[tuple[str, ...]]:
+def pieces(what: str, output: str = "") -> list[tuple[str, ...]]:
     if what == "selfcheck":
         import idlm_kernels.native.backend as native
         import idlm_kernels.triton as triton
@@ -466,10 +471,10 @@ def pieces(what: str) -> list[tuple[str, ...]]:
         return [(what, "triton", family) for family in FAMILIES]
     if what == "tiny":
         return [(what, "triton"), (what, "auto")]
-    return [(what,)]
+    return [(what, output) if output else (what,)]
 
 
-def side_by_side(what: str, seconds: float, jobs: int) -> int:
+def side_by_side(what: str, seconds: float, jobs: int, output: str = "") -> int:
     """Each piece in a process of its own; those that do not answer in time are killed."""
     stop = time.monotonic() + seconds
 
@@ -477,7 +482,8 @@ def side_by_side(what: str, seconds: float, jobs: int) -> int:
         left = stop - time.monotonic()
         if left < 2:
             return piece, 124, "VERDICT: not begun, no time left"
-        command = [sys.executable, "-X", "faulthandler", __file__, "one", *piece, "--limit", str(max(left - 2, 1))]
+        command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu_checks", "one", *piece]
+        command += ["--limit", str(max(left - 2, 1))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = process.communicate(timeout=left)[0]
@@ -489,7 +495,7 @@ def side_by_side(what: str, seconds: float, jobs: int) -> int:
     worst = good = 0
     lines = []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for piece, code, text in pool.map(run, pieces(what)):
+        for piece, code, text in pool.map(run, pieces(what, output)):
             last = next(
                 (line for line in text.splitlines()[::-1] if line.startswith("VERDICT")), f"VERDICT: ended with {code}"
             )
@@ -505,103 +511,24 @@ def side_by_side(what: str, seconds: float, jobs: int) -> int:
     return min(worst, 125)
 
 
-def partial_report(part: str, minutes: float, output: Path) -> int:
-    """bench.gpu_report, some of its parts, with everything found so far on disk after every piece."""
-    from bench import gpu_report
-    from bench.gpu_report import Report
-
-    attempt, whole_part = Report.attempt, Report.part
-    current: list[Report] = []
-
-    def save(report: Report) -> None:
-        record = {**vars(report), "figures": [dataclasses.asdict(f) for f in report.figures]}
-        record = {name: value for name, value in record.items() if not name.startswith("_")}
-        for path, text in (
-            (output.with_suffix(".md"), gpu_report.page(report)),
-            (output.with_suffix(".json"), json.dumps(record, indent=1)),
-        ):
-            path.with_suffix(".part").write_text(text)
-            path.with_suffix(".part").replace(path)
-
-    def saving(self: Report, name: str, run: Any) -> None:
-        attempt(self, name, run)
-        save(self)
-
-    def chosen(self: Report, name: str, run: Any) -> None:
-        if name == "bandwidth" or name.startswith(part):
-            whole_part(self, name, run)
-
-    class Growing(list):  # type: ignore[type-arg]
-        def extend(self, items: Any) -> None:
-            for item in items:
-                self.append(item)
-                print(item, file=sys.stderr, flush=True)
-                save(current[0])
-
-    real_init = Report.__init__
-
-    def init(self: Report, minutes: float) -> None:
-        real_init(self, minutes)
-        self.exactness, self.steps = Growing(), Growing()
-        current.append(self)
-
-    Report.attempt, Report.part, Report.__init__ = saving, chosen, init  # type: ignore[method-assign]
-    sys.argv = ["gpu_report", "--output", str(output), "--minutes", str(minutes)]
-    code = 0
-    count_compilations()
-    try:
-        gpu_report.main()
-    except SystemExit as end:
-        code = int(end.code is not None)
-        print(end, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    tell_compilations()
-    if current:
-        r = current[0]
-        words = (
-            [f"{len(r.exactness)} decodes, {sum(w != 'ok' for _, w in r.exactness)} differ"]
-            if part == "decoding"
-            else []
-        )
-        if part == "kernels":
-            shares = sorted((f.floor_us / f.microseconds, f"{f.op} {f.shape}") for f in r.figures)
-            words.append(f"{len(r.figures)} figures, {sum(f.right != 'ok' for f in r.figures)} wrong")
-            words += (
-                [f"lowest share of the floor: {', '.join(f'{n} {s:.0%}' for s, n in shares[:3])}"] if shares else []
-            )
-        words += [f"{s['plan']} b={s['batch']} {s['step_ms']:.2f} ms ({s['share']:.0%})" for s in r.steps]
-        words += [f"NOT THERE {x}" for x in r.left_out[:4]]
-        words.insert(0, f"VERDICT: {'ok' if code == 0 else 'see the page'}: bandwidth {r.bandwidth / 1e12:.2f} TB/s")
-        print("; ".join(words)[:1500])
-    else:
-        print("VERDICT: it did not begin: torch sees no CUDA device here, or see the log")
-    return code
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("facts", "selfcheck", "rows", "tiny", "one", "report"))
+    parser.add_argument("what", choices=("facts", "selfcheck", "rows", "tiny", "one"))
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--limit", type=float, default=0)
-    parser.add_argument("--minutes", type=float, default=2)
-    parser.add_argument("--output", type=Path, default=Path("gpu-report"))
+    parser.add_argument("--output", default="", help="of facts: a file of JSON")
     args = parser.parse_args()
     if (
         given := os.environ.get("PHASE_SECONDS")
     ) and args.what != "one":  # of gpu_day.sh: end in time to say what was found
         args.seconds = min(args.seconds, float(given) - 4)
-        args.minutes = min(args.minutes, max(float(given) - 25, 5) / 60)
     if args.limit:
         faulthandler.dump_traceback_later(args.limit, exit=False)
     if args.what == "one":
         return one(*args.rest)
-    if args.what == "report":
-        return partial_report(args.rest[0], args.minutes, args.output)
-    return side_by_side(args.what, args.seconds, args.jobs)
+    return side_by_side(args.what, args.seconds, args.jobs, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fill Triton's cache for sm_90 without touching a GPU: every kernel variant that the GPU day launches.
 
-    python gpu_prewarm.py [--parts selfcheck,report,decode,tiny,rows] [--claims DIR] [--launchers] [--list]
+    python -m bench.gpu_prewarm [--parts selfcheck,report,decode,tiny,rows] [--claims DIR] [--launchers] [--list]
 
 Runs the very calls of the self-checks, of bench.gpu_report and of the decodes on CPU tensors that hold no data (their
 memory is never touched), with a launch that compiles and does not run. Several of these side by side share the work:
@@ -20,63 +20,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.getcwd())
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # this process compiles; it shall not open a context on the card
 
-try:
-    import gguf
-except ImportError:  # not on the device machine; of the model code only GGUF files need it
-    import types
-
-    gguf = types.ModuleType("gguf")
-    for name, members in (
-        ("constants", ("GGML_QUANT_SIZES", "GGMLQuantizationType", "TokenType")),
-        ("quants", ("dequantize",)),
-    ):
-        module = types.ModuleType(f"gguf.{name}")
-        for member in members:
-            setattr(module, member, type(member, (), {"__getattr__": lambda self, key: 0})())
-        sys.modules[f"gguf.{name}"] = module
-        setattr(gguf, name, module)
-    sys.modules["gguf"] = gguf
-
 import torch
-import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
+
+from idlm_kernels.triton import warm
+from idlm_kernels.triton.warm import gpu_target, use_dry_launches
 
 ARGS: argparse.Namespace
 COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "seconds": 0.0, "launchers": 0, "launcher_seconds": 0.0}
 SEEN: dict[str, str] = {}
 SLOW: list[tuple[float, str]] = []
-
-
-class CompileOnly:
-    """A Triton driver for a GPU that is not there: names the target, loads and launches nothing."""
-
-    def __init__(self) -> None:
-        self.get_current_device = lambda: 0
-        self.set_current_device = lambda d: None
-        self.get_current_stream = lambda d=0: 0
-        self.get_device_capability = lambda d=0: (9, 0)
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        from triton.backends.nvidia.driver import ty_to_cpp
-
-        return ty_to_cpp(ty)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
 
 
 def claimed(**kwargs: Any) -> bool:
@@ -86,14 +41,10 @@ def claimed(**kwargs: Any) -> bool:
     SEEN[key] = kwargs["fn"].name
     if ARGS.list:
         return True
-    if ARGS.claims is None:
+    if ARGS.claims is None or warm.claimed(ARGS.claims, key):
         return False
-    try:
-        os.close(os.open(ARGS.claims / key, os.O_CREAT | os.O_EXCL))
-        return False
-    except FileExistsError:
-        COUNT["skipped"] += 1
-        return True
+    COUNT["skipped"] += 1
+    return True
 
 
 def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
@@ -104,62 +55,15 @@ def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_
         if ARGS.verbose:
             print(f"{time.process_time():7.1f} s cpu, {seconds:5.1f} s: {src.name}", file=sys.stderr, flush=True)
     if ARGS.launchers:
-        build_launcher(src, metadata)
-
-
-_launchers: set[str] = set()
-
-
-def build_launcher(src: Any, metadata: Any) -> None:
-    """The C stub that calls a kernel of this signature: gcc takes a second for each, and there it would be serial."""
-    from triton.backends.nvidia import driver
-    from triton.runtime import build
-
-    text = driver.make_launcher(dict(src.constants), dict(src.signature), getattr(metadata, "tensordesc_meta", None))
-    if (key := hashlib.sha256(text.encode()).hexdigest()) in _launchers:
-        return
-    _launchers.add(key)
-    start = time.perf_counter()
-    build._load_module_from_path = lambda name, path: None  # built, not loaded: that would take libcuda
-    try:
-        driver.compile_module_from_src(
-            src=text,
-            name="__triton_launcher",
-            library_dirs=driver.library_dirs(),
-            include_dirs=driver.include_dirs,
-            libraries=driver.libraries,
-        )
-        COUNT["launchers"] += 1
-    except Exception as error:  # no libcuda, no gcc: then the first launch makes it
-        print("launcher:", error, file=sys.stderr)
-        ARGS.launchers = False
-    COUNT["launcher_seconds"] += time.perf_counter() - start
-
-
-def launch(kernel: Any, grid: Any, like: Any, *args: Any, **meta: Any) -> None:
-    start = time.perf_counter()
-    kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=False)
-    COUNT["seconds"] += time.perf_counter() - start
+        start = time.perf_counter()
+        COUNT["launchers"] += warm.build_launcher(src, metadata)
+        COUNT["launcher_seconds"] += time.perf_counter() - start
 
 
 def prepare() -> None:
-    triton.runtime.driver.set_active(CompileOnly())
     knobs.runtime.jit_cache_hook = claimed
     knobs.compilation.listener = compiled
-    import dataclasses
-
-    import idlm_kernels.triton as backend
-    from idlm_kernels.ops import _dispatch
-    from idlm_kernels.triton import common
-
-    common.launch = launch
-    for name, module in list(sys.modules.items()):
-        if name.startswith("idlm_kernels.triton.") and hasattr(module, "launch"):
-            module.launch = launch
-    assert backend.linear.__globals__["launch"] is launch
-    _dispatch._backends["triton"] = dataclasses.replace(
-        _dispatch._backends["triton"], device_types=("cuda", "cpu"), automatic=False
-    )
+    use_dry_launches(gpu_target("cuda:90"))
 
 
 CPU = torch.device("cpu")
@@ -311,7 +215,7 @@ def decode() -> None:
 
 def tiny() -> None:
     """The tiny models of gpu_checks.py."""
-    import gpu_checks
+    from bench import gpu_checks
 
     for config, rank in gpu_checks.TINY:
         decodes(config, (rank,), ((3, 40, gpu_checks.TINY_TOKENS),), ())
@@ -319,7 +223,7 @@ def tiny() -> None:
 
 def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
     import idlm_kernels
-    from bench import gpu_report
+    from bench import gpu_parts
     from bench.gpu_cases import PAGE_SIZE
     from idlm_kernels.generate import EngineOptions, Generator, SamplingParams
 
@@ -330,7 +234,7 @@ def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
             for batch, prompt, tokens in batches:
                 prompts = [[(i * j) % config.vocab_size for j in range(prompt)] for i in range(1, batch + 1)]
                 params = SamplingParams(max_tokens=min(tokens, 9), temperature=0.9, seed=1, ignore_eos=True)
-                for plan, stride in gpu_report.PLANS:
+                for plan, stride in gpu_parts.PLANS:
                     attempt(
                         f"decode rank={rank} {plan}",
                         lambda plan=plan, stride=stride: results(
@@ -339,9 +243,9 @@ def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
                     )
             for batch, context in contexts:
                 options = EngineOptions(
-                    max_batch=batch, max_len=context + 256, page_size=PAGE_SIZE, synthetic_acceptance=0.8
+                    max_num_seqs=batch, max_model_len=context + 2 * gpu_parts.Setting.tokens, page_size=PAGE_SIZE
                 )
-                for plan, stride in gpu_report.PLANS:
+                for plan, stride in gpu_parts.PLANS:
 
                     def run(plan: Any = plan, stride: int = stride, options: Any = options, batch: int = batch) -> None:
                         engine = ENGINE(generator.model, None, generator.policy(plan, stride), "match", options)
@@ -364,11 +268,11 @@ def results(found: Any, tokens: int) -> None:
 
 def rows() -> None:
     """The row-invariance checks of gpu_checks.py."""
-    import gpu_checks
+    from bench import gpu_checks
 
     gpu_checks.normal = lambda device, *shape, scale=1.0: nothing(*shape)
     gpu_checks.same = lambda *a: True
-    attempt("rows", lambda: [None for _ in gpu_checks.invariance(CPU, "triton")])
+    attempt("rows", lambda: [None for _ in gpu_checks.backend_rows(CPU, "triton")])
 
 
 FAILED: list[str] = []
@@ -395,7 +299,6 @@ def main() -> int:
     ARGS = parser.parse_args()
     if ARGS.claims:
         ARGS.claims.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     prepare()
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Which matrix instructions of this card give an output the same bits? What no emulator can say.
 
-    python3 gpu_probe.py            # a minute; last line: VERDICT: ...
+    python3 -m bench.gpu_probe            # a minute; last line: VERDICT: ...
 
 One product [M, K] x [K, N] of bf16 with fp32 sums, cut into tiles of different shapes, K always in the same order. Per
 tile shape the instruction that Triton chose is read off the PTX: wgmma m64nNk16 of several widths N (from shared

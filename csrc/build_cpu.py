@@ -3,7 +3,7 @@
     python csrc/build_cpu.py             # into idlm_kernels/cpu, where the package looks for it
 
 CXX chooses the compiler (default: the first of c++, g++, clang++). One object per instruction set, all in one library,
-which chooses at run time; -march=native is never used. No fast-math: no result depends on an order that a compiler likes.
+which chooses at run time; -march=native is never used. No fast-math: no result depends on what order a compiler likes.
 """
 
 from __future__ import annotations

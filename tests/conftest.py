@@ -9,7 +9,10 @@ import torch
 
 from idlm_kernels.generate import Generator
 from idlm_kernels.model import Transformer
+from tests.suites import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary
 from tests.tiny import MemoryCheckpoint, tiny_config
+
+__all__ = ["make_generator", "pytest_runtest_logreport", "pytest_sessionfinish", "pytest_terminal_summary"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects

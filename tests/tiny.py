@@ -48,7 +48,7 @@ class MemoryCheckpoint:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = {}
         for name, shape in config.tensor_shapes().items():
-            weight = torch.randn(*shape, generator=generator) * scale
+            weight = torch.randn(*shape, generator=generator, device="cpu") * scale
             self.tensors[name] = weight + 1.0 if "norm" in name else weight
 
     def names(self) -> list[str]:

@@ -9,7 +9,9 @@ To add a backend, call `register_backend` once, at import of `idlm_kernels.ops`;
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -152,6 +155,25 @@ def checked_backends(device: torch.device) -> list[Backend]:
     return [b for b in reversed(_backends.values()) if b.automatic and b.checked and device.type in b.device_types]
 
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@functools.cache
+def versions(device: torch.device) -> dict[str, str]:
+    """What the bits of a result on this device depend on besides the source: card, driver and compilers. Equal bits are
+    promised within one set of them alone."""
+    found = {"torch": torch.__version__, "CUDA": torch.version.cuda or "none", "triton": "none"}
+    if importlib.util.find_spec("triton"):
+        found["triton"] = importlib.metadata.version("triton")
+    if device.type != "cuda":
+        return found
+    try:
+        driver = _DRIVER.read_text().splitlines()[0].removeprefix("NVRM version: ")
+    except (OSError, IndexError):
+        driver = "unknown"
+    return {"card": torch.cuda.get_device_name(device), "driver": " ".join(driver.split()), **found}
+
+
 def verdict(backend: Backend, op: str, model: str, device: torch.device) -> str | None:
     """Why `op` of a backend fails its self-check on a model of device, None if it passes. Computed once per process."""
     key = (backend.name, op, model)
@@ -162,8 +184,12 @@ def verdict(backend: Backend, op: str, model: str, device: torch.device) -> str 
                     f"{op}: backend {backend.name!r} is checked at its first use, which cannot be while a CUDA "
                     "graph is being captured; run the step once before, or call idlm_kernels.backends('cuda')"
                 )
-            logger.info("checking %s of backend %s on %s", op, backend.name, model)
-            _verdicts[key] = self_check.self_check(backend.load(), op, device)
+            where = ", ".join(f"{name} {version}" for name, version in versions(device).items())
+            _verdicts[key] = reason = self_check.self_check(backend.load(), op, device)
+            logger.info("self-check of %s of backend %s: %s (%s)", op, backend.name, reason or "ok", where)
+            # A kernel that this compiler made spill is right, and slow.
+            for kernel, words in getattr(backend.load(), "spills", dict)().items():
+                logger.warning("%s of %s spills %d registers per thread (%s)", kernel, backend.name, words, where)
         return _verdicts[key]
 
 

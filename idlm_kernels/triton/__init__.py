@@ -6,6 +6,7 @@ What is not here the references compute. Not yet run on hardware.
 from idlm_kernels.triton.attention import strided_attention
 from idlm_kernels.triton.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.triton.loaded import settle_cache_keys, spills
 from idlm_kernels.triton.rerank import rerank_drafts
 from idlm_kernels.triton.sampling import sample_rows, verify_accept
 from idlm_kernels.triton.state import advance
@@ -22,6 +23,9 @@ __all__ = [
     "rms_norm",
     "sample_rows",
     "silu_and_mul",
+    "spills",
     "strided_attention",
     "verify_accept",
 ]
+
+settle_cache_keys()

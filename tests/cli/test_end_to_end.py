@@ -61,7 +61,7 @@ def test_a_file_of_prompts_reserves_what_they_need_and_not_what_a_config_claims(
     measured = engine.pages_in_memory
 
     def pages_in_memory(model: Any, options: Any, *more: Any) -> int:
-        seen.append(options.max_len)
+        seen.append(options.max_model_len)
         return measured(model, options, *more)
 
     monkeypatch.setattr(engine, "pages_in_memory", pages_in_memory)
@@ -73,7 +73,7 @@ def test_a_file_of_prompts_reserves_what_they_need_and_not_what_a_config_claims(
         assert done.exit_code == 1, done.stderr  # one line is no JSON
         answers.append(target.read_bytes())
     assert seen == [21, 21] and answers[0] == answers[1]
-    flags = ["--input", str(prompts), "--output", str(tmp_path / "own"), "--max-len", "40", "--max-tokens", "9"]
+    flags = ["--input", str(prompts), "--output", str(tmp_path / "own"), "--max-model-len", "40", "--max-tokens", "9"]
     CliRunner().invoke(app, ["generate", "--model", str(vast), *flags])
     assert seen[2:] == [40], "what the user asks for stays"
 

@@ -338,6 +338,18 @@ def test_requests_that_can_never_run_are_refused(models: list[Generator]) -> Non
             EngineOptions(**wrong)  # type: ignore[arg-type]
 
 
+def test_short_requests_share_few_sizes_of_pages(models: list[Generator]) -> None:
+    """A GPU kernel is compiled for each."""
+    generator = models[0]
+    sizes = set()
+    for max_model_len in range(2, 60):
+        options = EngineOptions(max_num_seqs=1, max_model_len=max_model_len, page_size=64)
+        engine = Engine(generator.model, None, generator.policy("ar", 2), "match", options)
+        sizes.add(engine.options.page_size)
+        assert engine.options.page_size >= min(64, max_model_len) and engine.pool.num_pages == 1
+    assert sizes == {2, 4, 8, 16, 32, 64}
+
+
 def test_asynchronous_stream(models: list[Generator]) -> None:
     params = SamplingParams(max_tokens=9, seed=2, temperature=1.0)
 

@@ -22,12 +22,13 @@ WIDTH = 12
 def random_head(hidden: int, seed: int = 0, scale: float = 3.0) -> RerankHead:
     generator = torch.Generator().manual_seed(seed)
     shapes = (WIDTH, hidden), (WIDTH, hidden), (WIDTH, WIDTH), (hidden, WIDTH)
-    return RerankHead(*(torch.randn(*shape, generator=generator) * scale / shape[1] ** 0.5 for shape in shapes))
+    weights = (torch.randn(*shape, generator=generator, device="cpu") / shape[1] ** 0.5 for shape in shapes)
+    return RerankHead(*(weight * scale for weight in weights))
 
 
 def with_head(generator: Generator, head: RerankHead | None = None) -> Generator:
     model = generator.model
-    model.rerank_head = head or random_head(model.config.hidden_size)
+    model.rerank_head = (head or random_head(model.config.hidden_size)).to(model.device, model.dtype)
     model.head_rows = model.embedding
     return generator
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -42,14 +43,23 @@ def toolkit() -> Toolkit:
 
 
 @pytest.fixture(scope="session")
-def module(request: pytest.FixtureRequest, toolkit: Toolkit) -> ModuleType:
+def module(request: pytest.FixtureRequest) -> ModuleType:
     """The native module, built if it has to be, on softgpu where there is no GPU."""
     if not ON_GPU:
         request.getfixturevalue("softgpu")  # before the module: it brings the CUDA runtime
-    command = [sys.executable, str(ROOT / "csrc" / "build.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"the native build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if not is_built():
+        request.getfixturevalue("toolkit")
+        command = [sys.executable, str(ROOT / "csrc" / "build.py")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"the native build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return native.load()
+
+
+def is_built() -> bool:
+    """Is there a module of these sources for this Python? Without loading it, which cannot be undone."""
+    folder, wanted = Path(native.__file__).parent, native.source_hash()
+    files = [folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return wanted is not None and any(wanted.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 @pytest.fixture(scope="session")

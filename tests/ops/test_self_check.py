@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -340,6 +341,30 @@ def test_what_fails_is_told_in_words(fake: Callable[..., ModuleType]) -> None:
         "embed of backend 'fake' is not used on cpu: it raised RuntimeError: illegal instruction. The next backend in "
         "line computes it. `idlm doctor` shows all self-checks."
     ]
+
+
+def test_what_the_bits_depend_on_is_logged(fake: Callable[..., ModuleType], caplog: pytest.LogCaptureFixture) -> None:
+    module = fake()
+    module.spills = lambda: {"_a_kernel": 12}  # type: ignore[attr-defined]
+    with caplog.at_level("INFO", "idlm_kernels"):
+        implementation("embed", "cpu")
+    check, spill = (record.getMessage() for record in caplog.records)
+    assert check.startswith("self-check of embed of backend fake: ok (torch ") and "triton " in check
+    assert spill.startswith("_a_kernel of fake spills 12 registers per thread (torch ")
+
+
+def test_versions_of_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(_dispatch, "_DRIVER", tmp_path / "version")
+    _dispatch.versions.cache_clear()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX  550.54.15  Tue\nGCC version: 12\n"
+    )
+    found = _dispatch.versions(torch.device("cuda", 0))
+    assert found["card"] == "a card" and found["driver"] == "NVIDIA UNIX 550.54.15 Tue"
+    (tmp_path / "version").unlink()
+    assert _dispatch.versions(torch.device("cuda", 1))["driver"] == "unknown"
+    _dispatch.versions.cache_clear()
 
 
 @pytest.mark.parametrize("refused", LINEAR)

@@ -39,7 +39,7 @@ def problem(
     **sampler: float,
 ) -> dict[str, Any]:
     """Arguments for a batch whose third request has no drafts to choose; two columns of logits are no ids."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
@@ -75,7 +75,8 @@ def problem(
 
 def laws_for(args: dict[str, Any]) -> QState:
     """Of what was there before: no law at all."""
-    q = QState.empty(*args["drafts"].shape, args["logits"].shape[1], args["logits"].dtype, torch.device("cpu"))
+    logits = args["logits"]
+    q = QState.empty(*args["drafts"].shape, logits.shape[1], logits.dtype, logits.device)
     q.cut += 77
     return q
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from bench.ptx import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available()
+PRETENDED = not ON_GPU and os.environ.get("IDLM_PRETEND_CARD") == "1"  # see pretended.py
+# Where the tensors of a test live: on the GPU, or on the CPU, where the emulator or the interpreter takes them. It is
+# the default device in every test here, so that only what names a device needs this.
+DEVICE = torch.device("cuda") if ON_GPU else torch.device("cpu", 0) if PRETENDED else torch.device("cpu")
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -13,7 +13,7 @@ import triton
 
 from bench import counters
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.emulator]
 
 BUDGET = json.loads(counters.BUDGET.read_text())
 

@@ -16,6 +16,7 @@ from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from tests.tiny import MemoryCheckpoint, tiny_config
+from tests.triton.support import DEVICE
 
 pytestmark = pytest.mark.compiled
 
@@ -34,7 +35,8 @@ def random_adapter(config: ModelConfig, rank: int = 8) -> Adapter:
 def tiny_generator(dtype: torch.dtype, with_adapter: bool = False, **changes: Any) -> Generator:
     config = tiny_config(**changes)
     adapter = random_adapter(config) if with_adapter else None
-    model = Transformer(MemoryCheckpoint(config), dtype=dtype, adapter=adapter)  # type: ignore[arg-type]
+    checkpoint: Any = MemoryCheckpoint(config)
+    model = Transformer(checkpoint, device=DEVICE, dtype=dtype, adapter=adapter)
     for layer in model.layers:  # activations, cache and adapter in this dtype too, as on a GPU
         for projection in (layer.qkv, layer.o, layer.gate_up, layer.down):
             if projection.lora is not None:
@@ -49,7 +51,7 @@ def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch)
     for backend in ("torch", "triton"):
         monkeypatch.setenv("IDLM_BACKEND", backend)
         idlm_kernels.ops._dispatch._chosen.clear()
-        assert idlm_kernels.backends("cpu")["strided_attention"] == backend
+        assert idlm_kernels.backends(DEVICE.type)["strided_attention"] == backend
         results = tiny_generator(torch.float32).generate(PROMPTS, params, plan="branched", stride=3)
         tokens[backend] = [result.token_ids for result in results]
     assert tokens["triton"] == tokens["torch"]

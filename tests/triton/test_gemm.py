@@ -345,6 +345,7 @@ def check_order_of_arrival(module: ModuleType) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.emulator
 def test_order_of_arrival() -> None:
     check_order_of_arrival(gemm)
 
@@ -370,6 +371,7 @@ def check_schedule_bits(module: ModuleType) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.emulator
 def test_bits_do_not_depend_on_the_order_of_ctas() -> None:
     check_schedule_bits(gemm)
 
@@ -459,6 +461,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check, old, new = MUTANTS[name]

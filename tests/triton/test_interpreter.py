@@ -14,6 +14,7 @@ from tests.triton.support import INTERPRETED
 FAMILIES = ("attention", "gemm", "layers", "rejection", "rerank", "sampling", "state")
 
 
+@pytest.mark.emulator
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_passes_in_the_interpreter(family: str) -> None:

@@ -14,7 +14,7 @@ import idlm_kernels
 import python_ref
 from idlm_kernels.triton import layers
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, caught, judge, mutant, same_bits
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
@@ -267,7 +267,7 @@ def test_rope_row_bits_do_not_depend_on_the_layout_of_cache_and_qkv() -> None:
 
 def test_public_ops_use_the_backend() -> None:
     with idlm_kernels.use_backend("triton"):
-        chosen = idlm_kernels.backends("cpu")
+        chosen = idlm_kernels.backends(DEVICE.type)
         x = torch.randn(3, 64).to(BASE)
         assert same_bits(idlm_kernels.silu_and_mul(x), layers.silu_and_mul(x))
     assert {op for op, name in chosen.items() if name == "triton"} >= {
@@ -335,6 +335,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled  # a mutant may read anywhere, which the interpreter does not survive
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check, old, new = MUTANTS[name]

@@ -20,7 +20,7 @@ from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
 from idlm_kernels.triton import attention, gemm, layers, sampling
-from tests.triton.support import judge, same_bits
+from tests.triton.support import DEVICE, judge, same_bits
 from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
 from tests.triton.test_attention import check as check_attention
 from tests.triton.test_end_to_end import recorded_rows
@@ -51,8 +51,11 @@ LARGE = ("qwen3-8b", "qwen3-32b")
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 NUM_CLEAN, NUM_ROWS = 4, 16
-IS_MASK = torch.arange(NUM_ROWS) >= NUM_CLEAN
 CLEAN, MASK = slice(3, 4), slice(15, 16)  # rows that are also computed alone
+
+
+def mask_rows() -> Tensor:
+    return torch.arange(NUM_ROWS) >= NUM_CLEAN
 
 
 def slow(name: str) -> list[pytest.MarkDecorator]:
@@ -80,11 +83,11 @@ def test_embed(model: Model) -> None:
     ids[0], ids[1] = 0, model.vocab_size - 1
     table[ids] = bf16(NUM_ROWS, model.hidden_size)
     mask_embedding = bf16(model.hidden_size)
-    got = layers.embed(ids, table, is_mask=IS_MASK, mask_embedding=mask_embedding)
-    assert same_bits(got, torch.where(IS_MASK[:, None], mask_embedding, table[ids]))
-    assert same_bits(layers.embed(ids, table, is_mask=IS_MASK), table[ids])  # MASK is a token of the model
+    got = layers.embed(ids, table, is_mask=mask_rows(), mask_embedding=mask_embedding)
+    assert same_bits(got, torch.where(mask_rows()[:, None], mask_embedding, table[ids]))
+    assert same_bits(layers.embed(ids, table, is_mask=mask_rows()), table[ids])  # MASK is a token of the model
     for row in (CLEAN, MASK):
-        alone = layers.embed(ids[row], table, is_mask=IS_MASK[row], mask_embedding=mask_embedding)
+        alone = layers.embed(ids[row], table, is_mask=mask_rows()[row], mask_embedding=mask_embedding)
         assert same_bits(alone, got[row])
 
 
@@ -159,16 +162,16 @@ def test_projection(model: Model, name: str) -> None:
         exact, peer, exact_gated, peer_gated = map(python_ref.silu_and_mul, (exact, peer, exact_gated, peer_gated))
     adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": scale, "slices": slices}
     plain = plain_op(x, weight)
-    gated = gated_op(x, weight, gate=IS_MASK, **adapter)
+    gated = gated_op(x, weight, gate=mask_rows(), **adapter)
     judge(plain, exact, peer, "plain")
-    judge(gated[IS_MASK], exact_gated[IS_MASK], peer_gated[IS_MASK], "gated")
-    assert same_bits(gated[~IS_MASK], plain[~IS_MASK])
+    judge(gated[mask_rows()], exact_gated[mask_rows()], peer_gated[mask_rows()], "gated")
+    assert same_bits(gated[~mask_rows()], plain[~mask_rows()])
     if name == "gate_up":
         assert same_bits(plain, layers.silu_and_mul(gemm.linear(x, weight)))
-    assert same_bits(gated_op(x[MASK], weight, gate=IS_MASK[MASK], **adapter), gated[MASK])
+    assert same_bits(gated_op(x[MASK], weight, gate=mask_rows()[MASK], **adapter), gated[MASK])
     # Two orders of a sum mostly give the same bf16. This bias leaves nothing but the sum's last bits, which differ.
     alone = plain_op(x[CLEAN], weight, **residue)
-    assert same_bits(alone, gated_op(x, weight, gate=IS_MASK, **adapter, **residue)[CLEAN])
+    assert same_bits(alone, gated_op(x, weight, gate=mask_rows(), **adapter, **residue)[CLEAN])
 
 
 HEADS = [
@@ -274,7 +277,7 @@ def one_layer(model: Model, intermediate_size: int, vocab_size: int) -> Transfor
         vocab_size=vocab_size,
         qk_norm=model.qk_norm,
     )
-    transformer = Transformer(RandomCheckpoint(config), dtype=torch.bfloat16)
+    transformer = Transformer(RandomCheckpoint(config, device=DEVICE), device=DEVICE, dtype=torch.bfloat16)
     transformer.dtype = torch.bfloat16
     layer = transformer.layers[0]
     layer.attention_norm, layer.mlp_norm = layer.attention_norm.bfloat16(), layer.mlp_norm.bfloat16()

@@ -20,7 +20,7 @@ from bench.ptx import recorded_launches
 from idlm_kernels.triton import sampling
 from python_ref import QState
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, assert_ieee, caught, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant, same_bits
 from tests.triton.test_sampling import DTYPES, rows_of
 
 BASE = DTYPES[0]
@@ -46,7 +46,7 @@ class Chain:
         self.positions = torch.randint(0, 900, (batch,), dtype=torch.int32)
         self.drafts = torch.full((batch, num_k), -1)
         self.num_drafts = torch.zeros(batch, dtype=torch.int32)
-        self.q = QState.empty(batch, num_k, vocab, dtype, torch.device("cpu"))
+        self.q = QState.empty(batch, num_k, vocab, dtype, DEVICE)
         self.table = torch.randn(batch, 4 * (num_k + 1), vocab) * 2
         self.first = self.positions.clone()
         self.steps = 0
@@ -209,7 +209,7 @@ def test_faults() -> None:
 def check_bias(module: ModuleType) -> None:
     """Laws are kept with the bias, in fp32, at free strides."""
     chain = Chain(batch=6)
-    wide = QState.empty(6, 5, VOCAB + 3, torch.float32, torch.device("cpu"))
+    wide = QState.empty(6, 5, VOCAB + 3, torch.float32, DEVICE)
     chain.q = QState(wide.logits[:, :3, :VOCAB], wide.cut[:, :3], wide.log_norm[:, :3])
     for _ in range(2):
         arguments = chain.arguments()
@@ -315,6 +315,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check, old, new = MUTANTS[name]

@@ -30,7 +30,7 @@ from python_ref.sampling import (
 from tests.generate.test_rerank import with_head
 from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, assert_ieee, caught, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant, same_bits
 from tests.triton.test_end_to_end import PROMPTS, tiny_generator
 
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
@@ -215,7 +215,7 @@ def test_free_strides() -> None:
         return torch.cat([x, x.new_zeros(*x.shape[:-1], 3)], dim=-1)[..., : x.shape[-1]]
 
     strided = args | {name: apart(args[name]) for name in (*WEIGHTS, "logits", "hidden", "drafts")}
-    wide = QState.empty(5, 7, 90, torch.float32, torch.device("cpu"))
+    wide = QState.empty(5, 7, 90, torch.float32, DEVICE)
     q = QState(wide.logits[:, 2:5, :85], wide.cut[:, 1:4], wide.log_norm[:, :3])
     out = torch.full((5, 9), -5)
     wanted = compare(rerank, strided, q)
@@ -298,7 +298,7 @@ def test_decoding_drafts_what_the_references_draft(
 
         monkeypatch.setattr(step, "rerank_drafts", recording)
         with idlm_kernels.use_backend(backend):
-            assert idlm_kernels.backends("cpu")["rerank_drafts"] == backend
+            assert idlm_kernels.backends(DEVICE.type)["rerank_drafts"] == backend
             generator = with_head(tiny_generator(torch.float32))
             results = generator.generate(PROMPTS, params, plan="branched", stride=3, verify=verify)
         found[backend] = [result.token_ids for result in results], drafts
@@ -317,7 +317,7 @@ def test_decoding_in_half_precision(backend: str) -> None:
             generator = with_head(tiny_generator(torch.bfloat16))
             head = generator.model.rerank_head
             assert head is not None
-            generator.model.rerank_head = head.to(torch.device("cpu"), torch.bfloat16)
+            generator.model.rerank_head = head.to(DEVICE, torch.bfloat16)
             results = generator.generate(PROMPTS, params, plan=plan, stride=3)  # type: ignore[arg-type]
             assert [result.error for result in results] == [None, None]
             texts.append([result.token_ids for result in results])
@@ -348,6 +348,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check, old, new = MUTANTS[name]

@@ -421,6 +421,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     check, old, new = MUTANTS[name]

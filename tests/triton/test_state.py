@@ -87,6 +87,7 @@ MUTANTS = {
 
 
 @pytest.mark.compiled
+@pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     assert caught(check_advance, mutant(state, *MUTANTS[name], tmp_path))

@@ -1,0 +1,1 @@
+"""Measurements. A package of its own name, so that no other one of that name goes before it."""

@@ -1,0 +1,1 @@
+"""Tests. A package of its own name, so that no other one of that name goes before it."""
