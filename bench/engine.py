@@ -54,7 +54,6 @@ def throughput(generator: Generator, concurrency: int, plan: str, tokens: int) -
     prompts = prompts_of(generator)
     batch = [prompts[i % len(prompts)] for i in range(concurrency)]
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    generator.policy(plan, 4, max_num_seqs=concurrency)  # type: ignore[arg-type]  # "auto" times steps, once
     start = time.perf_counter()
     results = generator.generate(batch, params, plan=plan, stride=4)  # type: ignore[arg-type]
     return sum(r.tokens for r in results) / (time.perf_counter() - start)

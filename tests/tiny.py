@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from idlm_kernels.cpu.native import Blocks
 from idlm_kernels.generate import SamplingParams
 from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.model import ModelConfig
@@ -56,6 +57,12 @@ class MemoryCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
+
+    def is_quantised(self, name: str) -> bool:
+        return False
 
 
 def tiny_config(**changes: object) -> ModelConfig:

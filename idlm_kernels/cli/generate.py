@@ -199,7 +199,7 @@ def generate(
             source,
             target,
             params,
-            generator.policy(options.plan, bound, row_budget, max_num_seqs),
+            generator.policy(options.plan, bound, row_budget),
             options=options,
             chat=chat,
             system=system,

@@ -3,6 +3,7 @@
 `LLM` takes text, `Generator` token ids, `Engine` a stream of requests.
 """
 
+from idlm_kernels.generate.costs import CostTable, LearnedCosts
 from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.generator import Generator, Stream
 from idlm_kernels.generate.llm import LLM
@@ -10,7 +11,7 @@ from idlm_kernels.generate.options import DecodeOptions, EngineOptions
 from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.plan import StepPlan
-from idlm_kernels.generate.policy import CostTable, PlanPolicy
+from idlm_kernels.generate.policy import PlanPolicy
 
 __all__ = [
     "LLM",
@@ -20,6 +21,7 @@ __all__ = [
     "EngineOptions",
     "GenerationResult",
     "Generator",
+    "LearnedCosts",
     "PlanPolicy",
     "Request",
     "SamplingParams",

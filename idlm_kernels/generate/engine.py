@@ -13,6 +13,7 @@ import dataclasses
 import heapq
 import os
 import threading
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor
 
 from idlm_kernels._deprecated import warn_renamed
+from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
 from idlm_kernels.generate.memory import page_size_for
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool
 from idlm_kernels.generate.params import SamplingParams, checked_seed
+from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
@@ -42,6 +45,7 @@ from python_ref.sampling import GREEDY_BELOW
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., None])
 MAX_STOP_IDS = 64  # of a request
+_TRIAL_STEPS = 4  # of an epoch that learns what a plan costs
 
 
 @dataclass(eq=False)
@@ -130,7 +134,7 @@ class Engine:
         _check_process()
         options = options or EngineOptions()
         if policy is None:
-            policy = PlanPolicy.of(model, options, options.max_num_seqs)
+            policy = PlanPolicy.of(model, options)
         num_slots = options.max_model_len - 1 + policy.widest.max_rows
         options = dataclasses.replace(options, page_size=page_size_for(options.page_size, num_slots))
         self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
@@ -180,6 +184,7 @@ class Engine:
         self._thread = threading.Lock()  # held by the thread that is inside
         self._epoch: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
         self._interrupted = False  # in the middle of a step
+        self._plan_of_last_step: StepPlan | None = None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -281,6 +286,8 @@ class Engine:
 
     def _epoch_length(self) -> int:
         """Many steps in a steady state; while requests wait, so few that a place is not left empty for long."""
+        if self.policy.trial:
+            return min(self.options.epoch_steps, _TRIAL_STEPS)
         if not self._waiting:
             return self.options.epoch_steps
         soonest = min((r.limit - len(r.tokens) for r in self._active), default=1)
@@ -428,15 +435,20 @@ class Engine:
             return
         decoder, state = self._batch(self._buckets[bisect_left(self._buckets, max(decoding) + 1)])
         unread: deque[_Readback] = deque()
+        # The first step of a plan has no drafts to verify, and so fewer rows than the others.
+        is_new, self._plan_of_last_step = decoder.plan != self._plan_of_last_step, decoder.plan
         try:
-            for _ in range(steps):
+            for number in range(steps):
                 if all(request.ended for request in decoding.values()):
                     break
                 running = [r for r in decoding.values() if not r.ended]
+                start = time.perf_counter()
                 outcome = self._guarded(running, partial(self._steps.run, decoder, state))
                 if outcome is None:
                     break
                 unread.append(_Readback(outcome))
+                if isinstance(self.policy.cost, LearnedCosts) and not (is_new and number == 0):
+                    self.policy.cost.observe(len(running) * decoder.plan.max_rows, time.perf_counter() - start)
                 if len(unread) > self._lag:
                     yield from self._taken(unread.popleft().wait(), decoding)
             while unread:

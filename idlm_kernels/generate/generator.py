@@ -16,12 +16,13 @@ import torch
 
 from idlm_kernels import ops
 from idlm_kernels._deprecated import renamed
+from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.memory import pages_in_memory
 from idlm_kernels.generate.options import DecodeOptions, EngineOptions, Plan, Stride
 from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
-from idlm_kernels.generate.policy import CostTable, PlanPolicy
+from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.model.adapter import DEFAULT_ADAPTER, load_adapter
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.random_weights import RandomCheckpoint
@@ -70,7 +71,7 @@ class Generator:
         self.max_model_len, self.page_size, self.max_num_seqs = max_model_len or limit, page_size, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
-        self._costs: dict[tuple[object, ...], CostTable] = {}
+        self._costs = LearnedCosts()
         # Where steps are recorded the engine of a batch serves the next ones: to record takes longer than many steps.
         self._keeps_engine, self._kept = model.device.type == "cuda", None  # type: tuple[bool, Engine | None]
 
@@ -196,7 +197,7 @@ class Generator:
         batch, longest = self._size(prompts, params)
         if roomy:
             batch = min(self.max_num_seqs, 1 << (batch - 1).bit_length())
-        policy = PlanPolicy.of(self.model, options, batch, self._costs)
+        policy = PlanPolicy.of(self.model, options, self._costs)
         sizes = EngineOptions.of(
             options,
             max_num_seqs=batch,
@@ -214,13 +215,10 @@ class Generator:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
         return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
 
-    @renamed(max_batch="max_num_seqs")
-    def policy(
-        self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None, max_num_seqs: int = 1
-    ) -> PlanPolicy:
-        """The choice among plans that these arguments leave, for up to max_num_seqs requests; see DecodeOptions."""
+    def policy(self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None) -> PlanPolicy:
+        """The choice among plans that these arguments leave; see DecodeOptions."""
         options = DecodeOptions(plan, stride, row_budget=row_budget)
-        return PlanPolicy.of(self.model, options, min(max_num_seqs, self.max_num_seqs), self._costs)
+        return PlanPolicy.of(self.model, options, self._costs)
 
 
 class Stream:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from idlm_kernels.generate import (
-    CostTable,
     DecodeOptions,
     Engine,
     EngineOptions,
@@ -261,16 +260,6 @@ def test_an_engine_that_is_kept_serves_what_it_is_large_enough_for(
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 150 * slots)
     keeping.generate([[1]], SamplingParams(max_tokens=130), plan="chain", stride=3)
     assert made[-1] == (1, 131), "too little memory for one twice as large"
-
-
-def test_batches_of_alike_size_are_measured_once(
-    make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator, measured = make_generator(), []
-    monkeypatch.setattr(CostTable, "measure", lambda model, plans, size: measured.append(size) or CostTable({1: 1.0}))
-    for size in range(1, 9):
-        assert len(generator.policy("auto", 3, max_num_seqs=size).plans) > 1
-    assert measured == [1, 2, 4, 8]
 
 
 def test_a_batch_that_memory_cannot_hold_at_once_is_decoded_all_the_same(

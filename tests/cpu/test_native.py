@@ -1,0 +1,424 @@
+"""The compiled CPU kernels: the model they compute, the bits they keep, and what they refuse."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+import python_ref
+from idlm_kernels.cpu import native, step
+from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate import plan as plans
+from idlm_kernels.generate.plan import StepPlan, prefill_rows
+from idlm_kernels.model import ModelConfig, Rows, Transformer
+from idlm_kernels.model.adapter import MODULES, Adapter
+from idlm_kernels.model.cpu_stack import unsupported
+from tests.tiny import MemoryCheckpoint, tiny_config, tiny_state
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels here: {native.status()}")
+
+WIDE = tiny_config(hidden_size=64, intermediate_size=96, head_dim=32, num_heads=4, num_kv_heads=2)
+ISAS = native._sets(native.library()) if native.library() is not None else []  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = native.library()
+    assert library is not None
+    assert library.idlm_cpu_use_isa(request.param.encode()) == 0
+    yield request.param
+    library.idlm_cpu_use_isa(ISAS[0].encode())
+
+
+class BlockCheckpoint(MemoryCheckpoint):
+    """A model whose matrices are stored in GGUF blocks of some kind, and read back as fp32 without the kernels."""
+
+    def __init__(self, config: ModelConfig, kind: str):
+        super().__init__(config, scale=0.15)
+        self._stored: dict[str, native.Blocks] = {}
+        number = getattr(gguf.GGMLQuantizationType, kind)
+        for name, tensor in self.tensors.items():
+            if tensor.dim() == 2:
+                data = quantize(tensor.numpy(), number)
+                self._stored[name] = native.Blocks(kind, torch.from_numpy(data), None)
+                self.tensors[name] = torch.from_numpy(dequantize(data, number))
+
+    def blocks(self, name: str) -> native.Blocks | None:
+        return self._stored.get(name)
+
+
+def random_adapter(config: ModelConfig, rank: int = 5, dtype: torch.dtype = torch.bfloat16) -> Adapter:
+    random = torch.Generator().manual_seed(7)
+    shapes, pairs = config.tensor_shapes(), {}
+    for (layer, module) in [(i, m) for i in range(config.num_layers) for m in MODULES]:
+        if (layer, module) == (1, "k_proj"):
+            continue  # a module that the adapter leaves alone
+        block = "self_attn" if module[0] in "qkvo" else "mlp"
+        n, k = shapes[f"model.layers.{layer}.{block}.{module}.weight"]
+        a, b = (torch.randn(shape, generator=random) * 0.2 for shape in ((rank, k), (n, rank)))
+        pairs[layer, module] = a.to(dtype), b.to(dtype)
+    mask = torch.randn(config.hidden_size, generator=random)
+    return Adapter("random", rank, 1.5, mask, pairs)
+
+
+def models(checkpoint: Any, monkeypatch: pytest.MonkeyPatch, **how: Any) -> tuple[Transformer, Transformer]:
+    """A model by the kernels, and the same by torch."""
+    fast = Transformer(checkpoint, **how)
+    assert fast.stack is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        slow = Transformer(checkpoint, **{**how, "dtype": "fp32"})
+    assert slow.stack is None
+    return fast, slow
+
+
+def prompt_rows(lengths: list[int], masks: int, page_size: int) -> Rows:
+    state = tiny_state([[(7 * i + b) % 61 for i in range(n)] for b, n in enumerate(lengths)], 64, masks)
+    return prefill_rows(state, [0] * len(lengths), lengths, masks, page_size)
+
+
+def logits_of(model: Transformer, rows: Rows, page_size: int, **how: Any) -> Tensor:
+    with torch.inference_mode():
+        return model.forward(rows, model.new_cache(64 * len(rows.seq_lens), page_size), **how)[0]
+
+
+CONFIGS = {
+    "llama": WIDE,
+    "qwen3": dataclasses.replace(WIDE, architecture="qwen3", qk_norm=True, tie_word_embeddings=True),
+    "biases": dataclasses.replace(WIDE, attention_bias=True, mlp_bias=True),
+    "wide heads": dataclasses.replace(WIDE, head_dim=96, num_heads=3, num_kv_heads=3),
+    "one kv head": dataclasses.replace(WIDE, head_dim=64, num_heads=5, num_kv_heads=1, vocab_size=77),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_computes_the_model(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
+    fast, slow = models(MemoryCheckpoint(config, scale=0.15), monkeypatch, adapter=random_adapter(config), dtype="fp32")
+    rows = prompt_rows([21, 3, 40], 3, 16)
+    want, got = logits_of(slow, rows, 16), logits_of(fast, rows, 16)
+    assert (got - want).abs().max() < 2e-5 * want.abs().max(), "fp32 weights: nothing but rounding"
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 16), (torch.float16, 3), (torch.float32, 33)])
+def test_weights_and_adapters_of_any_dtype(dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = MemoryCheckpoint(WIDE, scale=0.15)
+    checkpoint.tensors = {name: x.to(dtype) for name, x in checkpoint.tensors.items()}
+    fast, slow = models(checkpoint, monkeypatch, adapter=random_adapter(WIDE, rank, dtype))
+    rows = prompt_rows([9], 2, 16)
+    want = logits_of(slow, rows, 16)
+    assert (logits_of(fast, rows, 16) - want).abs().max() < 2e-5 * want.abs().max(), "stored values, not rounded ones"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_as_they_are_stored(kind: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clean rows are fp32's but for activations of 16 bits; MASK rows, which only propose, have 8."""
+    checkpoint = BlockCheckpoint(WIDE, kind)
+    fast, slow = models(checkpoint, monkeypatch, adapter=random_adapter(WIDE))
+    rows = prompt_rows([30], 4, 16)
+    want, got = logits_of(slow, rows, 16), logits_of(fast, rows, 16)
+    error = (got - want).abs().amax(1) / want.std()
+    assert error[:30].max() < 2e-3
+    assert error[30:].max() < (0.15 if kind != "Q8_0" else 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
+def test_a_packed_weight_gives_its_rows_back(kind: str) -> None:
+    weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0.0
+    weight[5] *= 1e-6  # scales that are subnormal in fp16
+    if kind in native.GGUF_BLOCKS:
+        number = getattr(gguf.GGMLQuantizationType, kind)
+        data = quantize(weight.numpy(), number)
+        stored: Tensor | native.Blocks = native.Blocks(kind, torch.from_numpy(data), None)
+        want = torch.from_numpy(dequantize(data, number))
+        packed = native.PackedWeight(native.GGUF_BLOCKS[kind][1], 37, 96)
+    else:
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[kind]
+        stored = weight.to(dtype)
+        want, packed = stored.float(), native.PackedWeight(native.DTYPES[dtype], 37, 96)
+    packed.put(stored)
+    ids = torch.tensor([0, 36, 5, 3, 17, -1, 37])
+    got = packed.rows(ids)
+    torch.testing.assert_close(got[:5], want[ids[:5]], rtol=1e-6, atol=0)
+    assert not got[5:].any()
+
+
+def test_a_scale_that_is_not_finite_is_refused() -> None:
+    data = quantize(np.ones((16, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    data[3, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        native.PackedWeight(native.Q8, 16, 32).put(native.Blocks("Q8_0", torch.from_numpy(data), None))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "F32"])
+def test_a_row_keeps_its_bits(kind: str, isa: str) -> None:
+    """Whatever other rows, requests, pages and threads there are; MASK rows at equal slots too."""
+    checkpoint = BlockCheckpoint(WIDE, kind) if kind == "Q4_1" else MemoryCheckpoint(WIDE)
+    model = Transformer(checkpoint, adapter=random_adapter(WIDE))  # type: ignore[arg-type]
+    alone = logits_of(model, prompt_rows([45], 3, 16), 16)
+    clean = logits_of(model, prompt_rows([45], 0, 16), 16)
+    assert torch.equal(clean, alone[:45])
+    for page_size in (1, 5, 24, 64):
+        assert torch.equal(logits_of(model, prompt_rows([45], 3, page_size), page_size), alone)
+    for others in ([1], [17, 80, 2], [33] * 4):
+        together = logits_of(model, prompt_rows([45, *others], 3, 16), 16)
+        assert torch.equal(together[:48], alone)
+    some = torch.tensor([2, 44, 47])
+    assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16, logits_rows=some), alone[some])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16), alone)
+    finally:
+        torch.set_num_threads(threads)
+    # Token by token over the cache what the prompt gave at once.
+    cache, state = model.new_cache(8, 16), tiny_state([[7 * i % 61 for i in range(45)]], 8)
+    with torch.inference_mode():
+        for i in range(45):
+            one = model.forward(prefill_rows(state, [i], [i + 1], 0, 16), cache)[0]
+            assert torch.equal(one[0], clean[i])
+
+
+def test_a_value_that_a_row_does_not_see(isa: str) -> None:
+    """NaN in the cache, in slots of other requests and in those of MASK rows, reaches no clean row."""
+    model = Transformer(MemoryCheckpoint(WIDE), adapter=random_adapter(WIDE))  # type: ignore[arg-type]
+    rows = prompt_rows([20], 3, 16)
+    want = logits_of(model, rows, 16)
+    cache = model.new_cache(256, 16)
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    with torch.inference_mode():
+        assert torch.equal(model.forward(rows, cache)[0], want)
+    adapter = random_adapter(WIDE, dtype=torch.float32)
+    for pair in adapter.pairs.values():
+        pair[0].mul_(1e20), pair[1].mul_(1e20)
+    wild = Transformer(MemoryCheckpoint(WIDE), adapter=adapter)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        logits, hidden = wild.forward(rows, wild.new_cache(256, 16))
+    assert torch.equal(logits[:20], want[:20]) and hidden.isfinite().all()
+
+
+def test_an_activation_that_is_not_finite_stays_in_its_row(isa: str) -> None:
+    checkpoint = BlockCheckpoint(WIDE, "Q4_1")
+    model = Transformer(checkpoint)  # type: ignore[arg-type]
+    rows = prompt_rows([5, 5], 0, 16)
+    want = logits_of(model, rows, 16)
+    assert model.stack is not None
+    x = model.stack.embedding.rows(rows.ids)
+    x[0, 3] = torch.inf  # of the first request, whose other rows see it
+    with torch.inference_mode():
+        logits, _ = model.stack.forward(x, rows, model.new_cache(128, 16), None)  # type: ignore[arg-type]
+    assert logits[:5].isnan().all() and torch.equal(logits[5:], want[5:])
+
+
+def test_rows_that_lie_outside_are_refused() -> None:
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    rows = prompt_rows([20], 0, 16)
+    cache = model.new_cache(4, 16)
+    for name, value, message in [
+        ("positions", torch.full((20,), 5000), "position 5000"),
+        ("positions", torch.full((20,), -1), "position -1"),
+        ("slot_mapping", torch.full((20,), 64), "slot 64, beyond the cache"),
+        ("page_table", torch.full((1, 64), 9, dtype=torch.int32), "page 9 of 4"),
+        ("seq_lens", torch.tensor([19], dtype=torch.int32), "20 rows, but a length of 19"),
+        ("seq_lens", torch.tensor([2000], dtype=torch.int32), "more than its pages hold"),
+        ("query_start_loc", torch.tensor([1, 20], dtype=torch.int32), "begins with 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.forward(dataclasses.replace(rows, **{name: value}), cache)
+    with pytest.raises(ValueError, match="row 20, there are 20"):
+        model.forward(rows, cache, logits_rows=torch.tensor([20]))
+
+
+def test_shapes_that_the_kernels_do_not_take() -> None:
+    assert unsupported(WIDE, None) is None
+    assert "head_dim is 8" in str(unsupported(tiny_config(), None))
+    assert "no multiples of 16" in str(unsupported(dataclasses.replace(WIDE, hidden_size=72), None))
+    assert "rank 600" in str(unsupported(WIDE, dataclasses.replace(random_adapter(WIDE), rank=600)))
+    assert Transformer(MemoryCheckpoint(tiny_config())).stack is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3}])
+def test_strided_decoding_is_ar(plan: Any, sampling: dict[str, Any]) -> None:
+    model = Transformer(BlockCheckpoint(WIDE, "Q4_1"), adapter=random_adapter(WIDE))  # type: ignore[arg-type]
+    generator = Generator(model, max_model_len=120, page_size=8)
+    prompts = [[1, 2, 3], [9] * 20, [4]]
+    params = SamplingParams(max_tokens=60, **sampling)
+    want = [generator.generate([p], params, plan="ar")[0].token_ids for p in prompts[:1]]
+    together = generator.generate(prompts, params, plan=plan, stride=3)
+    assert together[0].token_ids == want[0] and len(want[0]) == 60
+    assert [r.token_ids for r in together] == [r.token_ids for r in generator.generate(prompts, params, plan="ar")]
+
+
+# What a step does around its forward
+
+
+@pytest.mark.parametrize("kind", ["ar", "chain", "quadratic"])
+def test_rows_of_a_plan(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = StepPlan(kind, 1 if kind == "ar" else 4)
+    state = tiny_state([[1, 2, 3], [5] * 9, [4], [8, 9]], 8, plan.num_drafts)
+    state.drafts.random_(0, 61, generator=torch.Generator().manual_seed(0))
+    state.num_drafts.copy_(torch.tensor([0, plan.num_drafts, min(1, plan.num_drafts), min(2, plan.num_drafts)]))
+    state.finish[2] = 1
+    got = plans.plan_rows(plan, state, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        want = plans.plan_rows(plan, state, 5)
+    used = int(want.query_start_loc[-1])
+    for field in dataclasses.fields(want):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        if isinstance(b, Tensor):
+            assert a.dtype == b.dtype and a.shape == b.shape, field.name
+            part = slice(used) if field.name == "tail_mask" else slice(None)  # of padding it means nothing
+            assert torch.equal(a[part], b[part]), field.name
+        else:
+            assert a == b, field.name
+
+
+def step_problem(seed: int, vocab_size: int = 600) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(seed)
+    counts = [1 + 2 + 2, 0, 1 + 2, 1 + 1 + 2 * 2]
+    logits = torch.randn(sum(counts), vocab_size, generator=random)
+    num_drafts = torch.tensor([2, 1, 0, 1], dtype=torch.int32)
+    drafts = torch.randint(0, vocab_size - 10, (4, 2), generator=random)
+    drafts[0, 0] = logits[0, : vocab_size - 10].argmax()
+    zeros = torch.zeros(4)
+    return {
+        "logits": logits,
+        "query_start_loc": torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
+        "num_drafts": num_drafts,
+        "drafts": drafts,
+        "positions": torch.arange(4, dtype=torch.int32),
+        "temperature": zeros,
+        "top_k": zeros.int(),
+        "top_p": zeros + 1,
+        "min_p": zeros,
+        "seed": torch.arange(4),
+        "id_limit": vocab_size - 10,
+        "mask_id": int(logits[2].argmax()),
+    }
+
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_greedy_verification(branched: bool, isa: str) -> None:
+    for seed in range(5):
+        problem = step_problem(seed)
+        want = python_ref.verify_accept(**problem, branched=branched, mode="match")
+        names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
+        got = step.verify_greedy(**{name: problem[name] for name in names}, branched=branched)
+        assert got is not None
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str) -> None:
+    problem = step_problem(1)
+    names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
+    problem["logits"][0, 599] = value  # beyond the limit: no matter
+    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is not None
+    problem["logits"][0, 77] = value
+    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    problem = step_problem(1)
+    problem["drafts"][0, 0] = 600
+    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    problem = step_problem(1)
+    problem["temperature"][3] = 0.5
+    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    width, small, vocab_size = 48, 32, 600
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random) * 0.3
+
+    logits, hidden = matrix(12, vocab_size) * 10, matrix(12, width)
+    logits[4, 100] = torch.nan
+    logits[5, 200] = -torch.inf
+    first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
+    previous, num_drafts = torch.tensor([4, 599, 0]), torch.tensor([3, 0, 3], dtype=torch.int32)
+    drafts = torch.randint(0, 500, (3, 3), generator=random)
+    weights = (
+        matrix(vocab_size, width).to(dtype),
+        matrix(vocab_size, width).to(dtype),
+        matrix(small, width),
+        matrix(small, width),
+        matrix(small, small),
+        matrix(width, small),
+    )
+    zeros = torch.zeros(3)
+    sampling = (zeros, zeros.int(), zeros + 1, zeros, torch.arange(3))
+    positions = torch.arange(3, dtype=torch.int32)
+    want = python_ref.rerank_drafts(
+        logits, hidden, first_mask, previous, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=True
+    )
+    got = step.rerank_greedy(logits, hidden, first_mask, previous, drafts, num_drafts, zeros, weights, 590, 7)
+    assert got is not None and torch.equal(got, want)
+
+
+# The library
+
+
+def test_a_child_of_fork_computes_too() -> None:
+    program = """
+import os, sys, torch
+sys.path.insert(0, ".")
+from tests.cpu.test_native import *
+torch.get_num_threads = lambda: 3
+model = Transformer(MemoryCheckpoint(WIDE))
+want = logits_of(model, prompt_rows([20], 0, 16), 16)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(logits_of(model, prompt_rows([20], 0, 16), 16), want) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more it is torch that does not survive a fork
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_why_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def status() -> str:
+        native._load.cache_clear()
+        return native.status()
+
+    try:
+        monkeypatch.setattr(native, "source_hash", lambda: "0" * 16)
+        assert "built from other sources" in status() and native.library() is None
+        monkeypatch.setattr(native, "LIBRARY", str(tmp_path / "none.so"))
+        assert "make native-cpu" in status()
+        (tmp_path / "none.so").write_text("no library")
+        assert "does not load" in status()
+        monkeypatch.setenv("IDLM_CPU_NATIVE", "0")
+        assert "IDLM_CPU_NATIVE=0" in status()
+        monkeypatch.undo()
+        monkeypatch.setenv("IDLM_CPU_ISA", "sse9")
+        with pytest.raises(ValueError, match="IDLM_CPU_ISA is 'sse9', wanted one of"):
+            status()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+    assert native.library() is not None
+
+
+def test_the_structs_are_those_of_the_header() -> None:
+    library = ctypes.CDLL(str(native._HERE / native.LIBRARY))
+    assert library.idlm_cpu_abi() == native._abi()
