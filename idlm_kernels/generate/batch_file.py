@@ -1,6 +1,7 @@
 """Prompts from a JSON-lines file, results to another: any number of them in constant memory, resumable.
 
-A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field but logprobs.
+A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field
+but logprobs.
 A line of output answers the line of input of the same number and holds only what does not depend on the schedule, so
 that an interrupted and resumed run writes the same bytes as an undisturbed one. Lines are written whole and in order;
 they are on disk (fsync) at the edges of epochs. OUTPUT.run.json beside the output remembers how it was started, and
