@@ -28,7 +28,7 @@ from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
-from idlm_kernels.generate.pages import PagePool
+from idlm_kernels.generate.pages import PagePool, page_size_for
 from idlm_kernels.generate.params import SamplingParams, checked_seed
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
@@ -131,7 +131,7 @@ class Engine:
         if policy is None:
             policy = PlanPolicy.of(model, options, options.max_num_seqs)
         num_slots = options.max_model_len - 1 + policy.widest.max_rows
-        options = dataclasses.replace(options, page_size=min(options.page_size, num_slots))  # larger ones hold no more
+        options = dataclasses.replace(options, page_size=page_size_for(options.page_size, num_slots))
         self.model, self.tokenizer, self.policy, self.options = model, tokenizer, policy, options
         self._lag = (1 if model.device.type == "cuda" else 0) if options.lag is None else options.lag
         self._id_limit = model.config.vocab_size

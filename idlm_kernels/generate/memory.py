@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from idlm_kernels.generate.options import EngineOptions
+from idlm_kernels.generate.pages import page_size_for
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.model.transformer import Transformer
 
@@ -38,7 +39,7 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
         raise ValueError(f"gpu_memory_utilization is {fraction}, wanted above 0 and at most 1")
     config = model.config
     num_slots = options.max_model_len - 1 + policy.widest.max_rows
-    page_size = min(options.page_size, num_slots)  # as Engine has it
+    page_size = page_size_for(options.page_size, num_slots)
     per_request = -(-num_slots // page_size)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     fitting = int(free_memory(model.device) * fraction) // (per_token * page_size)
