@@ -28,10 +28,9 @@ from torch import Tensor
 from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
-from idlm_kernels.generate.memory import page_size_for
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
-from idlm_kernels.generate.pages import PagePool
+from idlm_kernels.generate.pages import PagePool, page_size_for
 from idlm_kernels.generate.params import SamplingParams, checked_seed
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from idlm_kernels.generate.options import EngineOptions
+from idlm_kernels.generate.pages import page_size_for
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.model.transformer import Transformer
 
@@ -38,7 +39,7 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
         raise ValueError(f"gpu_memory_utilization is {fraction}, wanted above 0 and at most 1")
     config = model.config
     num_slots = options.max_model_len - 1 + policy.widest.max_rows
-    page_size = page_size_for(options.page_size, num_slots)  # as Engine has it
+    page_size = page_size_for(options.page_size, num_slots)
     per_request = -(-num_slots // page_size)
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     fitting = int(free_memory(model.device) * fraction) // (per_token * page_size)
@@ -49,9 +50,3 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
             "gpu_memory_utilization"
         )
     return min(options.max_num_seqs * per_request, fitting)
-
-
-def page_size_for(wanted: int, num_slots: int) -> int:
-    """Of a cache for requests of at most num_slots: larger pages than that hold no more. A power of two then, since a
-    kernel is compiled for each size of page."""
-    return min(wanted, 1 << (num_slots - 1).bit_length())

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def page_size_for(wanted: int, num_slots: int) -> int:
+    """The page size of a cache for requests of at most num_slots: larger pages than that hold no more.
+
+    A power of two then, since a kernel is compiled for each size of page.
+    """
+    return min(wanted, 1 << (num_slots - 1).bit_length())
+
+
 class PagePool:
     """Pages 0 .. num_pages - 1, each free or held by one or more requests.
 

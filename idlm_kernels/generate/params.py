@@ -15,6 +15,7 @@ _UNSUPPORTED = {
     "min_tokens": 0,
     "skip_special_tokens": True,
 }
+_LARGEST_INT32 = 2**31 - 1
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
 
 
@@ -23,9 +24,10 @@ class SamplingParams:
     """Sampling and stopping of one request. Off values: top_k 0 (or -1), top_p 1, min_p 0; temperature 0 is greedy.
 
     The defaults are greedy decoding of at most 256 tokens (vLLM: temperature 1, 16 tokens). seed: 0 .. 2^64 - 1, or
-    None to have one drawn (the result tells which). max_tokens: the most new tokens. stop: strings that end the text
-    before them; stop_token_ids: ids that end it, beside the tokenizer's end-of-text ids (which `ignore_eos` turns
-    off). logprobs: 0 has those of the tokens reported; there are none of other tokens.
+    None to have one drawn (the result tells which). max_tokens: the most new tokens, None for as many as the context
+    holds. stop: strings that end the text before them; stop_token_ids: ids that end it, beside the tokenizer's
+    end-of-text ids (which `ignore_eos` turns off). logprobs: 0 has those of the tokens reported; there are none of
+    other tokens.
 
     n, repetition_penalty, presence_penalty, frequency_penalty, min_tokens, skip_special_tokens: taken at the value that
     asks for nothing, so that a program that spells them out runs.
@@ -56,6 +58,8 @@ class SamplingParams:
                 raise ValueError(f"{name} is {value!r}, wanted {only!r}: a decode has no other")
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        if self.max_tokens is None:
+            object.__setattr__(self, "max_tokens", _LARGEST_INT32)
         if self.logprobs is not None:
             _int("logprobs", self.logprobs, 0, 0, "None or 0 (those of the tokens themselves)")
         for name, low, high, wanted in (
@@ -68,8 +72,8 @@ class SamplingParams:
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not (low <= value <= high) or (name == "top_p" and value == 0):
                 raise ValueError(f"{name} is {value}, wanted {wanted}")
-        _int("top_k", self.top_k, 0, 2**31 - 1, "0 (off) or a positive number")
-        _int("max_tokens", self.max_tokens, 1, 2**31 - 1, "at least 1")
+        _int("top_k", self.top_k, 0, _LARGEST_INT32, "0 (off) or a positive number")
+        _int("max_tokens", self.max_tokens, 1, _LARGEST_INT32, "at least 1")
         if self.seed is not None:
             checked_seed(self.seed)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -78,7 +82,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         for token in self.stop_token_ids:
-            _int("stop_token_ids", token, 0, 2**31 - 1, "token ids")
+            _int("stop_token_ids", token, 0, _LARGEST_INT32, "token ids")
 
 
 def _int(name: str, value: int, low: int, high: int, wanted: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, Request, SamplingParams, StepPlan
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
-from idlm_kernels.ops import _dispatch, attention, gemm, layers, sampling, state
+from idlm_kernels.ops import _dispatch, _register, attention, rerank, sampling
 from tests.generate.test_rerank import with_head
 
 MakeGenerator = Callable[..., Generator]
@@ -81,7 +81,7 @@ def test_a_step_reads_nothing_on_the_host(
     """`references`: the mode looks inside the reference ops too. `step`: ops are opaque, in the default backend."""
     if inside_ops:
         monkeypatch.setenv("IDLM_BACKEND", "torch")
-        for module in (attention, gemm, layers, sampling, state):
+        for module in (_register, attention, rerank, sampling):
             monkeypatch.setattr(module, "traced", lambda x: False)
     monkeypatch.setattr(_dispatch, "_chosen", {})
     generator = make_generator()

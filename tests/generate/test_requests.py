@@ -150,6 +150,12 @@ def test_parameters_that_ask_for_nothing_are_taken_in_every_spelling() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
 
 
+def test_without_max_tokens_the_context_ends_a_request(make_generator: MakeGenerator) -> None:
+    params = SamplingParams(max_tokens=None)  # type: ignore[arg-type]
+    (result,) = make_generator(max_model_len=40).generate([[1, 2, 3]], params, plan="chain", stride=2)
+    assert result.tokens == 37 and result.finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
