@@ -149,12 +149,20 @@ def test_one_process_serves_all_conversations_and_ends_with_the_template():
     assert is_gone(pid)
 
 
-def test_a_process_that_was_killed_is_replaced():
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (signal.SIGKILL, OSError, "was ended from outside"),  # by the system, which had no memory left
+        (signal.SIGSEGV, CheckpointError, "^file: .*crashed the process that renders it .SIGSEGV"),
+        (signal.SIGXCPU, CheckpointError, "^file: .*takes more than 3 s"),
+    ],
+)
+def test_a_process_that_was_ended_is_replaced(number, kind, message):
     template = ChatTemplate(ECHO, "file")
     template.render({"text": "a"})
     pid = child_of(template)
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(CheckpointError, match="^file: .*ended the process that renders it"):
+    os.kill(pid, number)
+    with pytest.raises(kind, match=message):
         template.render({"text": "a"})
     assert is_gone(pid) and template.render({"text": "b"}) == "b"
 

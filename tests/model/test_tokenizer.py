@@ -175,7 +175,9 @@ def tiny_fields(**changes) -> dict:
         "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
         "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array(kinds, np.int32), **changes,
     }  # fmt: skip
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+    template = named.pop("tokenizer.ggml.chat_template", None)
+    return named if template is None else {**named, "tokenizer.chat_template": template}
 
 
 @pytest.fixture(scope="module", params=["default model", "tiny"])
@@ -265,6 +267,8 @@ def test_unused_and_user_defined_tokens():
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000, outside"),
         ({"add_bos_token": True, "tokens": ["x:y:z", *byte_vocabulary()[1:]], "bos_token_id": 0}, "cannot be used"),
         ({"eos_token_id": -1}, "eos_token_id is -1, outside"),
+        ({"chat_template": "a" * (1 << 20) + "a"}, "chat_template is longer than 1048576"),
+        ({"chat_template": ["a"]}, "chat_template is not a string"),
     ],
     ids=str,
 )
@@ -334,6 +338,9 @@ def test_damaged_folders(tmp_path):
             Tokenizer.from_folder(tmp_path)
     save_tiny(tmp_path, chat_template=7)
     with pytest.raises(CheckpointError, match="chat_template is not a string"):
+        Tokenizer.from_folder(tmp_path)
+    save_tiny(tmp_path, chat_template="a" * (1 << 20) + "a")
+    with pytest.raises(CheckpointError, match="chat_template is longer than 1048576"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: found a JSON list"):
