@@ -19,7 +19,9 @@ from .errors import CheckpointError, short
 
 TIMES = 16  # a text may get this many times longer (compatibility forms of Unicode: 11 times) ...
 MORE_BYTES = 1 << 16  # ... and this much
-_STEP_BYTES = 1 << 24  # of one step at its worst, where that cannot be counted beforehand
+# What one step may make at its worst, where that cannot be counted beforehand: SentencePiece's tables have 33 bytes for
+# one character.
+_TIMES_AT_WORST, _BYTES_AT_WORST = 36, 1 << 24
 _MAX_TOKEN_CHARS = 1 << 16  # each time that it is decoded
 _MAX_WORD_CHARS = 1000  # of WordPiece, which takes time with the third power
 _MAX_STEPS = 1000
@@ -54,11 +56,11 @@ class Growth:
         if self._is_small:
             return
         size = len(text.encode("utf-8", "surrogatepass"))
-        allowed = TIMES * size + MORE_BYTES
+        allowed, at_worst = TIMES * size + MORE_BYTES, max(_TIMES_AT_WORST * size, _BYTES_AT_WORST)
         for step in self._steps:
             worst = _times(step) * size + _more(step)
             counted = _replaced_bytes(step, text, size)
-            if (worst > _STEP_BYTES) if counted is None else (counted > allowed):
+            if (worst > at_worst) if counted is None else (counted > allowed):
                 raise ValueError(_too_long(step, allowed))
             text = _normalized(step, text)
             size = len(text.encode("utf-8", "surrogatepass"))

@@ -3,6 +3,7 @@ Python."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import unicodedata
@@ -485,6 +486,14 @@ REFUSED_STEPS = [
         "precompiled_charsmap claims 4294967292 bytes of 12",
     ),
 ]
+
+
+def test_a_long_text_passes_a_table_that_may_write_much_for_a_character(tmp_path):
+    """As the tables of SentencePiece do: U+FDFA becomes 33 bytes."""
+    table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"x" * 33 + b"\0").decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=normalizer, pre_tokenizer=None))
+    assert tokenizer.encode("b" * 600_000) == [4]
 
 
 @pytest.mark.parametrize("changes, message", REFUSED_STEPS, ids=[message[:20] for _, message in REFUSED_STEPS])
