@@ -205,6 +205,8 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_plain(item, where, depth + 1) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, (set, frozenset)):
+        return {_plain(item, where, depth + 1) for item in value}
     raise TypeError(
         f"{where.removeprefix('.')} holds a {type(value).__name__}; a chat template reads plain data: text, numbers, "
         "lists and dicts"

@@ -112,7 +112,9 @@ def test_the_next_conversation_is_rendered_after_any_fault():
         assert template.render({"text": "b"}) == "b"
 
 
-@pytest.mark.parametrize("value", ["a\ud800b", "\x00\U000c0000", (1, 2.5, None), [True, {3: "x"}], 10**40, math.inf])
+@pytest.mark.parametrize(
+    "value", ["a\ud800b", "\x00\U000c0000", (1, 2.5, None), [True, {3: "x"}], {"one"}, 10**40, math.inf]
+)
 def test_values_reach_a_template_as_they_are(value):
     assert ChatTemplate(ECHO).render({"text": value}) == str(value)
 
