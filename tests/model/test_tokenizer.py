@@ -480,6 +480,21 @@ REFUSED_STEPS = [
     ),
     ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 10**5: 0}}}, "has 100000 characters"),
     ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**5, 0.0]]}}, "has 100000 characters"),
+    (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 4 + [{"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"x": {"id": "x", "ids": [0] * 300, "tokens": ["a"] * 300}},
+            }
+        },
+        "post_processor puts 1200 tokens around",
+    ),
+    (
+        {"model": {"type": "WordPiece", "continuing_subword_prefix": "#" * 101, "vocab": {"a": 0}}},
+        "continuing_subword_prefix has 101 characters",
+    ),
     ({"normalizer": sequence_of(*[{"type": "NFC"}] * 1001)}, "more than 1000 normalizers"),
     (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAAAAAAA"}},
