@@ -19,9 +19,13 @@ from .errors import CheckpointError, short
 
 TIMES = 16  # a text may get this many times longer (compatibility forms of Unicode: 11 times) ...
 MORE_BYTES = 1 << 16  # ... and this much
-_STEP_BYTES = 1 << 24  # of one step at its worst, where that cannot be counted beforehand
+# What one step may make at its worst, where that cannot be counted beforehand: SentencePiece's tables have 33 bytes for
+# one character.
+_TIMES_AT_WORST, _BYTES_AT_WORST = 36, 1 << 24
 _MAX_TOKEN_CHARS = 1 << 16  # each time that it is decoded
 _MAX_WORD_CHARS = 1000  # of WordPiece, which takes time with the third power
+_MAX_AFFIX_CHARS = 100  # put before or after each part of a word, to look it up
+_MAX_IDS_AROUND = 1000  # of every text
 _MAX_STEPS = 1000
 
 # The most bytes of UTF-8 for one, https://www.unicode.org/faq/normalization.html. A step that is not named here is one
@@ -45,8 +49,11 @@ class Growth:
         pre_tokenizers = _parts(settings.get("pre_tokenizer"), "pretokenizers")
         _require(_product(_PRE_TOKENIZERS.get(str(step.get("type")), 1) for step in pre_tokenizers), "pre_tokenizer")
         _require(_product(map(_times_decoding, _parts(settings.get("decoder"), "decoders"))), "decoder")
-        processors = _parts(settings.get("post_processor"), "processors")
+        processors = list(_parts(settings.get("post_processor"), "processors"))
         _require(_product(map(_copies, processors)), "post_processor")
+        around = sum(map(_ids_around, processors))
+        if around > _MAX_IDS_AROUND:
+            raise CheckpointError(f"post_processor puts {around} tokens around a text, more than {_MAX_IDS_AROUND}")
         self._check_tokens(settings)
 
     def check(self, text: str) -> None:
@@ -54,11 +61,11 @@ class Growth:
         if self._is_small:
             return
         size = len(text.encode("utf-8", "surrogatepass"))
-        allowed = TIMES * size + MORE_BYTES
+        allowed, at_worst = TIMES * size + MORE_BYTES, max(_TIMES_AT_WORST * size, _BYTES_AT_WORST)
         for step in self._steps:
             worst = _times(step) * size + _more(step)
             counted = _replaced_bytes(step, text, size)
-            if (worst > _STEP_BYTES) if counted is None else (counted > allowed):
+            if (worst > at_worst) if counted is None else (counted > allowed):
                 raise ValueError(_too_long(step, allowed))
             text = _normalized(step, text)
             size = len(text.encode("utf-8", "surrogatepass"))
@@ -71,6 +78,10 @@ class Growth:
         longest = model.get("max_input_chars_per_word", 0)
         if isinstance(longest, int) and longest > _MAX_WORD_CHARS:
             raise CheckpointError(f"max_input_chars_per_word is {short(longest)}, more than {_MAX_WORD_CHARS}")
+        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+            affix = model.get(name)
+            if isinstance(affix, str) and len(affix) > _MAX_AFFIX_CHARS:
+                raise CheckpointError(f"{name} has {len(affix)} characters, more than {_MAX_AFFIX_CHARS}")
         vocab = model.get("vocab")
         words: Iterable[Any] = vocab if isinstance(vocab, dict) else ()
         if isinstance(vocab, list):  # Unigram: pairs of a token and its score
@@ -178,6 +189,20 @@ def _copies(step: Mapping[str, Any]) -> int:
     """How often a template writes the text."""
     single = step.get("single")
     return sum("Sequence" in part for part in single if isinstance(part, dict)) if isinstance(single, list) else 1
+
+
+def _ids_around(step: Mapping[str, Any]) -> int:
+    """How many ids a template writes besides the text."""
+    single, special = step.get("single"), step.get("special_tokens")
+    if not isinstance(single, list) or not isinstance(special, dict):
+        return 0
+    lengths = {
+        name: len(token["ids"])
+        for name, token in special.items()
+        if isinstance(token, dict) and isinstance(token.get("ids"), list)
+    }
+    parts = [part.get("SpecialToken") for part in single if isinstance(part, dict)]
+    return sum(lengths.get(str(part.get("id")), 1) for part in parts if isinstance(part, dict))
 
 
 def _replaced_bytes(step: Mapping[str, Any], text: str, size: int) -> int | None:

@@ -26,6 +26,7 @@ from .errors import CheckpointError
 _WAIT_SECONDS = 120.0  # for the answer, which takes _render.SECONDS of a processor: beyond, the machine is at fault
 _MAX_ANSWER_BYTES = 4 * _render.OUTPUT_CHARS + 1
 _MAX_DEPTH = 200
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 class ChatTemplate:
@@ -126,15 +127,16 @@ class _Process:
             return _render.LIMIT, self._death()
 
     def _death(self) -> bytes:
-        """Why the process has ended by itself."""
+        """Why the process has ended, as far as that is the template's doing; OSError where it is not."""
         try:
             status = self._child.wait(1)
         except subprocess.TimeoutExpired:
             return b"it disturbed the process that renders it"
         if -status == signal.SIGXCPU:
             return f"it takes more than {_render.SECONDS} s".encode()
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"it ended the process that renders it ({how})".encode()
+        if -status in _CRASHES:
+            return f"it crashed the process that renders it ({signal.Signals(-status).name})".encode()
+        raise OSError(f"the process that renders chat templates was ended from outside (status {status})")
 
     def _send(self, message: bytes) -> None:
         self._socket.sendall(len(message).to_bytes(8, "little"))
@@ -203,6 +205,8 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_plain(item, where, depth + 1) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, (set, frozenset)):
+        return {_plain(item, where, depth + 1) for item in value}
     raise TypeError(
         f"{where.removeprefix('.')} holds a {type(value).__name__}; a chat template reads plain data: text, numbers, "
         "lists and dicts"

@@ -267,8 +267,8 @@ class Tokenizer:
             with naming(f"the tokens around a text, {around},", "cannot be used"):
                 backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
         template = fields.get("tokenizer.chat_template")
-        if template is not None and not isinstance(template, str):
-            raise CheckpointError("tokenizer.chat_template is not a string")
+        if template is not None:
+            _check_template(template, "tokenizer.chat_template")
         used = np.flatnonzero(kinds != types.UNUSED)
         return cls(
             backend,
@@ -451,6 +451,13 @@ def _folder_template(path: Path, settings: Mapping[str, Any]) -> tuple[str | Non
     if isinstance(template, list):
         default = (entry for entry in reversed(template) if isinstance(entry, dict) and entry.get("name") == "default")
         template = next(default, {}).get("template")
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{file}: chat_template is not a string")
+    if template is not None:
+        _check_template(template, f"{file}: chat_template")
     return template, file
+
+
+def _check_template(template: Any, name: str) -> None:
+    if not isinstance(template, str):
+        raise CheckpointError(f"{name} is not a string")
+    if len(template) > _MAX_TEMPLATE_BYTES:
+        raise CheckpointError(f"{name} is longer than {_MAX_TEMPLATE_BYTES} characters")

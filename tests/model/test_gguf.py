@@ -276,7 +276,9 @@ def test_lying_header(tmp_path, case):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("array", [struct.pack("<IQ", 8, 1) + text("llama"), struct.pack("<IQII", 4, 2, 1, 2)])
+@pytest.mark.parametrize(
+    "array", [struct.pack("<IQ", 8, 1) + text("llama"), struct.pack("<IQII", 4, 2, 1, 2)], ids=["texts", "numbers"]
+)
 def test_an_architecture_that_is_an_array_is_refused_with_the_file_named(tmp_path, array):
     path = tmp_path / "bad.gguf"
     path.write_bytes(header(fields=1, rest=text("general.architecture") + struct.pack("<I", 9) + array + PADDING))

@@ -3,6 +3,7 @@ Python."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import unicodedata
@@ -175,7 +176,9 @@ def tiny_fields(**changes) -> dict:
         "model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": MERGES,
         "bos_token_id": 1, "eos_token_id": 2, "token_type": np.array(kinds, np.int32), **changes,
     }  # fmt: skip
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
+    template = named.pop("tokenizer.ggml.chat_template", None)
+    return named if template is None else {**named, "tokenizer.chat_template": template}
 
 
 @pytest.fixture(scope="module", params=[pytest.param("default model", marks=pytest.mark.default_model), "tiny"])
@@ -265,6 +268,8 @@ def test_unused_and_user_defined_tokens():
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000, outside"),
         ({"add_bos_token": True, "tokens": ["x:y:z", *byte_vocabulary()[1:]], "bos_token_id": 0}, "cannot be used"),
         ({"eos_token_id": -1}, "eos_token_id is -1, outside"),
+        ({"chat_template": "a" * (1 << 20) + "a"}, "chat_template is longer than 1048576"),
+        ({"chat_template": ["a"]}, "chat_template is not a string"),
     ],
     ids=str,
 )
@@ -334,6 +339,9 @@ def test_damaged_folders(tmp_path):
             Tokenizer.from_folder(tmp_path)
     save_tiny(tmp_path, chat_template=7)
     with pytest.raises(CheckpointError, match="chat_template is not a string"):
+        Tokenizer.from_folder(tmp_path)
+    save_tiny(tmp_path, chat_template="a" * (1 << 20) + "a")
+    with pytest.raises(CheckpointError, match="chat_template is longer than 1048576"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: found a JSON list"):
@@ -472,12 +480,35 @@ REFUSED_STEPS = [
     ),
     ({"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a" * 10**5: 0}}}, "has 100000 characters"),
     ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**5, 0.0]]}}, "has 100000 characters"),
+    (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 4 + [{"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"x": {"id": "x", "ids": [0] * 300, "tokens": ["a"] * 300}},
+            }
+        },
+        "post_processor puts 1200 tokens around",
+    ),
+    (
+        {"model": {"type": "WordPiece", "continuing_subword_prefix": "#" * 101, "vocab": {"a": 0}}},
+        "continuing_subword_prefix has 101 characters",
+    ),
     ({"normalizer": sequence_of(*[{"type": "NFC"}] * 1001)}, "more than 1000 normalizers"),
     (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAAAAAAA"}},
         "precompiled_charsmap claims 4294967292 bytes of 12",
     ),
 ]
+
+
+def test_a_long_text_passes_a_table_that_may_write_much_for_a_character(tmp_path):
+    """As the tables of SentencePiece do: U+FDFA becomes 33 bytes."""
+    table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"x" * 33 + b"\0").decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    tokenizer = Tokenizer.from_folder(save_with(tmp_path, normalizer=normalizer, pre_tokenizer=None))
+    assert tokenizer.encode("b" * 600_000) == [4]
 
 
 @pytest.mark.parametrize("changes, message", REFUSED_STEPS, ids=[message[:20] for _, message in REFUSED_STEPS])
