@@ -125,6 +125,7 @@ def strided_attention(
         page_table.numpy().tobytes(),
         None if tail_mask is None else tail_mask.numpy().tobytes(),
         window,
+        max_query_len,
         num_rows,
         num_heads,
         num_kv_heads,
@@ -306,6 +307,7 @@ def _plan(
     page_table: bytes,
     tail_mask: bytes | None,
     window: int,
+    max_query_len: int,
     num_rows: int,
     num_heads: int,
     num_kv_heads: int,
@@ -333,9 +335,10 @@ def _plan(
             continue
         most = min(MAX_ROWS, max(SCORES_PER_ITEM // (num_heads * leaves_of(length) * LEAF), 1))
         m = stop - start
-        step = -(-m // -(-m // most)) if m else 1  # as even as can be
-        for before in range(0, m, step):
-            rows = min(step, m - before)
+        count = min(m, max_query_len)  # rows from there on are padding
+        step = -(-count // -(-count // most)) if count else 1  # as even as can be
+        for before in range(0, count, step):
+            rows = min(step, count - before)
             end = length if tails is not None else length - m + before + rows
             pieces.append(_Piece(b, start + before, rows, before, m, end, leaves_of(end)))
 

@@ -48,6 +48,15 @@ def tensor(
     _refuse(op, name, x, shape, dtypes, device)
 
 
+def like_k_cache(op: str, v_cache: Tensor, k_cache: Tensor, device: torch.device) -> None:
+    """Check the cache of V against that of K; which of the two is at fault nobody can tell, so both are named."""
+    if isinstance(v_cache, Tensor) and v_cache.dim() == 4 and v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{op}: k_cache has shape {list(k_cache.shape)} and v_cache {list(v_cache.shape)}, wanted the same"
+        )
+    tensor(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
+
+
 def _refuse(
     op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:

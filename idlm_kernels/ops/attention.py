@@ -51,7 +51,8 @@ def strided_attention(
         query_start_loc: int32 [B + 1], rising from 0; rows of request b are query_start_loc[b] : [b + 1].
             Rows from query_start_loc[B] on are padding: their output is 0, their lse -inf.
         tail_mask: int64 [T] read as 64 bits, for requests of at most 64 rows; excludes `window`.
-        max_query_len: the largest number of rows of a request, known on the host.
+        max_query_len: the largest number of rows of a request, known on the host. Rows of a request from this one on
+            are treated as padding.
         sm_scale: factor of q K^T; 1 / sqrt(D) when None.
         window: with w >= 0 a row also sees nothing older than w slots before its own.
         k_scale, v_scale: fp32 scalars (shape []) that multiply K and V.
@@ -84,7 +85,7 @@ def strided_attention(
     check.tensor(op, "q", q, (None, None, None), check.FLOATS, device)
     num_rows, num_heads, head_dim = q.shape
     check.tensor(op, "k_cache", k_cache, (None, None, None, head_dim), (q.dtype, *check.FP8), device)
-    check.tensor(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
+    check.like_k_cache(op, v_cache, k_cache, device)
     num_kv_heads = k_cache.shape[2]
     if min(k_cache.shape) == 0:
         raise ValueError(f"{op}: k_cache has shape {list(k_cache.shape)}, wanted no empty dimension")

@@ -191,7 +191,7 @@ def qk_norm_rope_append(
     num_rows, width = qkv.shape
     cache_dtypes = (qkv.dtype, *check.FP8)
     check.tensor(op, "k_cache", k_cache, (None, None, None, None), cache_dtypes, device)
-    check.tensor(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
+    check.like_k_cache(op, v_cache, k_cache, device)
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
     if min(num_pages, page_size, num_kv_heads, head_dim) == 0 or head_dim % 2:
         raise ValueError(f"{op}: k_cache has shape {list(k_cache.shape)}, wanted no empty dimension and an even D")

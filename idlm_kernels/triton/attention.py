@@ -142,6 +142,7 @@ def strided_attention(
         chunk_ml,
         meetings,
         row_tiles,
+        max_query_len,
         num_rows,
         batch,
         num_pages,

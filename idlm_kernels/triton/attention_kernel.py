@@ -62,11 +62,42 @@ def _store_rows(
 
 
 @triton.jit
+def _store_zeros(
+    gOut,
+    gLse,
+    first,
+    end,
+    step,
+    kv_head,
+    stride_out_row,
+    stride_out_head,
+    stride_lse,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """The output of rows first .. end - 1 of the batch that nothing is computed for, BLOCK_M // GROUP every `step`."""
+    zeros = tl.zeros([BLOCK_M, BLOCK_D], gOut.dtype.element_ty)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
+    for at in range(first, end, step):
+        row = (at + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
+        is_row = (row < end) & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
+        pOut = gOut + (row * stride_out_row + head * stride_out_head)[:, None] + d
+        tl.store(pOut, zeros, mask=is_row[:, None] & (d < D))
+        if HAS_LSE:
+            tl.store(gLse + row * stride_lse + head, float("-inf"), mask=is_row)
+
+
+@triton.jit
 def _extent(
     gQueryStart,
     gSeqLens,
     request,
     row_tile,
+    max_rows,
     max_slots,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -79,9 +110,10 @@ def _extent(
     row_start = tl.load(gQueryStart + request)
     m_rows = tl.load(gQueryStart + request + 1) - row_start
     seq_len = tl.minimum(tl.load(gSeqLens + request), max_slots)
+    first_of_step = seq_len - m_rows
+    m_rows = tl.minimum(m_rows, max_rows)
     first_row = row_tile * BLOCK_M // GROUP
     last_row = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, m_rows - 1)
-    first_of_step = seq_len - m_rows
     end = seq_len if HAS_TAIL else tl.minimum(first_of_step + last_row + 1, seq_len)
     first_chunk = tl.maximum(first_of_step + first_row - WINDOW, 0) // CHUNK if WINDOW >= 0 else 0
     end_chunk = tl.cdiv(end, CHUNK)
@@ -309,7 +341,9 @@ def _attend_share(
     return tl.sum(faults, axis=0) == 0.0
 
 
-@triton.jit(do_not_specialize=["row_tiles", "num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"])
+@triton.jit(
+    do_not_specialize=["row_tiles", "max_rows", "num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"]
+)
 def _attention_kernel(
     gQ,  # [T, Hq, D]
     gK,  # [num_pages, PAGE_SIZE, HKV, D]
@@ -326,6 +360,7 @@ def _attention_kernel(
     gChunkML,  # fp32 [T, Hq, num_chunks, 2]
     gMeetings,  # int64 [row tiles * B * HKV]
     row_tiles,
+    max_rows,  # of a request; what lies beyond is padding
     num_rows,
     batch,
     num_pages,
@@ -374,25 +409,49 @@ def _attention_kernel(
 
     if request == batch:  # rows of no request: zeros
         if tl.program_id(1) == 0:
-            row_start = tl.load(gQueryStart + request)
-            zeros = tl.zeros([BLOCK_M, BLOCK_D], gOut.dtype.element_ty)
-            for first in range(row_start, num_rows, BLOCK_M // GROUP * row_tiles):
-                row = (first + row_tile * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M) // GROUP).to(tl.int64)
-                is_row = (row < num_rows) & (tl.arange(0, BLOCK_M) < BLOCK_M // GROUP * GROUP)
-                pad_head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
-                pOut = gOut + (row * stride_out_row + pad_head * stride_out_head)[:, None] + d[None, :]
-                tl.store(pOut, zeros, mask=is_row[:, None] & has_d)
-                if HAS_LSE:
-                    tl.store(gLse + row * stride_lse + pad_head, float("-inf"), mask=is_row)
+            first = tl.load(gQueryStart + request) + row_tile * (BLOCK_M // GROUP)
+            _store_zeros(
+                gOut,
+                gLse,
+                first,
+                num_rows,
+                BLOCK_M // GROUP * row_tiles,
+                kv_head,
+                stride_out_row,
+                stride_out_head,
+                stride_lse,
+                GROUP,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+                HAS_LSE,
+            )
         return
 
     row_start, m_rows, first_of_step, end, first_chunk, end_chunk = _extent(
-        gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+        gQueryStart, gSeqLens, request, row_tile, max_rows, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
     )
     i = packed // GROUP
     is_row = i < m_rows
     if row_tile * BLOCK_M // GROUP >= m_rows:
         return
+    if (row_tile == row_tiles - 1) & (tl.program_id(1) == 0):
+        _store_zeros(
+            gOut,
+            gLse,
+            row_start + m_rows,
+            tl.load(gQueryStart + request + 1),
+            BLOCK_M // GROUP,
+            kv_head,
+            stride_out_row,
+            stride_out_head,
+            stride_lse,
+            GROUP,
+            D,
+            BLOCK_M,
+            BLOCK_D,
+            HAS_LSE,
+        )
     if SPLITS > 1:
         num_ctas = tl.maximum(tl.minimum(end_chunk - first_chunk, SPLITS), 1)
         if tl.program_id(1) >= num_ctas:
@@ -598,7 +657,7 @@ def _attention_kernel(
             first, step = _rendezvous(gMeeting, word, tl.program_id(1), num_ctas)
         # Read again: kept since the start, these would take registers of the loop.
         row_start, m_rows, _, _, first_chunk, end_chunk = _extent(
-            gQueryStart, gSeqLens, request, row_tile, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
+            gQueryStart, gSeqLens, request, row_tile, max_rows, max_slots, GROUP, CHUNK, BLOCK_M, HAS_TAIL, WINDOW
         )
         # Shares of 4 fp32 values per thread: with more, a read would take half of each sector.
         SHARE: tl.constexpr = min(BLOCK_M, 4 * THREADS // BLOCK_D)

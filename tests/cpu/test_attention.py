@@ -445,3 +445,18 @@ def test_a_value_that_a_row_does_not_see_never_reaches_it(backend: str, value: f
     assert torch.equal(got[0], clean[0]) and torch.equal(both[0], clean[0])
     torch.testing.assert_close(got[1], torch.full_like(got[1], value), equal_nan=True)
     assert not both[1].isfinite().any()
+
+
+def test_rows_beyond_max_query_len_are_padding() -> None:
+    for tail in (False, True):
+        r, other = request(SHAPES["tiny"], 40, 16), request(SHAPES["tiny"], 9, 3, seed=5)
+        if tail:
+            r.tail_mask, other.tail_mask = branched_masks(3, 3), [1, 3, 5]
+        args, options = arguments([r, other], Paging())
+        whole = strided_attention(*args, **options)
+        for function in (strided_attention, python_ref.strided_attention):
+            lse = torch.zeros(whole.shape[:2])
+            got = function(*args, **{**options, "max_query_len": 5, "lse": lse})
+            torch.testing.assert_close(got[:5], whole[:5])
+            torch.testing.assert_close(got[16:], whole[16:])
+            assert (got[5:16] == 0).all() and (lse[5:16] == -INF).all()

@@ -199,11 +199,34 @@ class Problem:
         return [*result, status], state
 
 
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests one by one, as with a large vocabulary."""
+    monkeypatch.setattr(sampling, "MANY_BELOW", 0)
+
+
 @pytest.mark.parametrize("faults", [False, True])
 @pytest.mark.parametrize("mode", ["match", "rejection"])
 @pytest.mark.parametrize("seed", range(60))
-def test_verify_accept(seed: int, mode: str, faults: bool) -> None:
-    problem = Problem(seed, mode, faults)
+def test_verify_accept(seed: int, mode: str, faults: bool, one_by_one: None) -> None:
+    check_verify_accept(Problem(seed, mode, faults))
+
+
+@pytest.mark.parametrize("faults", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_rejection_of_some_requests_at_a_time(seed: int, faults: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(seed, "rejection", faults)
+    monkeypatch.setattr(sampling, "MANY_ELEMENTS", 2 * (problem.drafts.shape[1] + 1) * problem.logits.shape[1])
+    check_verify_accept(problem)
+
+
+def test_rejection_takes_requests_together_where_ids_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_reject", lambda *_: pytest.fail("a Python loop per row"))
+    problem = next(p for p in (Problem(seed, "rejection", False) for seed in range(60)) if p.drafts.shape[1])
+    problem.run(verify_accept)
+
+
+def check_verify_accept(problem: Problem) -> None:
     want, want_state = problem.run(python_ref.verify_accept)
     got, state = problem.run(verify_accept)
     names = ("num_accepted", "tokens", "next_drafts", "next_num_drafts", "status")

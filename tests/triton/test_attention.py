@@ -285,6 +285,28 @@ def test_faulty_page_tables_and_lengths_read_no_foreign_memory() -> None:
     problem.run(attention.strided_attention, (k, v, table))
 
 
+def check_max_query_len(module: ModuleType, target: int = SPLIT) -> None:
+    """Rows beyond max_query_len are padding, not what memory held before; the others are what they are anyway."""
+    for problem in (Problem((300, 70), (47, 4)), Problem((50, 20), (16, 4), tail="branched")):
+        caches, m = problem.caches(), problem.rows[0]
+        whole, whole_lse = problem.run(module.strided_attention, caches)
+        for function in (module.strided_attention, python_ref.strided_attention):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, "kTargetCtas", target)
+                got, lse = problem.run(function, caches, max_query_len=5, out=torch.full_like(problem.q, torch.nan))
+            assert (got[5:m] == 0).all() and (lse[5:m] == -math.inf).all()
+            torch.testing.assert_close(got[:5], whole[:5], rtol=2e-2, atol=2e-2)
+        got, lse = problem.run(module.strided_attention, caches, max_query_len=5)
+        computed = torch.arange(whole.shape[0]) < 5
+        computed[m:] = True
+        assert same_bits(got[computed], whole[computed]) and same_bits(lse[computed], whole_lse[computed])
+
+
+@pytest.mark.parametrize("target", [SPLIT, TOGETHER])
+def test_rows_beyond_max_query_len_are_padding(target: int) -> None:
+    check_max_query_len(attention, target)
+
+
 # Row invariance
 
 
@@ -454,6 +476,11 @@ def check_spoilt(module: ModuleType) -> None:
 
 
 MUTANTS = {
+    "rows beyond max_query_len are left as they were": (
+        check_max_query_len,
+        "if (row_tile == row_tiles - 1) &",
+        "if (row_tile == row_tiles) &",
+    ),
     "a row alone reads the slots after it": (
         check_spoilt,
         "            end = first_of_step + only + 1\n",
@@ -548,8 +575,8 @@ MUTANTS = {
     "counts of the last meeting are kept": (check_all_meet, "tl.atomic_xchg(gMeeting, (", "tl.atomic_add(gMeeting, ("),
     "padding left as it was": (
         check,
-        "for first in range(row_start, num_rows,",
-        "for first in range(row_start + 1, num_rows,",
+        "for at in range(first, end, step):",
+        "for at in range(first + 1, end, step):",
     ),
 }
 
