@@ -280,7 +280,8 @@ class _LazyTiny:
 
 
 TINY = _LazyTiny()
-TINY_TOKENS = 96
+TINY_TOKENS, TINY_LENGTHS, TINY_PAGE_SIZE = 96, (40, 5, 300), 16
+TINY_PLANS = (("ar", 2), ("chain", 4), ("branched", 4), ("branched", 8), ("chain", 8))
 
 
 def tiny_decodes(device: torch.device, backend: str) -> Found:
@@ -292,12 +293,13 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
     from idlm_kernels.model import Transformer
     from idlm_kernels.model.random_weights import RandomCheckpoint
 
-    prompts = [[(7 * i * j + i) % 5003 for j in range(n)] for i, n in ((1, 40), (2, 5), (3, 300))]
+    prompts = [[(7 * i * j + i) % 5003 for j in range(n)] for i, n in enumerate(TINY_LENGTHS, 1)]
     with idlm_kernels.use_backend(backend), torch.inference_mode():
         for config, rank in TINY:
             adapter = random_adapter(config, device, rank) if rank else None
             generator = Generator(
-                Transformer(RandomCheckpoint(config, device=device), device=device, adapter=adapter), page_size=16
+                Transformer(RandomCheckpoint(config, device=device), device=device, adapter=adapter),
+                page_size=TINY_PAGE_SIZE,
             )
             name = f"{config.architecture} rank={rank}"
             for temperature, top_p in ((0.0, 1.0), (0.9, 1.0), (1.2, 0.8)):
@@ -307,7 +309,7 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
                 texts = {}
                 for how, recorder in (("recorded", CudaRecorder), ("eager", EagerRecorder)):
                     engine.CudaRecorder = recorder  # type: ignore[misc,assignment]
-                    for plan, stride in (("ar", 2), ("chain", 4), ("branched", 4), ("branched", 8), ("chain", 8)):
+                    for plan, stride in TINY_PLANS:
                         if how == "eager" and (plan, stride) not in (("ar", 2), ("branched", 4)):
                             continue
                         found = generator.generate(prompts, params, plan=plan, stride=stride)  # type: ignore[arg-type]

@@ -11,7 +11,9 @@ path as where the cache is used: Triton writes absolute paths into its index fil
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -29,7 +31,7 @@ from idlm_kernels.triton import warm
 from idlm_kernels.triton.warm import gpu_target, use_dry_launches
 
 ARGS: argparse.Namespace
-COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "seconds": 0.0, "launchers": 0, "launcher_seconds": 0.0}
+COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "launchers": 0, "launcher_seconds": 0.0}
 SEEN: dict[str, str] = {}
 SLOW: list[tuple[float, str]] = []
 
@@ -208,39 +210,53 @@ def empty_model(config: Any, rank: int, layers: int = 1, head: bool = False) -> 
 
 def decode() -> None:
     """Whole decodes as bench.gpu_report makes them, with random weights of Qwen3-8B, plain and with an adapter."""
+    from bench import gpu_parts
     from idlm_kernels.model.random_weights import SHAPES
 
-    decodes(SHAPES["qwen3-8b"], (0, 128), ((3, 40, 64),), ((1, 1024), (8, 1024)))
+    decodes(SHAPES["qwen3-8b"], (0, 128), (40, 40, 40), gpu_parts.Setting.tokens, gpu_parts.PLANS)
+    steps(((1, 1024), (8, 1024)))
 
 
 def tiny() -> None:
     """The tiny models of gpu_checks.py."""
-    from bench import gpu_checks
+    from bench import gpu_checks as g
 
-    for config, rank in gpu_checks.TINY:
-        decodes(config, (rank,), ((3, 40, gpu_checks.TINY_TOKENS),), ())
+    for config, rank in g.TINY:
+        how = {"page_size": g.TINY_PAGE_SIZE, "rules": ("match", "rejection")}
+        decodes(config, (rank,), g.TINY_LENGTHS, g.TINY_TOKENS, g.TINY_PLANS, **how)
 
 
-def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
+def decodes(
+    config: Any, ranks: Any, lengths: Any, tokens: int, plans: Any, page_size: int = 64, rules: Any = ("match",)
+) -> None:
+    """Texts of `tokens` after prompts of these lengths; tables are as wide as they ask for."""
+    import idlm_kernels
+    from idlm_kernels.generate import Generator, SamplingParams
+
+    fake_ops()
+    prompts = [[(i * j) % config.vocab_size for j in range(n)] for i, n in enumerate(lengths, 1)]
+    params = SamplingParams(max_tokens=tokens, temperature=0.9, seed=1, ignore_eos=True)
+    with idlm_kernels.use_backend("triton"), torch.inference_mode():
+        for rank in ranks:
+            generator = Generator(empty_model(config, rank), page_size=page_size)
+            for verify, (plan, stride) in itertools.product(rules, plans):
+                if verify == "rejection" and (plan, stride) != ("branched", 4):
+                    continue
+                run = functools.partial(generator.generate, prompts, params, plan=plan, stride=stride, verify=verify)
+                attempt(f"decode rank={rank} {plan}", lambda run=run: results(run()))
+
+
+def steps(contexts: Any) -> None:
+    """Steps of whole batches, as bench.gpu_report times them."""
     import idlm_kernels
     from bench import gpu_parts
     from bench.gpu_cases import PAGE_SIZE
     from idlm_kernels.generate import EngineOptions, Generator, SamplingParams
+    from idlm_kernels.model.random_weights import SHAPES
 
-    fake_ops()
     with idlm_kernels.use_backend("triton"), torch.inference_mode():
-        for rank in ranks:
-            generator = Generator(empty_model(config, rank))
-            for batch, prompt, tokens in batches:
-                prompts = [[(i * j) % config.vocab_size for j in range(prompt)] for i in range(1, batch + 1)]
-                params = SamplingParams(max_tokens=min(tokens, 9), temperature=0.9, seed=1, ignore_eos=True)
-                for plan, stride in gpu_parts.PLANS:
-                    attempt(
-                        f"decode rank={rank} {plan}",
-                        lambda plan=plan, stride=stride: results(
-                            generator.generate(prompts, params, plan=plan, stride=stride), tokens
-                        ),
-                    )
+        for rank in (0, 128):
+            generator = Generator(empty_model(SHAPES["qwen3-8b"], rank))
             for batch, context in contexts:
                 options = EngineOptions(
                     max_num_seqs=batch, max_model_len=context + 2 * gpu_parts.Setting.tokens, page_size=PAGE_SIZE
@@ -260,7 +276,7 @@ def decodes(config: Any, ranks: Any, batches: Any, contexts: Any) -> None:
                     attempt(f"steps rank={rank} {plan} batch={batch}", run)
 
 
-def results(found: Any, tokens: int) -> None:
+def results(found: Any) -> None:
     for result in found:
         if result.error:
             raise RuntimeError(result.error)

@@ -58,12 +58,16 @@ def inputs(kind, m, n, k, dtype, device):
     return a.to(dtype).to(device), b.to(dtype).to(device)
 
 
+SIZE, DEPTHS = 256, (4096,)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    m = n = 256
+    m = n = SIZE
     differ = []
-    for dtype in (torch.bfloat16, torch.float16):
-        for k in (4096,):
+    for dtype in DTYPES:
+        for k in DEPTHS:
             for kind in ("normal", "wide", "special"):
                 a, b = inputs(kind, m, n, k, dtype, device)
                 base, name = product(a, b, 64, 64, 64, 4)
@@ -77,7 +81,7 @@ def main() -> int:
                     (128, 128, 64, 8), (64, 64, 32, 4), (64, 64, 128, 4), (16, 64, 64, 4), (32, 32, 64, 4),
                     (16, 16, 64, 1),
                 ):  # fmt: skip
-                    if k % bk:
+                    if k % bk or m % bm or n % bn:
                         continue
                     try:
                         c, name = product(a, b, bm, bn, bk, warps)
