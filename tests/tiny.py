@@ -61,6 +61,9 @@ class MemoryCheckpoint:
     def blocks(self, name: str) -> Blocks | None:
         return None
 
+    def forget(self, name: str) -> None:
+        pass
+
     def is_quantised(self, name: str) -> bool:
         return False
 

@@ -87,6 +87,46 @@ bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, in
   return true;
 }
 
+// Lane `lane` of a group, in fp32.
+void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out) {
+  if (kind == IDLM_CPU_F32) {
+    for (int64_t c = 0; c < k; c++) memcpy(out + c, group + (c * kLanes + lane) * 4, 4);
+  } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
+    for (int64_t c = 0; c < k; c++) {
+      uint16_t half;
+      memcpy(&half, group + (c * kLanes + lane) * 2, 2);
+      const uint32_t bits = (uint32_t)half << 16;
+      if (kind == IDLM_CPU_BF16) memcpy(out + c, &bits, 4);
+      else out[c] = from_f16(half);
+    }
+  } else if (kind == IDLM_CPU_Q8) {
+    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock) {
+      uint16_t half;
+      memcpy(&half, group + k * kLanes + b * 32 + lane * 2, 2);
+      const float d = from_f16(half);
+      const uint8_t* four = group + b * 512 + lane * 4;
+      for (int i = 0; i < kBlock; i += 4, four += 64) {
+        out[i] = d * (float)(int8_t)four[0];
+        out[i + 1] = d * (float)(int8_t)four[2];
+        out[i + 2] = d * (float)(int8_t)four[1];
+        out[i + 3] = d * (float)(int8_t)four[3];
+      }
+    }
+  } else {
+    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock, group += 320) {
+      uint16_t scale, least;
+      memcpy(&scale, group + 256 + lane * 2, 2);
+      memcpy(&least, group + 288 + lane * 2, 2);
+      const float d = from_f16(scale), m = from_f16(least);
+      for (int i = 0; i < kBlock; i++) {
+        uint32_t word;
+        memcpy(&word, group + i / 8 * 64 + lane * 4, 4);
+        out[i] = d * (float)(word >> q4_shift(i % 8) & 15) + m;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -120,32 +160,7 @@ void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t n, int64_t k
       memset(out, 0, k * sizeof(float));
       continue;
     }
-    const uint8_t* group = (const uint8_t*)packed + ids[i] / kLanes * size;
-    const int lane = ids[i] % kLanes;
-    for (int64_t c = 0; c < k; c++) {
-      const int64_t b = c / kBlock, at = c % kBlock;
-      uint16_t half;
-      if (kind == IDLM_CPU_F32) {
-        memcpy(out + c, group + (c * kLanes + lane) * 4, 4);
-      } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
-        memcpy(&half, group + (c * kLanes + lane) * 2, 2);
-        uint32_t bits = (uint32_t)half << 16;
-        if (kind == IDLM_CPU_BF16) memcpy(out + c, &bits, 4);
-        else out[c] = from_f16(half);
-      } else if (kind == IDLM_CPU_Q8) {
-        static const int order[4] = {0, 2, 1, 3};
-        memcpy(&half, group + k * kLanes + b * 32 + lane * 2, 2);
-        out[c] = from_f16(half) * (float)(int8_t)group[b * 512 + at / 4 * 64 + lane * 4 + order[at % 4]];
-      } else {
-        uint32_t word;
-        uint16_t m;
-        memcpy(&word, group + b * 320 + at / 8 * 64 + lane * 4, 4);
-        memcpy(&half, group + b * 320 + 256 + lane * 2, 2);
-        memcpy(&m, group + b * 320 + 288 + lane * 2, 2);
-        const uint32_t number = word >> q4_shift(at % 8) & 15;
-        out[c] = from_f16(half) * (float)number + from_f16(m);
-      }
-    }
+    unpack_row(kind, (const uint8_t*)packed + ids[i] / kLanes * size, ids[i] % kLanes, k, out);
   }
 }
 

@@ -77,7 +77,7 @@ const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t 
   constexpr int kCandidates = 32, kUnit = 64;
   const idlm_cpu_reranking& p = *reranking;
   const Isa& kernels = isa();
-  const int bytes = p.embedding_kind == IDLM_CPU_F32 ? 4 : 2, units = (p.state + kUnit - 1) / kUnit, up = (p.width + kUnit - 1) / kUnit;
+  const int units = (p.state + kUnit - 1) / kUnit, up = (p.width + kUnit - 1) / kUnit;
   std::vector<int> chosen;
   for (int b = 0; b < p.batch; b++) {
     for (int j = 0; j < p.num_k; j++) p.out[b * p.num_k + j] = p.drafts[b * p.num_k + j];
@@ -96,16 +96,27 @@ const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t 
   auto row_of = [&](int r) {
     return std::clamp<int64_t>(p.first_mask[chosen[r / p.num_k]] + (int64_t)(r % p.num_k), 0, p.rows - 1);
   };
-  auto embedded = [&](const void* table, int64_t id) {
-    return (const uint8_t*)table + std::clamp<int64_t>(id, 0, p.vocabulary - 1) * p.width * bytes;
+  // A row of the embedding or of the head: where it lies, or unpacked into `space`, and its kind.
+  struct Row {
+    const void* data;
+    int kind;
+  };
+  auto row_at = [&](const void* table, int kind, int64_t id, std::vector<float>& space) -> Row {
+    id = std::clamp<int64_t>(id, 0, p.vocabulary - 1);
+    if (!p.is_packed) return {(const uint8_t*)table + id * p.width * (kind == IDLM_CPU_F32 ? 4 : 2), kind};
+    space.resize(p.width);
+    idlm_cpu_unpack_rows(kind, table, p.vocabulary, p.width, &id, 1, space.data());
+    return {space.data(), IDLM_CPU_F32};
   };
   auto choose = [&](int c, int j) {
     const Candidates& of = found[c * p.num_k + j];
     int64_t best = p.mask_id == 0 ? 1 : 0;
     float most = -INFINITY;
+    std::vector<float> space;
     for (int i = 0; i < of.count; i++) {
       float score;
-      kernels.times(embedded(p.head, of.ids[i]), p.embedding_kind, &query[(size_t)c * p.width], p.width, 0, 1, &score);
+      const Row row = row_at(p.head, p.head_kind, of.ids[i], space);
+      kernels.times(row.data, row.kind, &query[(size_t)c * p.width], p.width, 0, 1, &score);
       score += of.values[i];
       if (score > most) most = score, best = of.ids[i];
     }
@@ -131,7 +142,9 @@ const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t 
       case 0: {
         const int64_t previous = j == 0 ? p.previous[chosen[unit]] : p.out[chosen[unit] * p.num_k + j - 1];
         if (j) std::copy_n(&next[(size_t)unit * p.state], p.state, &state[(size_t)unit * p.state]);
-        return kernels.unit(embedded(p.embedding, previous), p.embedding_kind, p.width, &before[(size_t)unit * p.width]);
+        std::vector<float> space;
+        const Row row = row_at(p.embedding, p.embedding_kind, previous, space);
+        return kernels.unit(row.data, row.kind, p.width, &before[(size_t)unit * p.width]);
       }
       case 1: {
         const int c = unit / units, first = unit % units * kUnit, last = std::min(p.state, first + kUnit);

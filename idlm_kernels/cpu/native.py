@@ -122,7 +122,8 @@ class Reranking(Structure):
         *((name, c_void_p) for name in ("logits", "hidden", "first_mask", "previous", "drafts", "num_drafts")),
         *((name, c_void_p) for name in ("embedding", "head", "from_hidden", "from_previous", "from_state", "to_query")),
         *((name, c_int64) for name in ("logits_stride", "vocabulary", "id_limit", "mask_id")),
-        *((name, c_int32) for name in ("batch", "num_k", "rows", "width", "state", "embedding_kind")),
+        *((name, c_int32) for name in ("batch", "num_k", "rows", "width", "state", "embedding_kind", "head_kind")),
+        ("is_packed", c_int32),
         ("out", c_void_p),
     )
 

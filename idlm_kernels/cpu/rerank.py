@@ -39,7 +39,8 @@ def rerank_drafts(
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
     if q_state is None:
         found = rerank_greedy(
-            logits, hidden, first_mask, previous, drafts, num_drafts, temperature, weights, id_limit, mask_id
+            *(logits, hidden, first_mask, previous, drafts, num_drafts, temperature),
+            *(embedding, head_rows, (from_hidden, from_previous, from_state, to_query), id_limit, mask_id),
         )
         if found is not None:
             return found if out is None else out.copy_(found)

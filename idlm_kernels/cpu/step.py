@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.cpu import native
+from idlm_kernels.cpu.native import PackedWeight
 from python_ref.sampling import GREEDY_BELOW
 
 Decided = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -78,26 +79,27 @@ def rerank_greedy(
     drafts: Tensor,
     num_drafts: Tensor,
     temperature: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    embedding: Tensor | PackedWeight,
+    head: Tensor | PackedWeight,
+    small: tuple[Tensor, Tensor, Tensor, Tensor],
     id_limit: int,
     mask_id: int,
 ) -> Tensor | None:
-    """`rerank_drafts` without a q_state. weights: the op's six, in its order.
+    """`rerank_drafts` without a q_state. small: from_hidden, from_previous, from_state, to_query.
 
     Of candidates within rounding of each other another one may be chosen than the reference chooses.
     """
-    library, (embedding, head, *small) = native.library(), weights
+    library = native.library()
     if library is None or logits.dtype != torch.float32 or hidden.dtype != torch.float32 or logits.shape[0] == 0:
         return None
-    if embedding.dtype != head.dtype or embedding.dtype not in native.DTYPES or hidden.shape[1] % 16:
+    (kind, address, count), (head_kind, head_address, head_count) = _table(embedding), _table(head)
+    if kind is None or head_kind is None or hidden.shape[1] % 16 or head_count < id_limit:
         return None
     if small[0].shape[0] % 16 or any(x.dtype != torch.float32 or not x.is_contiguous() for x in small):
         return None
     if first_mask.dtype != torch.int32 or num_drafts.dtype != torch.int32 or not drafts.is_contiguous():
         return None
-    if not (embedding.is_contiguous() and head.is_contiguous() and hidden.is_contiguous() and _rows_are_dense(logits)):
-        return None
-    if head.shape[0] < id_limit or not all_greedy(temperature):
+    if not (hidden.is_contiguous() and _rows_are_dense(logits)) or not all_greedy(temperature):
         return None
     first_mask, previous, num_drafts = first_mask.contiguous(), previous.contiguous(), num_drafts.contiguous()
     out = torch.empty_like(drafts)
@@ -108,19 +110,30 @@ def rerank_greedy(
         previous.data_ptr(),
         drafts.data_ptr(),
         num_drafts.data_ptr(),
-        *(x.data_ptr() for x in weights),
+        address,
+        head_address,
+        *(x.data_ptr() for x in small),
         logits.stride(0),
-        min(embedding.shape[0], head.shape[0]),
+        min(count, head_count),
         id_limit,
         mask_id,
         *drafts.shape,
         logits.shape[0],
         hidden.shape[1],
         small[0].shape[0],
-        native.DTYPES[embedding.dtype],
+        kind,
+        head_kind,
+        isinstance(head, PackedWeight),
         out.data_ptr(),
     )
     fault = library.idlm_cpu_rerank_greedy(ctypes.byref(reranking), torch.get_num_threads())
     if fault is not None:
         raise RuntimeError(f"rerank_drafts: {fault.decode()}")
     return out
+
+
+def _table(x: Tensor | PackedWeight) -> tuple[int | None, int, int]:
+    """Kind, address and rows; no kind where the kernels do not take it."""
+    if isinstance(x, PackedWeight):
+        return x.kind, x.address, x.n
+    return native.DTYPES.get(x.dtype) if x.is_contiguous() else None, x.data_ptr(), x.shape[0]

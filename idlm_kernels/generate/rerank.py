@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels import ops
+from idlm_kernels.cpu.step import rerank_greedy
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.transformer import Transformer
 from python_ref import QState
@@ -32,11 +33,20 @@ def rerank_drafts(
     """
     head = model.rerank_head
     assert head is not None
+    previous = tokens.gather(1, num_accepted.long().unsqueeze(1)).squeeze(1)
+    if model.stack is not None and q_state is None:  # on the weights as they are packed
+        small = (head.from_hidden, head.from_previous, head.from_state, head.to_query)
+        found = rerank_greedy(
+            *(logits, hidden, first_mask, previous, next_drafts, next_num_drafts, state.temperature),
+            *(model.stack.embedding, model.stack.head, small, state.id_limit, state.sampled_mask_id),
+        )
+        if found is not None:
+            return found
     return ops.rerank_drafts(
         logits,
         hidden,
         first_mask,
-        tokens.gather(1, num_accepted.long().unsqueeze(1)).squeeze(1),
+        previous,
         torch.add(state.lengths, num_accepted),
         next_drafts,
         next_num_drafts,

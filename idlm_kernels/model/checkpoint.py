@@ -100,6 +100,9 @@ class Checkpoint(ABC):
         """A quantised weight as it is stored, where the CPU kernels take it so; a view of the file."""
         return None
 
+    def forget(self, name: str) -> None:
+        """Say that a tensor is not needed for now: what it takes of memory-mapped files may go."""
+
     def is_quantised(self, name: str) -> bool:
         """Whether `tensor` gives fp32 because the file holds less than 16 bits a number."""
         return False
@@ -218,6 +221,9 @@ class _GgufCheckpoint(Checkpoint):
         if self.config.architecture == "llama" and _ROTARY_LINEAR.search(name):
             order = undo_rotary_permutation(torch.arange(data.shape[0], dtype=torch.int32), self.config.head_dim)
         return Blocks(kind, data, order)
+
+    def forget(self, name: str) -> None:
+        self._file.forget(self._gguf_names[name])
 
     def is_quantised(self, name: str) -> bool:
         return self._file.blocks(self._gguf_names[name]) is not None

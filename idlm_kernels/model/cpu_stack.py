@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LANES = 16
 _MAX_RANK = 512
+_ROWS_AT_ONCE = 4096
 
 
 def unsupported(config: ModelConfig, adapter: Adapter | None) -> str | None:
@@ -68,7 +69,9 @@ class CpuStack:
             for i, layer in enumerate(pool.map(self._layer, range(config.num_layers))):
                 self._layers[i] = layer
         self.embedding = self._packed([("model.embed_tokens.weight", 0, 1)])
-        head = self.embedding if config.tie_word_embeddings else self._packed([("lm_head.weight", 0, 1)])
+        self.head = head = self.embedding
+        if not config.tie_word_embeddings:
+            self.head = head = self._packed([("lm_head.weight", 0, 1)])
         self._model = native.Model(
             layers=self._layers,
             norm=self._vector("model.norm.weight"),
@@ -125,7 +128,17 @@ class CpuStack:
                 packed.put(weight, first, step)
             except ValueError as error:
                 raise CheckpointError(f"{self._checkpoint.path}: {name}: {error}") from None
+            self._checkpoint.forget(name)
         return packed
+
+    @staticmethod
+    def table(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        """A packed weight as a tensor [n, k], for those who pick rows of it; rounded to a dtype."""
+        table = torch.empty(weight.n, weight.k, dtype=dtype)
+        for start in range(0, len(table), _ROWS_AT_ONCE):
+            part = table[start : start + _ROWS_AT_ONCE]
+            part.copy_(weight.rows(torch.arange(start, start + len(part))))
+        return table
 
     def _layer(self, index: int) -> native.Layer:
         config, prefix = self._config, f"model.layers.{index}"

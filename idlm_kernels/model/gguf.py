@@ -120,6 +120,14 @@ class GgufFile:
                 raise CheckpointError(f"{self.path}: {name}: type {place.kind.name} cannot be dequantised") from None
         return torch.from_numpy(out)
 
+    def forget(self, name: str) -> None:
+        """Let the system take back the memory behind one tensor, which it reads again if need be."""
+        place = self.tensors[name]
+        first = -(-place.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (place.offset + place.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def blocks(self, name: str) -> tuple[str, torch.Tensor] | None:
         """The type of a quantised matrix and its rows as they are stored, uint8 [rows, bytes], read-only; None for
         another tensor."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -128,19 +129,23 @@ class Transformer:
         self._inv_freq = config.inv_freq().to(self.device)
         self.rotary = rotary_table(self._inv_freq, 1024)
 
-        self.embedding = self._load("model.embed_tokens.weight").to(self.weight_dtype).to(self.device)
-        head = self.embedding if config.tie_word_embeddings else self._load("lm_head.weight")
         self.stack = self._cpu_stack(checkpoint, adapter, dtype)
         if self.stack is None:
+            self.embedding = self._load("model.embed_tokens.weight").to(self.weight_dtype).to(self.device)
+            head = self.embedding
+            if not config.tie_word_embeddings:
+                head = self._load("lm_head.weight").to(self.weight_dtype).to(self.device)
+            # A CPU backend may keep the head's weight in a form of its own, whose rows cannot be picked.
+            self.head_rows = head
             self.layers = [self._layer(i) for i in range(config.num_layers)]
             self.norm = self._vector("model.norm.weight")
-            self.head = ops.prepare_weight(head.to(self.weight_dtype).to(self.device))
+            self.head = ops.prepare_weight(head)
         self.mask_embedding = self._mask_embedding()
         self.rerank_head = None
         if adapter is not None and adapter.rerank_head is not None:
             self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
-            # A CPU backend may keep the head's weight in a form of its own, whose rows cannot be picked.
-            self.head_rows = head.to(self.weight_dtype).to(self.device)
+        elif self.stack is None:
+            del self.head_rows
         del self._checkpoint, self._adapter
 
     # Loading
@@ -200,6 +205,20 @@ class Transformer:
         return CpuStack(
             checkpoint, adapter, None if stored else self.weight_dtype, self.rotary, torch.get_num_threads()
         )
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The embedding [V, H]; beside the one that the compiled kernels have packed, made when it is first wanted."""
+        assert self.stack is not None
+        return self.stack.table(self.stack.embedding, self.weight_dtype)
+
+    @cached_property
+    def head_rows(self) -> Tensor:
+        """The rows of the LM head [V, H], in the same way."""
+        assert self.stack is not None
+        if self.config.tie_word_embeddings:
+            return self.embedding
+        return self.stack.table(self.stack.head, self.weight_dtype)
 
     def _mask_embedding(self) -> Tensor | None:
         """What MASK rows embed: the adapter's vector, else the model's own MASK token (None), else the mean token."""

@@ -370,7 +370,16 @@ def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
     want = python_ref.rerank_drafts(
         logits, hidden, first_mask, previous, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=True
     )
-    got = step.rerank_greedy(logits, hidden, first_mask, previous, drafts, num_drafts, zeros, weights, 590, 7)
+    got = step.rerank_greedy(
+        logits, hidden, first_mask, previous, drafts, num_drafts, zeros, *weights[:2], weights[2:], 590, 7
+    )
+    assert got is not None and torch.equal(got, want)
+    packed = [native.PackedWeight(native.DTYPES[dtype], vocab_size, width) for _ in range(2)]
+    for weight, target in zip(weights, packed, strict=False):
+        target.put(weight)
+    got = step.rerank_greedy(
+        logits, hidden, first_mask, previous, drafts, num_drafts, zeros, *packed, weights[2:], 590, 7
+    )
     assert got is not None and torch.equal(got, want)
 
 

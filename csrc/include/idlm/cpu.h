@@ -132,10 +132,10 @@ typedef struct {
   const int64_t* previous;          // [batch]
   const int64_t* drafts;            // [batch][num_k]
   const int32_t* num_drafts;        // [batch]
-  const void *embedding, *head;     // [vocabulary][width], of `embedding_kind`: F16, BF16 or F32
+  const void *embedding, *head;     // [vocabulary][width] of F16, BF16 or F32; or of any kind, from idlm_cpu_pack
   const float *from_hidden, *from_previous, *from_state, *to_query;  // [state][width] twice, [state][state], [width][state]
   int64_t logits_stride, vocabulary, id_limit, mask_id;
-  int32_t batch, num_k, rows, width, state, embedding_kind;
+  int32_t batch, num_k, rows, width, state, embedding_kind, head_kind, is_packed;
   int64_t* out;                     // [batch][num_k]
 } idlm_cpu_reranking;
 // rerank_drafts where every request is greedy. Returns null or a sentence.
