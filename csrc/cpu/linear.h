@@ -54,6 +54,10 @@ template <int Kind>
 IDLM_INLINE F load_weight(const uint8_t* w, int64_t index) {
   if (Kind == IDLM_CPU_F16) return load_f16((const uint16_t*)w + index);
   if (Kind == IDLM_CPU_BF16) return load_bf16((const uint16_t*)w + index);
+  if (Kind == IDLM_CPU_I8) {
+    typedef int8_t B __attribute__((vector_size(16)));
+    return to_float(__builtin_convertvector(load<B>(w + index), I));
+  }
   return load<F>((const float*)w + index);
 }
 
@@ -199,7 +203,7 @@ IDLM_INLINE TileFunction tile_for(int kind, bool is_mask, int rows, int groups) 
 
 // y += B low for R rows and one group of outputs: a chain over the even and one over the odd ranks.
 template <int Kind, int R>
-void add_b(const uint8_t* b, int rank, const float* low, int64_t stride, F* y) {
+void add_b(const uint8_t* b, const float* scale, int rank, const float* low, int64_t stride, F* y) {
   F even[R] = {}, odd[R] = {};
   for (int i = 0; i < rank; i += 2) {
     F u = load_weight<Kind>(b, (int64_t)i * kLanes), v = load_weight<Kind>(b, (int64_t)(i + 1) * kLanes);
@@ -209,16 +213,22 @@ void add_b(const uint8_t* b, int rank, const float* low, int64_t stride, F* y) {
       odd[r] = fma(v, splat(low[r * stride + i + 1]), odd[r]);
     }
   }
-  for (int r = 0; r < R; r++) y[r] += even[r] + odd[r];
+  F s = Kind == IDLM_CPU_I8 ? load<F>(scale) : splat(1.f);
+  for (int r = 0; r < R; r++) y[r] += Kind == IDLM_CPU_I8 ? (even[r] + odd[r]) * s : even[r] + odd[r];
 }
 
-using AddB = void (*)(const uint8_t*, int, const float*, int64_t, F*);
+using AddB = void (*)(const uint8_t*, const float*, int, const float*, int64_t, F*);
 
 template <int R = 1>
 IDLM_INLINE AddB add_b_for(int kind, int rows) {
   if constexpr (R < kMostRows)
     if (rows > R) return add_b_for<R + 1>(kind, rows);
-  return kind == IDLM_CPU_F16 ? add_b<IDLM_CPU_F16, R> : kind == IDLM_CPU_BF16 ? add_b<IDLM_CPU_BF16, R> : add_b<IDLM_CPU_F32, R>;
+  switch (kind) {
+    case IDLM_CPU_F16: return add_b<IDLM_CPU_F16, R>;
+    case IDLM_CPU_BF16: return add_b<IDLM_CPU_BF16, R>;
+    case IDLM_CPU_I8: return add_b<IDLM_CPU_I8, R>;
+    default: return add_b<IDLM_CPU_F32, R>;
+  }
 }
 
 // Calls write(group, row, y) for the groups [first, last) and the rows of the plan; groups come in order for each row.
@@ -226,7 +236,7 @@ template <class Write>
 IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_linear& w, int first, int last, Write write) {
   const int64_t size = group_bytes(w.kind, w.k), blocks = w.k / kBlock;
   const uint8_t* weight = (const uint8_t*)w.weight;
-  const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : 2, groups = (w.n + kLanes - 1) / kLanes;
+  const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2, groups = (w.n + kLanes - 1) / kLanes;
   const int kNear = plan.tiles.size() > 1 ? 2 : 4;  // groups that the first tile leaves in the nearest cache for the next
   for (int near = first; near < last; near += kNear) {
     const int end = near + kNear < last ? near + kNear : last;
@@ -248,9 +258,10 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
           if (w.bias)
             for (int r = 0; r < count; r++) found[r] += load<F>(w.bias + g * kLanes);
           if (has_lora) {
-            const int64_t stride = w.parts * w.rank;
-            add_b_for(w.lora_kind, count)((const uint8_t*)w.lora_b + (int64_t)g * w.rank * kLanes * lora_size, w.rank,
-                                          job.in.low + tile.first * stride + (int64_t)w.part[g] * w.rank, stride, found);
+            const int64_t stride = w.parts * w.rank, bytes = (int64_t)w.rank * kLanes * lora_size;
+            const uint8_t* b = (const uint8_t*)w.lora_b + g * bytes;
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(b + kNear * bytes + i);
+            add_b_for(w.lora_kind, count)(b, w.lora_b_scale + g * kLanes, w.rank, job.in.low + tile.first * stride + (int64_t)w.part[g] * w.rank, stride, found);
           }
           for (int r = 0; r < count; r++) write(g, plan.row[tile.first + r], found[r]);
         }
@@ -275,7 +286,9 @@ IDLM_INLINE void times_a(const idlm_cpu_linear& w, const float* x, float* low) {
         odd[r] = fma(v, splat(x[r * w.k + k + 1]), odd[r]);
       }
     }
-    for (int r = 0; r < R; r++) store(low + r * width + p * kLanes, (even[r] + odd[r]) * w.scale);
+    F scale = splat(w.scale);
+    if (Kind == IDLM_CPU_I8) scale *= load<F>(w.lora_a_scale + p * kLanes);
+    for (int r = 0; r < R; r++) store(low + r * width + p * kLanes, (even[r] + odd[r]) * scale);
   }
 }
 

@@ -31,6 +31,7 @@ void prepare(const Job& job, const idlm_cpu_linear& w, const float* source, cons
   float* low = in.low + (int64_t)first * w.parts * w.rank;
   if (w.lora_kind == IDLM_CPU_F16) times_a<IDLM_CPU_F16>(w, last - first, x, low);
   else if (w.lora_kind == IDLM_CPU_BF16) times_a<IDLM_CPU_BF16>(w, last - first, x, low);
+  else if (w.lora_kind == IDLM_CPU_I8) times_a<IDLM_CPU_I8>(w, last - first, x, low);
   else times_a<IDLM_CPU_F32>(w, last - first, x, low);
 }
 

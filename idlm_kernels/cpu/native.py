@@ -22,7 +22,7 @@ _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE.parents[1] / "csrc"
 LIBRARY = "libidlm_cpu.so"
 
-Q4, Q8, F16, BF16, F32 = range(5)  # kinds of numbers, as in csrc/include/idlm/cpu.h
+Q4, Q8, F16, BF16, F32, I8 = range(6)  # kinds of numbers, as in csrc/include/idlm/cpu.h
 GGUF_BLOCKS = {"Q4_0": (10, Q4, 18), "Q4_1": (11, Q4, 20), "Q8_0": (12, Q8, 34)}  # source kind, kind, bytes per 32
 DTYPES = {torch.float16: F16, torch.bfloat16: BF16, torch.float32: F32}
 
@@ -33,6 +33,8 @@ class Linear(Structure):
         ("bias", c_void_p),
         ("lora_a", c_void_p),
         ("lora_b", c_void_p),
+        ("lora_a_scale", c_void_p),
+        ("lora_b_scale", c_void_p),
         ("part", c_void_p),
         ("kind", c_int32),
         ("lora_kind", c_int32),

@@ -192,10 +192,15 @@ class CpuStack:
                 a[i, : pair[0].shape[0]] = pair[0]
                 padded[:, : pair[1].shape[1]] = pair[1]
             b.append(padded.view(-1, _LANES, rank))
+        packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
+        if linear.kind == native.Q4:  # where MASK rows have 8 bits, so has what they alone meet: half the bytes
+            a, a_scale = _in_bytes(a)
+            packed_b, b_scale = _in_bytes(packed_b)
+            linear.lora_a_scale, linear.lora_b_scale, kind = self._keep(a_scale), self._keep(b_scale), native.I8
         linear.lora_a = self._keep(a.view(len(modules), -1, _LANES, linear.k).transpose(2, 3).contiguous())
-        linear.lora_b = self._keep(_in_groups(b, part).transpose(1, 2).contiguous())
+        linear.lora_b = self._keep(packed_b.transpose(1, 2).contiguous())
         linear.part = self._keep(part)
-        linear.lora_kind, linear.rank, linear.parts = native.DTYPES[dtype], rank, len(modules)
+        linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
         linear.scale = adapter.scale
 
     # Running
@@ -235,6 +240,12 @@ class CpuStack:
         if fault is not None:
             raise ValueError(f"forward: {fault.decode()}")
         return logits, hidden
+
+
+def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers as int8 and the scale of each row (of the last dimension), fp32."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / scale.clamp(min=1e-30)).round().to(torch.int8), scale.contiguous()
 
 
 def _in_groups(parts: Sequence[Tensor], part: Tensor) -> Tensor:

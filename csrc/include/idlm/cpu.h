@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 // How numbers are stored. Q4 and Q8 are GGUF's blocks of 32 along k: value = d * q + m (Q4_1; Q4_0 with m = -8 d), d * q (Q8_0).
-enum { IDLM_CPU_Q4 = 0, IDLM_CPU_Q8 = 1, IDLM_CPU_F16 = 2, IDLM_CPU_BF16 = 3, IDLM_CPU_F32 = 4 };
+enum { IDLM_CPU_Q4 = 0, IDLM_CPU_Q8 = 1, IDLM_CPU_F16 = 2, IDLM_CPU_BF16 = 3, IDLM_CPU_F32 = 4, IDLM_CPU_I8 = 5 };
 // What a source of `idlm_cpu_pack` may be besides: GGUF's own block layouts.
 enum { IDLM_CPU_GGUF_Q4_0 = 10, IDLM_CPU_GGUF_Q4_1 = 11, IDLM_CPU_GGUF_Q8_0 = 12 };
 
@@ -25,9 +25,11 @@ typedef struct {
   const float* bias;    // [n] or null
   const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter
   const void* lora_b;   // [n / 16][rank][16]
+  const float* lora_a_scale;  // [parts * rank], what numbers of I8 are multiplied with; null else
+  const float* lora_b_scale;  // [n]
   const uint8_t* part;  // [n / 16]
   int32_t kind;         // of weight
-  int32_t lora_kind;    // F16, BF16 or F32
+  int32_t lora_kind;    // F16, BF16, F32 or I8
   int32_t n, k;
   int32_t rank, parts;  // rank: padded to a multiple of 16
   float scale;
