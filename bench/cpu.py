@@ -145,7 +145,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     names = [plan if plan in ("ar", "auto") else f"{plan} N={stride}" for plan, stride in PLANS]
     speeds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in [*names, "llama.cpp"]}
     tpf: dict[str, list[float]] = {name: [] for name in names}
-    equal = {name: 0 for name in names}
+    equal = dict.fromkeys(names, 0)
     for number in range(args.rounds):
         for i, prompt in enumerate(prompts):
             want: list[int] = []

@@ -73,6 +73,28 @@ int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
   return 0;
 }
 
+void idlm_cpu_advance(const idlm_cpu_move* move) {
+  enum { kRunning = 0, kStopped = 1, kLength = 2 };
+  const idlm_cpu_move& p = *move;
+  for (int b = 0; b < p.batch; b++) {
+    const int64_t *tokens = p.tokens + b * p.tokens_stride, *stops = p.stop_ids + b * p.stops_stride;
+    p.emitted[b] = 0;
+    if (p.finish[b] != kRunning || tokens[0] < 0) continue;
+    const int committed = p.num_accepted[b] + 1, room = std::max(0, p.length_limits[b] - p.lengths[b]);
+    int until_stop = p.width + 1;
+    for (int i = 0; i < std::min(committed, p.width) && until_stop > p.width; i++)
+      if (tokens[i] >= 0 && std::find(stops, stops + p.num_stops, tokens[i]) != stops + p.num_stops) until_stop = i + 1;
+    const int emitted = std::min({committed, until_stop, room});
+    std::copy_n(tokens, std::min(emitted, p.width), p.text + b * p.text_stride + p.lengths[b]);
+    p.lengths[b] += emitted;
+    p.emitted[b] = emitted;
+    if (until_stop <= emitted) p.finish[b] = kStopped;
+    else if (p.lengths[b] >= p.length_limits[b]) p.finish[b] = kLength;
+    std::copy_n(p.next_drafts + b * p.next_drafts_stride, p.num_k, p.drafts + b * p.drafts_stride);
+    p.num_drafts[b] = p.finish[b] == kRunning ? p.next_num_drafts[b] : 0;
+  }
+}
+
 const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads) {
   constexpr int kCandidates = 32, kUnit = 64;
   const idlm_cpu_reranking& p = *reranking;

@@ -9,8 +9,10 @@ from idlm_kernels.cpu.gemm import gated_lora_linear, linear, linear_silu_and_mul
 from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
 from idlm_kernels.cpu.rerank import rerank_drafts
 from idlm_kernels.cpu.sampling import sample_rows, verify_accept
+from idlm_kernels.cpu.state import advance
 
 __all__ = [
+    "advance",
     "gated_lora_linear",
     "linear",
     "linear_silu_and_mul",

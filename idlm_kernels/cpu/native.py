@@ -119,6 +119,17 @@ class Decision(Structure):
     )
 
 
+class Move(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
+        *((name, c_void_p) for name in ("stop_ids", "length_limits")),
+        *((name, c_int64) for name in ("tokens_stride", "next_drafts_stride", "stops_stride", "text_stride")),
+        ("drafts_stride", c_int64),
+        *((name, c_int32) for name in ("batch", "width", "num_k", "num_stops")),
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "emitted")),
+    )
+
+
 class Reranking(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "hidden", "first_mask", "previous", "drafts", "num_drafts")),
@@ -132,7 +143,9 @@ class Reranking(Structure):
 
 def _abi() -> int:
     sizes = zip(
-        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking), (1, 1000, 7, 11, 13, 17, 19, 23), strict=True
+        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking, Move),
+        (1, 1000, 7, 11, 13, 17, 19, 23, 29),
+        strict=True,
     )
     return sum(factor * ctypes.sizeof(struct) for struct, factor in sizes)
 
@@ -177,6 +190,8 @@ def _load() -> ctypes.CDLL | str:
     library.idlm_cpu_forward.restype = c_char_p
     library.idlm_cpu_plan_rows.argtypes = (c_void_p, c_int32)
     library.idlm_cpu_plan_rows.restype = None
+    library.idlm_cpu_advance.argtypes = (c_void_p,)
+    library.idlm_cpu_advance.restype = None
     library.idlm_cpu_verify_greedy.argtypes = (c_void_p,)
     library.idlm_cpu_rerank_greedy.argtypes = (c_void_p, c_int32)
     library.idlm_cpu_rerank_greedy.restype = c_char_p

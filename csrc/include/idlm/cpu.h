@@ -129,6 +129,21 @@ typedef struct {
 IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
 
 typedef struct {
+  const int32_t* num_accepted;     // [batch]
+  const int64_t* tokens;           // [batch][width]
+  const int64_t* next_drafts;      // [batch][num_k]
+  const int32_t* next_num_drafts;  // [batch]
+  const int64_t* stop_ids;         // [batch][num_stops]
+  const int32_t* length_limits;    // [batch]
+  int64_t tokens_stride, next_drafts_stride, stops_stride, text_stride, drafts_stride;
+  int32_t batch, width, num_k, num_stops;
+  int64_t *text, *drafts;          // moved forward in place
+  int32_t *lengths, *num_drafts, *finish;
+  int32_t* emitted;                // out [batch]
+} idlm_cpu_move;
+IDLM_CPU_API void idlm_cpu_advance(const idlm_cpu_move* move);
+
+typedef struct {
   const float *logits, *hidden;     // [rows][logits_stride], [rows][width]
   const int32_t* first_mask;        // [batch]
   const int64_t* previous;          // [batch]
