@@ -167,10 +167,12 @@ def _more(step: Mapping[str, Any]) -> int:
 
 def _times_precompiled(charsmap: Any) -> int:
     """SentencePiece's table: the length of a trie, the trie, and the texts that it leads to, each with a zero byte."""
-    try:
-        blob = base64.b64decode(charsmap)
-    except (ValueError, TypeError):
+    if not isinstance(charsmap, str):
         return _UNKNOWN
+    try:
+        blob = base64.b64decode(charsmap, validate=True)
+    except ValueError as error:  # and not left to the library, which reads more than this does
+        raise CheckpointError(f"precompiled_charsmap is not base64: {error}") from None
     trie = int.from_bytes(blob[:4], "little")
     if trie > len(blob) - 4:  # the library allocates what it says
         raise CheckpointError(f"precompiled_charsmap claims {trie} bytes of {len(blob)}")

@@ -500,6 +500,10 @@ REFUSED_STEPS = [
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAAAAAAAAAA"}},
         "precompiled_charsmap claims 4294967292 bytes of 12",
     ),
+    (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "TemplateProcessing"}},  # without its padding
+        "precompiled_charsmap is not base64",
+    ),
 ]
 
 
