@@ -27,8 +27,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # this process compiles; it s
 import torch
 from triton import knobs
 
-from idlm_kernels.triton import warm
-from idlm_kernels.triton.warm import gpu_target, use_dry_launches
+from idlm_kernels.generate import warm
+from idlm_kernels.generate.warm import gpu_target, use_dry_launches
 
 ARGS: argparse.Namespace
 COUNT = {"compiled": 0, "hits": 0, "skipped": 0, "launchers": 0, "launcher_seconds": 0.0}

@@ -24,6 +24,7 @@ Last line: VERDICT: and what was found. Exit status 1 where something is wrong o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import queue
@@ -280,6 +281,12 @@ def verdict(report: Report) -> str:
     return "; ".join(words)[:1500]
 
 
+def measuring(peers: Path, part: str, skip: int, bandwidth: float) -> list[str]:
+    """The command of a process that measures."""
+    how = ["--measure", part, str(skip), str(bandwidth), "--peers", str(peers)]
+    return [sys.executable, "-X", "faulthandler", "-m", "bench.gpu_report", *how]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="path of the two files, less suffix")
@@ -303,10 +310,7 @@ def main() -> None:
         seconds = min(seconds, float(given) - 5)
     report = Report()
 
-    def command(part: str, skip: int, bandwidth: float) -> list[str]:
-        how = ["--measure", part, str(skip), str(bandwidth), "--peers", str(arguments.peers)]
-        return [sys.executable, "-X", "faulthandler", "-m", "bench.gpu_report", *how]
-
+    command = functools.partial(measuring, arguments.peers)
     parts = [part for part in ORDER[1:] if part in arguments.parts.split(",")] or ["bandwidth"]
     collect(command, report, parts, seconds, lambda: report.save(arguments.output))
     print(page(report))

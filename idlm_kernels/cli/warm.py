@@ -66,8 +66,8 @@ def warm(
                 "cache along to where it is"
             )
         target = "cuda:{}{}".format(*torch.cuda.get_device_capability())
+    from idlm_kernels.generate.warm import gpu_target
     from idlm_kernels.model.adapter import DEFAULT_ADAPTER
-    from idlm_kernels.triton.warm import gpu_target
 
     gpu_target(target)
     folder = None if adapter == "none" else adapter
@@ -86,7 +86,7 @@ def warm(
         "target": target,
     }
     # Before there are many processes: what is wrong with the model is said once.
-    from idlm_kernels.triton import warm as dry
+    from idlm_kernels.generate import warm as dry
 
     dry.load(dry.Wanted(**wanted))
     found = _compile(wanted, jobs or os.cpu_count() or 1, quiet=as_json)
@@ -131,7 +131,7 @@ def _compile(wanted: dict[str, Any], jobs: int, quiet: bool) -> dict[str, Any]:
 
 
 def worker(wanted: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", "idlm_kernels.triton.warm", json.dumps(wanted)]
+    return [sys.executable, "-m", "idlm_kernels.generate.warm", json.dumps(wanted)]
 
 
 def _follow(wanted: dict[str, Any], found: dict[str, Any], lock: Any, progress: Progress, task: Any) -> None:

@@ -1,4 +1,4 @@
-"""`idlm warm`: what it says, and that no worker's fault is lost. The workers themselves: tests/triton/test_warm.py."""
+"""`idlm warm`: what it says, and that no fault of a worker is lost. The workers: tests/triton/test_dry_run.py."""
 
 from __future__ import annotations
 

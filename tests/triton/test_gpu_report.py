@@ -261,3 +261,22 @@ def test_what_the_minutes_do_not_suffice_for_is_named(tmp_path: Path) -> None:
     assert report.left_out == ["hangs, and what comes after it: no time was left", "kernels: no time was left"]
     report, _ = collected(tmp_path, 0.0, ["kernels"])
     assert report.left_out == ["kernels: no time was left"]
+
+
+def test_the_command_writes_both_files_and_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def child(peers: Path, part: str, skip: int, bandwidth: float) -> list[str]:
+        return [sys.executable, "-c", CHILD, part, str(max(skip, 3)), str(bandwidth)]  # behind what hangs and dies
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_report, "measuring", child)
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--output", str(tmp_path / "x.y"), "--parts", "checks,kernels"])
+    gpu_report.main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "VERDICT: ok: bandwidth 1.00 TB/s; 1 self-checks, 0 wrong"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.y.json", "x.y.md"]
+    monkeypatch.setenv("PHASE_SECONDS", "5")  # of gpu_day.sh: what is left of it is none
+    with pytest.raises(SystemExit) as end:
+        gpu_report.main()
+    assert end.value.code == 1 and "checks: no time was left" in capsys.readouterr().out

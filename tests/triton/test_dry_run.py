@@ -1,4 +1,4 @@
-"""idlm_kernels.triton.warm: the dry run meets every kernel that serving launches, in the same form."""
+"""idlm_kernels.generate.warm: the dry run meets every kernel that serving launches, in the same form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from idlm_kernels.triton import warm
+from idlm_kernels.generate import warm
 from tests.softgpu_support import ROOT
 from tests.tiny import save_tiny_model
 
@@ -65,7 +65,7 @@ def run(*command: str) -> str:
 
 
 def told(**wanted: Any) -> list[dict[str, Any]]:
-    text = run("-m", "idlm_kernels.triton.warm", json.dumps(wanted))
+    text = run("-m", "idlm_kernels.generate.warm", json.dumps(wanted))
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -88,7 +88,7 @@ def test_workers_share_the_work_and_the_cache_has_it(tmp_path: Path, monkeypatch
     (tmp_path / "model").mkdir()
     script = """
 import json, sys
-from idlm_kernels.triton import warm
+from idlm_kernels.generate import warm
 calls = warm.calls
 warm.calls = lambda model, wanted: [x for x in calls(model, wanted) if x[0] == "a chunk of 1"][:1]
 warm.main()

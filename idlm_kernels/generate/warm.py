@@ -6,7 +6,7 @@ out: every plan, bucket of places and width of table, prefills of many lengths. 
 `meta`, and a launch compiles and goes no further. What is compiled lies in Triton's cache, where the process that
 serves finds it, with the same Triton, sources and target.
 
-    python -m idlm_kernels.triton.warm '{"model": "qwen3-8b", ...}'      # a worker of `idlm warm`; see Wanted
+    python -m idlm_kernels.generate.warm '{"model": "qwen3-8b", ...}'      # a worker of `idlm warm`; see Wanted
 
 Several workers share the work: who meets a form first claims it. They report on standard output, a line of JSON each.
 """
