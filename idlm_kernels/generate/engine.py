@@ -27,7 +27,7 @@ from torch import Tensor
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool
-from idlm_kernels.generate.params import SamplingParams, checked_seed
+from idlm_kernels.generate.params import SamplingParams, checked_seed, shown
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
@@ -83,9 +83,16 @@ class EngineOptions:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
-                raise ValueError(f"{name} is {value}, wanted at least {least}")
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise ValueError(f"synthetic_acceptance is {self.synthetic_acceptance}, wanted 0 to 1")
+                raise ValueError(f"{name} is {shown(value)}, wanted at least {least}")
+        for name in ("rerank", "suffix_drafts", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {type(getattr(self, name)).__name__}")
+        share = self.synthetic_acceptance
+        if share is not None:
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"synthetic_acceptance must be a number, got {type(share).__name__}")
+            if not 0 <= share <= 1:
+                raise ValueError(f"synthetic_acceptance is {shown(share)}, wanted 0 to 1")
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate import EngineOptions, Generator, SamplingParams
 from idlm_kernels.generate.output import RequestOutput
 from idlm_kernels.generate.params import mixed_seed, signed_seed
 from idlm_kernels.generate.state import LENGTH, RUNNING, STOPPED
@@ -109,11 +109,39 @@ def test_a_cancelled_request_keeps_its_text() -> None:
         ({"stop": ("",)}, ValueError),
         ({"stop": (3,)}, ValueError),
         ({"stop_token_ids": (-1,)}, ValueError),
+        ({"top_p": 1e-50}, ValueError),  # 0 in fp32
+        ({"temperature": 10**5000}, ValueError),  # which Python does not spell
+        ({"max_tokens": 10**5000}, ValueError),
+        ({"seed": 10**5000}, ValueError),
+        ({"ignore_eos": "no"}, TypeError),
+        ({"ignore_eos": 1}, TypeError),
+        ({"stop": None}, TypeError),
+        ({"stop": 3}, TypeError),
+        ({"stop_token_ids": 5}, TypeError),
+        ({"stop_token_ids": None}, TypeError),
     ],
 )
 def test_parameters_out_of_range_are_named(changes: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(changes))):
         SamplingParams(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"synthetic_acceptance": True}, TypeError),
+        ({"synthetic_acceptance": "0.5"}, TypeError),
+        ({"synthetic_acceptance": math.nan}, ValueError),
+        ({"synthetic_acceptance": 10**5000}, ValueError),
+        ({"rerank": None}, TypeError),
+        ({"suffix_drafts": "no"}, TypeError),
+        ({"logprobs": 3}, TypeError),
+        ({"num_pages": -(10**5000)}, ValueError),
+    ],
+)
+def test_options_out_of_range_are_named(changes: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(changes))):
+        EngineOptions(**changes)
 
 
 def test_one_stop_string_needs_no_list() -> None:
