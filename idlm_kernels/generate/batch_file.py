@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,8 @@ from idlm_kernels.generate.params import SamplingParams, checked_seed, draw_seed
 from idlm_kernels.model.tokenizer import Tokenizer
 
 _PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)} - {"logprobs"}
+_FIRST = b'{"index": 0,'  # how every output begins
+_NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 _KEYS = _PARAMETERS | {"id", "prompt", "messages"}
 _FAULTS_OF_A_LINE = (ValueError, TypeError, OverflowError, RecursionError)  # what the text of a line can cause
 
@@ -61,15 +64,15 @@ def run_file(
     params: for lines that do not say otherwise; its seed is mixed with the line's number. encode: a line -> prompt ids.
     settings: what the output depends on besides; a run is resumed only with the settings that it was started with.
 
-    Raises: ValueError if the target belongs to something else or another process writes it; OSError if it cannot be
-    written, RunStopped if the machine failed (what is there stays whole, and the run can be resumed). A line that
-    cannot run is answered with an "error", and the others go on.
+    Raises: ValueError if the source is no regular file, or changes while it is read; if the target belongs to something
+    else, or another process writes or changes it; OSError if it cannot be written, RunStopped if the machine failed
+    (what is there stays whole, and the run can be resumed). A line that cannot run is answered with an "error", and the
+    others go on.
     """
-    digest, total = _digest(source)
-    with _Output(target) as output:
-        base_seed, done, failed = _open_run(output, {**settings, "input_sha256": digest}, params.seed)
-        progress = Progress(done, total, failed, 0)
-        _answer_lines(engine, source, output, params, base_seed, encode, progress, report)
+    with _Input(source) as lines, _Output(target) as output:
+        base_seed, done, failed = _open_run(output, {**settings, "input_sha256": lines.sha256}, params.seed)
+        progress = Progress(done, lines.total, failed, 0)
+        _answer_lines(engine, lines, output, params, base_seed, encode, progress, report)
         output.check()
         _run_path(target).unlink()
     return progress
@@ -77,7 +80,7 @@ def run_file(
 
 def _answer_lines(
     engine: Engine,
-    source: Path,
+    source: _Input,
     output: _Output,
     params: SamplingParams,
     base_seed: int,
@@ -87,7 +90,7 @@ def _answer_lines(
 ) -> None:
     waiting: dict[int, Request | dict[str, Any]] = {}  # by line number: running, or answered with an error
     window = 4 * engine.options.max_num_seqs  # lines between the oldest unanswered one and the last one read
-    lines = _lines(source, skip=progress.lines)
+    lines = source.lines(skip=progress.lines)
     exhausted = False
     while not exhausted or waiting:
         while not exhausted and len(waiting) < window:
@@ -98,6 +101,7 @@ def _answer_lines(
                 waiting[number] = _submit(engine, number, line, params, base_seed, encode)
         for _, event in engine.epoch():
             progress.tokens += len(event.token_ids)
+        source.check()
         _write_answers(output, waiting, progress)
         report(progress)
         for number, request in sorted(waiting.items()):
@@ -153,15 +157,16 @@ def longest_request(
     memory for. It costs a pass over the file, which is little beside its answers.
     """
     longest = 2
-    for _, line in _lines(source, skip=0):
-        try:
-            record = json.loads(line, parse_constant=_no_number)
-            own = _own_parameters(record, params)
-            longest = max(longest, len(encode(record)) + own.max_tokens)
-        except _FAULTS_OF_A_LINE:  # its answer, later
-            continue
-        if longest >= limit:
-            return limit
+    with _Input(source) as file:
+        for _, line in file.lines(skip=0):
+            try:
+                record = json.loads(line, parse_constant=_no_number)
+                own = _own_parameters(record, params)
+                longest = max(longest, len(encode(record)) + own.max_tokens)
+            except _FAULTS_OF_A_LINE:  # its answer, later
+                continue
+            if longest >= limit:
+                return limit
     return longest
 
 
@@ -208,7 +213,7 @@ def _write_answers(output: _Output, waiting: dict[int, Request | dict[str, Any]]
 class _Output:
     """The file of answers: locked against other processes, and written in whole blocks without a buffer.
 
-    Raises: ValueError if it is no regular file, if another process writes it, or if it was removed or replaced.
+    Raises: ValueError if it is no regular file, if another process writes it, if it was removed, replaced or changed.
     """
 
     def __init__(self, path: Path):
@@ -219,10 +224,16 @@ class _Output:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise ValueError(f"{path} is being written by another process{_writer(path)}; wait for it") from None
+            if error.errno in _NO_LOCKS:  # another process that writes is noticed when it has
+                warnings.warn(
+                    f"{path}: its file system has no locks; see to it that no other run writes it", stacklevel=3
+                )
+            else:
+                os.close(self._fd)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise ValueError(f"{path} is being written by another process{_writer(path)}; wait for it") from None
+        self._size = self.size  # as this process left it
 
     def __enter__(self) -> _Output:
         return self
@@ -239,17 +250,22 @@ class _Output:
             there = None
         if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
             what = "removed" if there is None else "replaced"
-            raise ValueError(f"{self.path} was {what} while it was being written: run the same again for its answers")
+        elif mine.st_size != self._size:
+            what = "changed"
+        else:
+            return
+        raise ValueError(f"{self.path} was {what} while it was being written: run the same again for its answers")
 
     def append(self, block: bytes) -> None:
         """Write all of it and see it to the disk, or leave the file as it was."""
         self.check()
-        size = os.fstat(self._fd).st_size
+        size = self._size
         try:
             left = memoryview(block)
             while left:
                 left = left[os.write(self._fd, left) :]
             os.fsync(self._fd)
+            self._size += len(block)
         except BaseException:
             with contextlib.suppress(OSError):  # a resumed run cuts half a line off as well
                 self.cut(size)
@@ -260,8 +276,14 @@ class _Output:
             file.seek(0)
             yield from file
 
+    def begins_with(self, text: bytes) -> bool:
+        """Or with as much of it as was written; what was lost of a block is zeros."""
+        head = os.pread(self._fd, len(text), 0)
+        return head.strip(b"\0") == b"" or text.startswith(head.rstrip(b"\0"))
+
     def cut(self, size: int) -> None:
         os.ftruncate(self._fd, size)
+        self._size = size
 
     @property
     def size(self) -> int:
@@ -296,24 +318,61 @@ def _answer(request: Request) -> dict[str, Any] | None:
     return answer
 
 
-def _lines(source: Path, skip: int) -> Iterator[tuple[int, bytes]]:
-    with source.open("rb") as file:
+class _Input:
+    """The file of lines, read once for its digest and once for its lines: sha256, and how many are not blank.
+
+    Raises: ValueError if it is no regular file, or was changed in between.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path} is not a regular file; it is read twice: write the lines to a file first")
+        self._file = path.open("rb")
+        self.sha256, self.total = self._digest()
+        self._seen = self._state()
+
+    def __enter__(self) -> _Input:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def _digest(self) -> tuple[str, int]:
+        digest, count, place, has_text = hashlib.sha256(), 0, 0, False
+        while block := os.pread(self._file.fileno(), 1 << 20, place):
+            digest.update(block)
+            place += len(block)
+            *ends, rest = block.split(b"\n")
+            for part in ends:
+                count += has_text or bool(part.strip())
+                has_text = False
+            has_text = has_text or bool(rest.strip())
+        return digest.hexdigest(), count + has_text
+
+    def _state(self) -> tuple[int, int]:
+        now = os.fstat(self._file.fileno())
+        return now.st_size, now.st_mtime_ns
+
+    def check(self) -> None:
+        """That the lines are still those of the digest, before anything is answered for them."""
+        if self._state() == self._seen:
+            return
+        self._seen = self._state()
+        if self._digest()[0] != self.sha256:
+            raise ValueError(
+                f"{self.path} was changed while its lines were being answered: put it back and run the same again, or "
+                "remove the output and its run.json and start again"
+            )
+
+    def lines(self, skip: int) -> Iterator[tuple[int, bytes]]:
         number = 0
-        for line in file:
+        self._file.seek(0)
+        while line := self._file.readline():
             if line.strip():
                 if number >= skip:
                     yield number, line
                 number += 1
-
-
-def _digest(source: Path) -> tuple[str, int]:
-    """sha256 and the number of lines that are not blank."""
-    digest, count = hashlib.sha256(), 0
-    with source.open("rb") as file:
-        for line in file:
-            digest.update(line)
-            count += bool(line.strip())
-    return digest.hexdigest(), count
 
 
 def _run_path(target: Path) -> Path:
@@ -343,6 +402,11 @@ def _open_run(output: _Output, settings: dict[str, Any], seed: int | None) -> tu
         whole += len(line)
         lines += 1
         failed += "error" in answer
+    if not lines and not output.begins_with(_FIRST):
+        raise ValueError(
+            f"{target} is not the interrupted run that {path.name} tells of: put that back, or remove {path.name} and "
+            "write elsewhere"
+        )
     output.cut(whole)
     return base_seed, lines, failed
 

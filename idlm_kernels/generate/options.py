@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from idlm_kernels._deprecated import renamed
+from idlm_kernels.generate.params import shown
 from idlm_kernels.generate.plan import MAX_STRIDE, PlanKind, plan_kind
 from idlm_kernels.ops.sampling import MODES
 
@@ -53,8 +54,15 @@ class DecodeOptions:
                 raise ValueError(f"row_budget is {self.row_budget}, wanted at least 1 row per request")
         if self.suffix_drafts and self.rule != "match":
             raise ValueError("suffix drafts have no distribution to divide by: use rule='match'")
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise ValueError(f"synthetic_acceptance is {self.synthetic_acceptance}, wanted 0 to 1")
+        for name in ("rerank", "suffix_drafts", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {type(getattr(self, name)).__name__}")
+        share = self.synthetic_acceptance
+        if share is not None:
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise TypeError(f"synthetic_acceptance must be a number, got {type(share).__name__}")
+            if not 0 <= share <= 1:
+                raise ValueError(f"synthetic_acceptance is {shown(share)}, wanted 0 to 1")
 
     @renamed(verify="rule")
     def changed(self, **changes: Any) -> DecodeOptions:
@@ -103,7 +111,7 @@ class EngineOptions(DecodeOptions):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
-                raise ValueError(f"{name} is {value}, wanted at least {least}")
+                raise ValueError(f"{name} is {shown(value)}, wanted at least {least}")
 
     @classmethod
     def of(cls, options: DecodeOptions, **sizes: Any) -> EngineOptions:

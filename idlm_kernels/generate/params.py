@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 _SEEDS = 1 << 64
 _UNSUPPORTED = {
@@ -17,6 +20,7 @@ _UNSUPPORTED = {
 }
 _LARGEST_INT32 = 2**31 - 1
 _LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
+_ZERO_IN_FP32 = 2.0**-150  # this and less are rounded to 0 there
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,51 @@ class SamplingParams:
             _int("logprobs", self.logprobs, 0, 0, "None or 0 (those of the tokens themselves)")
         for name, low, high, wanted in (
             ("temperature", 0.0, _LARGEST_FP32, "a number >= 0 that fits fp32"),
-            ("top_p", 0.0, 1.0, "a number above 0 and at most 1 (1 is off)"),
+            ("top_p", 0.0, 1.0, "a number above 0, in fp32 too, and at most 1 (1 is off)"),
             ("min_p", 0.0, 1.0, "a number from 0 (off) to 1"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not (low <= value <= high) or (name == "top_p" and value == 0):
-                raise ValueError(f"{name} is {value}, wanted {wanted}")
+            if not (low <= value <= high) or (name == "top_p" and value <= _ZERO_IN_FP32):
+                raise ValueError(f"{name} is {shown(value)}, wanted {wanted}")
         _int("top_k", self.top_k, 0, _LARGEST_INT32, "0 (off) or a positive number")
         _int("max_tokens", self.max_tokens, 1, _LARGEST_INT32, "at least 1")
         if self.seed is not None:
             checked_seed(self.seed)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = self.stop if self.stop is not None else ()
+        stop = (stop,) if isinstance(stop, str) else _items("stop", stop, "a string or several")
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {list(stop)}, wanted strings that are not empty")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        ids = self.stop_token_ids if self.stop_token_ids is not None else ()
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", ids, "a list of ids"))
         for token in self.stop_token_ids:
             _int("stop_token_ids", token, 0, _LARGEST_INT32, "token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, got {type(self.ignore_eos).__name__}")
 
 
 def _int(name: str, value: int, low: int, high: int, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, wanted {wanted}")
+        raise ValueError(f"{name} is {shown(value)}, wanted {wanted}")
+
+
+def _items(name: str, value: Iterable[_T], wanted: str) -> tuple[_T, ...]:
+    try:
+        return tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}") from None
+
+
+def shown(value: object) -> str:
+    """A number for an error message; Python refuses to spell the largest ones."""
+    try:
+        return str(value)
+    except ValueError:
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def checked_seed(seed: int) -> int:

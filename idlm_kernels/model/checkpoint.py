@@ -100,7 +100,7 @@ class Checkpoint(ABC):
         """A quantised weight as it is stored, where the CPU kernels take it so; a view of the file."""
         return None
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str) -> None:  # noqa: B027  # a hint, which need not be taken
         """Say that a tensor is not needed for now: what it takes of memory-mapped files may go."""
 
     def is_quantised(self, name: str) -> bool:

@@ -342,7 +342,17 @@ def _attend_share(
 
 
 @triton.jit(
-    do_not_specialize=["row_tiles", "max_rows", "num_rows", "batch", "num_pages", "max_slots", "num_chunks", "sm_scale"]
+    do_not_specialize=[
+        "row_tiles",
+        "max_rows",
+        "num_rows",
+        "batch",
+        "num_pages",
+        "max_slots",
+        "num_chunks",
+        "sm_scale",
+    ],
+    do_not_specialize_on_alignment=["gPageTable", "gSeqLens", "gQueryStart", "gTail", "gLse"],
 )
 def _attention_kernel(
     gQ,  # [T, Hq, D]

@@ -98,7 +98,19 @@ def drafts_of(gDrafts, request, n, is_clean, vocab_size, stride_drafts, K: tl.co
     return draft, is_draft, is_draft & ((draft < 0) | (draft >= vocab_size))
 
 
-@triton.jit(do_not_specialize=["vocab_size", "mask_id", "stride_drafts", "stride_tokens", "stride_next"])
+@triton.jit(
+    do_not_specialize=["vocab_size", "mask_id", "stride_drafts", "stride_tokens", "stride_next"],
+    do_not_specialize_on_alignment=[
+        "gQueryStart",
+        "gNumDrafts",
+        "gDrafts",
+        "gNumAccepted",
+        "gTokens",
+        "gNextDrafts",
+        "gNextNumDrafts",
+        "gStatus",
+    ],
+)
 def _decide_kernel(
     gScore,  # [T, SLICES]
     gId,

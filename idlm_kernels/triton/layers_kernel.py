@@ -76,7 +76,9 @@ def _silu_and_mul_kernel(
     tl.store(tl.multiple_of(gOut + row * stride_out + column, ALIGNMENT), y.to(gOut.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_ids", "stride_weight", "stride_out"])
+@triton.jit(
+    do_not_specialize=["num_ids", "stride_weight", "stride_out"], do_not_specialize_on_alignment=["gIds", "gIsMask"]
+)
 def _embed_kernel(
     gIds,  # [T]
     gWeight,  # [V, H]
@@ -134,7 +136,8 @@ def _rms_scale(x1, x2, eps, D: tl.constexpr):
         "stride_v_page",
         "stride_v_slot",
         "stride_v_head",
-    ]
+    ],
+    do_not_specialize_on_alignment=["gPositions", "gSlots"],
 )
 def _qk_norm_rope_append_kernel(
     gQkv,  # [T, (Hq + 2 Hkv) * D]

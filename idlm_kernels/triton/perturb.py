@@ -47,7 +47,10 @@ def add_exp(largest, total, z):
     return new, total * tl.exp(largest - finite) + tl.exp(z - finite)
 
 
-@triton.jit(do_not_specialize=["batch", "num_k", "id_limit", "mask_id", "slice_ids", "stream"])
+@triton.jit(
+    do_not_specialize=["batch", "num_k", "id_limit", "mask_id", "slice_ids", "stream"],
+    do_not_specialize_on_alignment=["gTemperature", "gMinP", "gSeed", "gPositions", "gQueryStart", "gNumDrafts"],
+)
 def _perturb_kernel(
     gLogits,  # [T, V]
     gBias,  # [T, V]

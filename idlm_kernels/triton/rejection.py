@@ -68,7 +68,20 @@ def _at(x, i, a):
     return tl.sum(tl.where(i == a, x.to(tl.int32, bitcast=True), 0), axis=0).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["id_limit", "mask_id", "slice_ids", "stride_drafts"])
+@triton.jit(
+    do_not_specialize=["id_limit", "mask_id", "slice_ids", "stride_drafts"],
+    do_not_specialize_on_alignment=[
+        "gQueryStart",
+        "gNumDrafts",
+        "gDrafts",
+        "gPositions",
+        "gTemperature",
+        "gSeed",
+        "gQCut",
+        "gQLogNorm",
+        "gNumAccepted",
+    ],
+)
 def _residual_kernel(
     gLogits,  # [T, V]
     gBias,  # [T, V]
@@ -169,7 +182,21 @@ def _residual_kernel(
     tl.store(gResidualId + place, tl.min(tl.where(best == top, best_id, kNoId), axis=0))
 
 
-@triton.jit(do_not_specialize=["mask_id", "stride_drafts", "stride_tokens", "stride_next"])
+@triton.jit(
+    do_not_specialize=["mask_id", "stride_drafts", "stride_tokens", "stride_next"],
+    do_not_specialize_on_alignment=[
+        "gQueryStart",
+        "gNumDrafts",
+        "gDrafts",
+        "gNumAccepted",
+        "gQCut",
+        "gQLogNorm",
+        "gTokens",
+        "gNextDrafts",
+        "gNextNumDrafts",
+        "gStatus",
+    ],
+)
 def _conclude_kernel(
     gLogits,  # [T, V]
     gBias,  # [T, V]

@@ -40,7 +40,10 @@ def _mask_row(gFirstMask, request, j, num_rows):
     return tl.minimum(tl.maximum(tl.load(gFirstMask + request) + j, 0), num_rows - 1).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_k", "num_rows", "id_limit", "mask_id", "num_groups"])
+@triton.jit(
+    do_not_specialize=["num_k", "num_rows", "id_limit", "mask_id", "num_groups"],
+    do_not_specialize_on_alignment=["gFirstMask", "gNumDrafts"],
+)
 def _maxima_kernel(
     gLogits,  # [T, V]
     gFirstMask,  # [B]
@@ -86,7 +89,10 @@ def _best(x, i, COUNT: tl.constexpr):
     return _unpacked(tl.topk(tl.reshape(_packed(x, i), [COUNT]), kCandidates))
 
 
-@triton.jit(do_not_specialize=["batch", "num_k", "num_rows", "num_served", "id_limit", "mask_id", "num_groups"])
+@triton.jit(
+    do_not_specialize=["batch", "num_k", "num_rows", "num_served", "id_limit", "mask_id", "num_groups"],
+    do_not_specialize_on_alignment=["gFirstMask", "gNumDrafts"],
+)
 def _candidates_kernel(
     gLogits,  # [T, V]
     gHidden,  # [T, H]

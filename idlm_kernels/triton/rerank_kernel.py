@@ -142,7 +142,22 @@ def _choose(
     return draft.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["batch", "j", "num_k", "num_served", "mask_id", "num_tokens", "stride_out"])
+@triton.jit(
+    do_not_specialize=["batch", "j", "num_k", "num_served", "mask_id", "num_tokens", "stride_out"],
+    do_not_specialize_on_alignment=[
+        "gPrevious",
+        "gNumDrafts",
+        "gPositions",
+        "gTemperature",
+        "gTopK",
+        "gTopP",
+        "gMinP",
+        "gSeed",
+        "gQCut",
+        "gQLogNorm",
+        "gOut",
+    ],
+)
 def _state_kernel(
     gPrevious,  # [B]
     gNumDrafts,  # [B]
@@ -239,7 +254,7 @@ def _state_kernel(
             tl.store(gMine + n, silu_times(x, 1.0), mask=n < W)
 
 
-@triton.jit(do_not_specialize=["batch", "j", "num_k", "num_served"])
+@triton.jit(do_not_specialize=["batch", "j", "num_k", "num_served"], do_not_specialize_on_alignment=["gNumDrafts"])
 def _score_kernel(
     gNumDrafts,  # [B]
     gState,  # [K, B, W]
@@ -276,7 +291,22 @@ def _score_kernel(
             tl.store(gPart + place * kCandidates + c, part)
 
 
-@triton.jit(do_not_specialize=["num_k", "mask_id", "stride_drafts", "stride_out"])
+@triton.jit(
+    do_not_specialize=["num_k", "mask_id", "stride_drafts", "stride_out"],
+    do_not_specialize_on_alignment=[
+        "gNumDrafts",
+        "gDrafts",
+        "gPositions",
+        "gTemperature",
+        "gTopK",
+        "gTopP",
+        "gMinP",
+        "gSeed",
+        "gQCut",
+        "gQLogNorm",
+        "gOut",
+    ],
+)
 def _last_kernel(
     gNumDrafts,  # [B]
     gDrafts,  # int64 [B, K]

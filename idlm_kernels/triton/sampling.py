@@ -23,7 +23,7 @@ from idlm_kernels.triton.rejection import judge
 from python_ref import STREAM_TARGET, QState
 
 
-@triton.jit(do_not_specialize=["num_rows", "mask_id"])
+@triton.jit(do_not_specialize=["num_rows", "mask_id"], do_not_specialize_on_alignment=["gOut", "gStatus"])
 def _pick_kernel(
     gScore,  # [T, SLICES]
     gId,

@@ -23,7 +23,21 @@ kRunning, kStopped, kLength = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2) 
         "stride_text",
         "stride_drafts",
         "stride_stops",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "gNumAccepted",
+        "gTokens",
+        "gNextDrafts",
+        "gNextNumDrafts",
+        "gText",
+        "gLengths",
+        "gDrafts",
+        "gNumDrafts",
+        "gLimits",
+        "gStops",
+        "gFinish",
+        "gOut",
+    ],
 )
 def _advance_kernel(
     gNumAccepted,  # [B]

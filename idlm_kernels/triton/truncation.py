@@ -267,7 +267,10 @@ def _list_near(
     return count, tl.sum(near_mass, axis=0), tl.sum(mass, axis=0)
 
 
-@triton.jit(do_not_specialize=["batch", "id_limit", "mask_id"])
+@triton.jit(
+    do_not_specialize=["batch", "id_limit", "mask_id"],
+    do_not_specialize_on_alignment=["gTemperature", "gTopK", "gTopP", "gMinP", "gQueryStart"],
+)
 def _cut_kernel(
     gLogits,  # [T, V]
     gBias,  # [T, V]

@@ -356,3 +356,103 @@ def test_an_output_that_is_no_file_is_refused(source: Path, tmp_path: Path, make
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
         run(make_generator(), source, tmp_path / "pipe")
+
+
+def test_an_input_that_is_a_pipe_is_refused(tmp_path: Path, make_generator: MakeGenerator) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file.*read twice"):
+        run(make_generator(), tmp_path / "pipe", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_lines_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    """Blank ones, carriage returns, no line end at the end; blocks of a MB that end anywhere."""
+    for text in (
+        b"",
+        b"\n",
+        b"a",
+        b"a\n",
+        b" \r\n\na\r\nb",
+        b"x" * (1 << 20) + b"\n" + b"y" * (1 << 21),
+        b"\n" * (1 << 21),
+    ):
+        path = tmp_path / "in.jsonl"
+        path.write_bytes(text)
+        with module._Input(path) as lines:
+            assert lines.total == len(list(lines.lines(0))) == sum(bool(x.strip()) for x in text.split(b"\n"))
+
+
+@pytest.mark.parametrize("how", ["touched", "edited", "replaced"])
+def test_an_input_that_changes_while_it_is_answered(
+    how: str, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target, text = make_generator(), tmp_path / "out.jsonl", source.read_text()
+    run(generator, source, tmp_path / "whole.jsonl")
+
+    def change(progress: Progress) -> None:
+        if progress.lines == 0 or not first:
+            return
+        first.clear()
+        if how == "replaced":  # what is open is still the old one
+            (tmp_path / "new").write_text(json.dumps({"prompt": "b"}))
+            (tmp_path / "new").rename(source)
+        else:
+            source.write_text(text.replace("abc", "bcd") if how == "edited" else text)
+            os.utime(source, ns=(1, 1))
+
+    first = [True]
+    if how == "edited":
+        with pytest.raises(ValueError, match="changed while its lines were being answered"):
+            run(generator, source, target, report=change)
+        done = whole_lines(target)
+        assert done == whole_lines(tmp_path / "whole.jsonl")[: len(done)], "an answer to another line"
+        source.write_text(text)
+    run(generator, source, target, report=change)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["cut", "appended to"])
+def test_an_output_that_others_change_while_it_is_written(
+    how: str, source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    run(generator, source, tmp_path / "whole.jsonl")
+
+    def change(progress: Progress) -> None:
+        if progress.lines:
+            os.truncate(target, 10) if how == "cut" else target.open("a").write("{}\n")
+
+    with pytest.raises(ValueError, match="was changed while"):
+        run(generator, source, target, report=change)
+    run(generator, source, target)
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_file_of_someone_else_beside_a_kept_run_json_is_not_cut(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator
+) -> None:
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    with pytest.raises(Killed):
+        run(generator, source, target, report=stop_at_once)
+    for text in ('{"name": "mine"}\n', "notes\n"):
+        target.write_text(text)
+        with pytest.raises(ValueError, match="is not the interrupted run that out.jsonl.run.json tells of"):
+            run(generator, source, target)
+        assert target.read_text() == text
+    for left in (b"", b'{"ind', b'{"index": 0, "id": "n0"', b"\0" * 100, b'{"index"\0\0\0'):  # a power cut
+        target.write_bytes(left)
+        with pytest.raises(Killed):
+            run(generator, source, target, report=stop_at_once)
+
+
+def test_a_file_system_without_locks(
+    source: Path, tmp_path: Path, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    generator, target = make_generator(), tmp_path / "out.jsonl"
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="out.jsonl: its file system has no locks"):
+        run(generator, source, target)
+    assert len(whole_lines(target)) == 30

@@ -47,15 +47,16 @@ class RandomPolicy(PlanPolicy):
         return self.rng.choice(PLANS)
 
 
-def random_request(rng: random.Random) -> tuple[list[int], SamplingParams, int]:
+def random_request(rng: random.Random, max_len: int = 48) -> tuple[list[int], SamplingParams, int]:
     # Few ids and repeats, so that suffixes match and prompts share pages.
     start = rng.choice(([], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 10, 11, 12, 13]))
     prompt = [*start, *(rng.randrange(6) for _ in range(rng.randrange(0 if start else 1, 12)))]
+    prompt = prompt[: rng.randrange(1, max_len) if max_len < 48 else None]
     params = SamplingParams(
         temperature=rng.choice((0.0, 0.7, 1.3)),
         top_k=rng.choice((0, 0, 8)),
         top_p=rng.choice((1.0, 0.9)),
-        max_tokens=rng.randrange(1, 24),
+        max_tokens=min(rng.randrange(1, 24), max_len - len(prompt)),
         stop_token_ids=rng.choice(((), (3,), (1, 2, 40))),
     )
     return prompt, params, rng.randrange(2**64)
@@ -67,6 +68,28 @@ def alone(generator: Generator, prompt: list[int], params: SamplingParams, seed:
     return result.token_ids, result.finish_reason
 
 
+REFUSED: list[tuple[Any, ...]] = [
+    ([], SamplingParams(), 1),
+    ([VOCAB], SamplingParams(), 1),
+    ([1] * 48, SamplingParams(), 1),
+    ([1], SamplingParams(stop="x"), 1),
+    ([1], SamplingParams(), 2**64),
+    ([1], SamplingParams(), "seed"),
+]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, seeds: set[int]) -> None:
+    """Requests with these seeds cannot be placed, neither at first nor after a preemption."""
+    place = DecodeState.place
+
+    def failing(self: DecodeState, b: int, tokens: Any, params: Any, seed: int, *rest: Any) -> None:
+        if seed in seeds:
+            raise RuntimeError("poisoned")
+        place(self, b, tokens, params, seed, *rest)
+
+    monkeypatch.setattr(DecodeState, "place", failing)
+
+
 def assert_nothing_leaks(engine: Engine) -> None:
     assert not engine.busy
     assert engine.pool.free_pages == engine.pool.num_pages
@@ -75,20 +98,26 @@ def assert_nothing_leaks(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 600))])
-def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) -> None:
+def test_any_schedule_gives_the_same_tokens(
+    seed: int, models: list[Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do short contexts, dropped iterators, or requests that cannot be submitted or placed concern another one."""
     rng = random.Random(seed)
+    poisoned: set[int] = set()
+    poison(monkeypatch, poisoned)
+    max_len = rng.choice((48, 48, 48, 3, 6, 9))
     generator = models[seed % 2]
     page_size = rng.choice((1, 2, 5, 16))
     options = EngineOptions(
         max_num_seqs=rng.randrange(1, 7),
-        max_model_len=48,
+        max_model_len=max_len,
         page_size=page_size,
         # From barely enough for one request, which preempts constantly, to plenty.
         num_pages=-(-(47 + 25) // page_size) + rng.choice((0, 1, 3, 40)),
         max_num_batched_tokens=rng.choice((1, 4, 9, 64)),
         epoch_steps=rng.randrange(1, 9),
         lag=rng.choice((0, 1, 3)),
-        suffix_drafts=rng.random() < 0.5,
+        suffix_drafts=rng.random() < (0.5 if max_len == 48 else 0.8),
         logprobs=rng.random() < 0.3,
     )
     recorder = EagerRecorder() if rng.random() < 0.3 else None
@@ -98,11 +127,22 @@ def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) 
     to_come = rng.randrange(3, 10)
     while to_come or engine.busy:
         for _ in range(rng.randrange(0, 1 + min(3, to_come)) if engine.busy else min(1, to_come)):
-            what = random_request(rng)
+            what = random_request(rng, max_len)
             asked.append((engine.submit(*what), what))
             to_come -= 1
+            if rng.random() < 0.05:
+                poisoned.add(what[2])
+            if rng.random() < 0.1:
+                with pytest.raises((TypeError, ValueError)):
+                    engine.submit(*rng.choice(REFUSED))
+        if rng.random() < 0.2:  # left in the middle
+            events = engine.events()
+            for _ in range(rng.randrange(1, 6)):
+                next(events, None)
+            continue
+        epoch = engine.epoch()  # which reads what a dropped one has left, without events
         seen = {id(request): len(request.output.token_ids) for request, _ in asked}
-        for request, event in engine.epoch():
+        for request, event in epoch:
             seen[id(request)] += len(event.token_ids)
             assert seen[id(request)] == len(request.output.token_ids), "events tell all tokens, once"
             if rng.random() < 0.01:
@@ -110,7 +150,9 @@ def test_any_schedule_gives_the_same_tokens(seed: int, models: list[Generator]) 
                 cancelled.add(request.arrival)
     for request, what in asked:
         tokens, reason = alone(generator, *what)
-        if request.arrival in cancelled and request.output.finish_reason == "cancelled":
+        if what[2] in poisoned and request.output.finish_reason == "error":
+            assert "poisoned" in str(request.output.error)
+        elif request.arrival in cancelled and request.output.finish_reason == "cancelled":
             assert request.output.token_ids == tokens[: len(request.output.token_ids)]
         else:
             assert (request.output.token_ids, request.output.finish_reason) == (tokens, reason)

@@ -120,6 +120,14 @@ def test_a_cancelled_request_keeps_its_text() -> None:
         ({"stop": ("",)}, ValueError),
         ({"stop": (3,)}, ValueError),
         ({"stop_token_ids": (-1,)}, ValueError),
+        ({"top_p": 1e-50}, ValueError),  # 0 in fp32
+        ({"temperature": 10**5000}, ValueError),  # which Python does not spell
+        ({"max_tokens": 10**5000}, ValueError),
+        ({"seed": 10**5000}, ValueError),
+        ({"ignore_eos": "no"}, TypeError),
+        ({"ignore_eos": 1}, TypeError),
+        ({"stop": 3}, TypeError),
+        ({"stop_token_ids": 5}, TypeError),
     ],
 )
 def test_parameters_out_of_range_are_named(changes: dict[str, Any], error: type[Exception]) -> None:
@@ -145,8 +153,30 @@ def test_what_a_decode_lacks_is_refused_by_name(changes: dict[str, Any]) -> None
 
 
 def test_parameters_that_ask_for_nothing_are_taken_in_every_spelling() -> None:
-    spelled = SamplingParams(top_k=-1, stop=None, stop_token_ids=None, n=1, repetition_penalty=1, min_tokens=0)  # type: ignore[arg-type]
+    nothing: Any = None
+    spelled = SamplingParams(top_k=-1, stop=nothing, stop_token_ids=nothing, n=1, repetition_penalty=1, min_tokens=0)
     assert spelled == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"synthetic_acceptance": True}, TypeError),
+        ({"synthetic_acceptance": "0.5"}, TypeError),
+        ({"synthetic_acceptance": math.nan}, ValueError),
+        ({"synthetic_acceptance": 10**5000}, ValueError),
+        ({"rerank": None}, TypeError),
+        ({"suffix_drafts": "no"}, TypeError),
+        ({"logprobs": 3}, TypeError),
+        ({"num_pages": -(10**5000)}, ValueError),
+    ],
+)
+def test_options_out_of_range_are_named(changes: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(changes))):
+        EngineOptions(**changes)
+
+
+def test_one_stop_string_needs_no_list() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
 
 
