@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from idlm_kernels.cpu import native
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, Request, SamplingParams, StepPlan
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
@@ -26,6 +27,12 @@ FORBIDDEN = {
     torch.ops.aten.repeat_interleave.Tensor,
     torch.ops.aten.bincount.default,
 }
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled CPU kernels read what they like."""
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 class NoSync(TorchDispatchMode):
