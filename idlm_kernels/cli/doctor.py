@@ -52,6 +52,7 @@ def doctor(
     from rich.table import Table
 
     import idlm_kernels
+    import idlm_kernels.cpu.native
     import idlm_kernels.native
 
     facts = {
@@ -61,6 +62,7 @@ def doctor(
         "triton": _version("triton"),
         "native": idlm_kernels.native.status(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu kernels": idlm_kernels.cpu.native.status(),
     }
     device_types = ["cpu"]
     if torch.cuda.is_available():
