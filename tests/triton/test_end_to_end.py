@@ -115,3 +115,17 @@ def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: di
                 assert torch.equal(row.view(torch.int16), wanted[position].view(torch.int16))
                 compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("plan", ["chain", "branched"])
+def test_an_adapter_whose_values_overflow_costs_drafts_and_no_token(plan: str) -> None:
+    """Its weights are finite, the V of its MASK rows is not: no ordinary row sees that."""
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=3)
+    with idlm_kernels.use_backend("triton"):
+        generator = tiny_generator(torch.float32, with_adapter=True)
+        for layer in generator.model.layers:
+            assert layer.qkv.lora is not None
+            layer.qkv.lora = tuple(torch.full_like(factor, 1e20) for factor in layer.qkv.lora)
+        wanted, got = (generator.generate(PROMPTS, params, plan=p, stride=3) for p in ("ar", plan))
+    assert [r.token_ids for r in got] == [r.token_ids for r in wanted]
+    assert all(len(r.token_ids) == 6 for r in got)
