@@ -54,10 +54,7 @@ template <int Kind>
 IDLM_INLINE F load_weight(const uint8_t* w, int64_t index) {
   if (Kind == IDLM_CPU_F16) return load_f16((const uint16_t*)w + index);
   if (Kind == IDLM_CPU_BF16) return load_bf16((const uint16_t*)w + index);
-  if (Kind == IDLM_CPU_I8) {
-    typedef int8_t B __attribute__((vector_size(16)));
-    return to_float(__builtin_convertvector(load<B>(w + index), I));
-  }
+  if (Kind == IDLM_CPU_I8) return load_i8((const int8_t*)w + index);
   return load<F>((const float*)w + index);
 }
 

@@ -37,6 +37,9 @@ IDLM_INLINE F load_f16(const uint16_t* p) { return (F)_mm512_cvtph_ps(_mm256_loa
 IDLM_INLINE F load_bf16(const uint16_t* p) {
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
+IDLM_INLINE F load_i8(const int8_t* p) {
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 // sum + the products of 16 pairs of int16 with one pair: exact, so that any order of such sums gives the same bits.
 IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
   return (I)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(pair));
@@ -72,6 +75,10 @@ IDLM_INLINE F load_bf16(const uint16_t* p) {
   return joined<F>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16),
                    _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1)), 16));
 }
+IDLM_INLINE F load_i8(const int8_t* p) {
+  return joined<F>((__m256i)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+                   (__m256i)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))));
+}
 IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
   Halves s = halves(&sum), w = halves(&pairs);
   __m256i x = _mm256_set1_epi32(pair);
@@ -97,6 +104,10 @@ IDLM_INLINE F load_f16(const uint16_t* p) {
   return (F)((U)value | sign);
 }
 IDLM_INLINE F load_bf16(const uint16_t* p) { return (F)(load_u16(p) << 16); }
+IDLM_INLINE F load_i8(const int8_t* p) {
+  typedef int8_t B __attribute__((vector_size(16)));
+  return __builtin_convertvector(__builtin_convertvector(load<B>(p), I), F);
+}
 IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
   return sum + ((pairs << 16) >> 16) * (int32_t)(int16_t)pair + (pairs >> 16) * (pair >> 16);
 }
