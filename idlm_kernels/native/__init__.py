@@ -26,7 +26,8 @@ class NativeUnavailable(RuntimeError):
 
 def source_hash() -> str | None:
     """What the module must have been built from; None where the sources are not at hand (an installed package)."""
-    sources = sorted(p for p in (_ROOT / "csrc").rglob("*") if p.suffix in _SOURCE_SUFFIXES)
+    found = (p for p in (_ROOT / "csrc").rglob("*") if p.suffix in _SOURCE_SUFFIXES)
+    sources = sorted(p for p in found if p.parent.name != "cpu")  # the CPU kernels are a library of their own
     if not sources:
         return None
     lines = [f"{p.relative_to(_ROOT).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in sources]
