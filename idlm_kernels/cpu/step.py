@@ -57,6 +57,7 @@ def verify_greedy(
         logits.shape[1],
         id_limit,
         mask_id,
+        logits.shape[0],
         batch,
         num_k,
         branched,
@@ -97,7 +98,7 @@ def rerank_greedy(
         return None
     if not (embedding.is_contiguous() and head.is_contiguous() and hidden.is_contiguous() and _rows_are_dense(logits)):
         return None
-    if head.shape[0] < id_limit or not all_greedy(temperature):
+    if min(embedding.shape[0], head.shape[0]) < id_limit or not all_greedy(temperature):
         return None
     first_mask, previous, num_drafts = first_mask.contiguous(), previous.contiguous(), num_drafts.contiguous()
     out = torch.empty_like(drafts)
@@ -110,7 +111,7 @@ def rerank_greedy(
         num_drafts.data_ptr(),
         *(x.data_ptr() for x in weights),
         logits.stride(0),
-        min(embedding.shape[0], head.shape[0]),
+        embedding.shape[0],
         id_limit,
         mask_id,
         *drafts.shape,

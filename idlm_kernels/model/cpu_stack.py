@@ -198,7 +198,20 @@ class CpuStack:
         hidden = torch.empty(wanted, config.hidden_size)
         logits = torch.empty(wanted, config.vocab_size)
         seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
-        assert page_table.stride(1) == 1 or page_table.shape[1] <= 1
+        for name, given, dtype in (
+            ("positions", positions, torch.int64),
+            ("slot_mapping", slots, torch.int64),
+            ("is_mask", is_mask, torch.bool),
+            ("page_table", page_table[0] if len(page_table) else page_table, torch.int32),
+            ("seq_lens", seq_lens, torch.int32),
+            ("query_start_loc", query_start_loc, torch.int32),
+            ("tail_mask", tail_mask, torch.int64),
+            ("logits_rows", logits_rows, torch.int64),
+        ):
+            if given is not None and not (given.dtype == dtype and given.is_contiguous()):
+                raise TypeError(
+                    f"forward: {name} is {given.dtype} with strides {given.stride()}, wanted a contiguous {dtype}"
+                )
         struct = native.Rows(
             positions.data_ptr(),
             slots.data_ptr(),
@@ -213,6 +226,7 @@ class CpuStack:
             logits.data_ptr(),
             page_table.stride(0),
             self._rotary.shape[0],
+            len(x),
             len(seq_lens),
             wanted,
         )
