@@ -198,7 +198,8 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   std::vector<int> units;
   for (int l = 0; l < m.num_layers; l++)
     for (int n : {ceil_div(count, per_unit), all_heads, ceil_div(attention.size(), attended_at_once), ceil_div(count, per_unit),
-                  ceil_div(m.hidden / 16, o), ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit), ceil_div(m.hidden / 16, o)})
+                  ceil_div(m.hidden / 16, o), ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit),
+                  ceil_div(m.hidden / 16, o)})
       units.push_back(n);
   units.push_back(ceil_div(rows.num_logits, per_unit));
   units.push_back(rows.num_logits ? ceil_div(vocabulary_groups, head) : 0);

@@ -39,13 +39,18 @@ def unsupported(config: ModelConfig, adapter: Adapter | None) -> str | None:
     return None
 
 
+def slots_of_keys(page_size: int) -> int:
+    """Slots that the keys of a page have room for: whole tiles."""
+    return -(-page_size // _LANES) * _LANES
+
+
 class CpuCache:
     """Paged keys and values of every layer, in the layout of the kernels: keys lie transposed in tiles of 16 slots."""
 
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int):
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.page_size, self.num_pages = page_size, num_pages
-        self.k = torch.zeros(layers, num_pages, heads, -(-page_size // _LANES), dim, _LANES)
+        self.k = torch.zeros(layers, num_pages, heads, slots_of_keys(page_size) // _LANES, dim, _LANES)
         self.v = torch.zeros(layers, num_pages, heads, page_size, dim)
         self.struct = native.Cache(self.k.data_ptr(), self.v.data_ptr(), num_pages, page_size)
 

@@ -262,6 +262,16 @@ def test_rows_of_another_dtype_are_refused() -> None:
         model.forward(dataclasses.replace(rows, positions=torch.arange(40)[::2]), cache)
 
 
+@pytest.mark.parametrize("page_size", [1, 5, 16, 24])
+def test_the_memory_that_pages_are_counted_with(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys lie in tiles of 16 slots: pages of one token take 8.5 times what their tokens do."""
+    fast, slow = models(MemoryCheckpoint(WIDE), monkeypatch)
+    cache = fast.new_cache(3, page_size)
+    assert cache.k.nbytes + cache.v.nbytes == 3 * fast.page_bytes(page_size)  # type: ignore[union-attr]
+    cache = slow.new_cache(3, page_size)
+    assert sum(x.nbytes for x in (*cache.k, *cache.v)) == 3 * slow.page_bytes(page_size)
+
+
 def test_shapes_that_the_kernels_do_not_take() -> None:
     assert unsupported(WIDE, None) is None
     assert "head_dim is 8" in str(unsupported(tiny_config(), None))
@@ -365,6 +375,25 @@ threads = [threading.Thread(target=work, args=x) for x in ((WIDE, 3, 2), (CONFIG
 for t in threads: t.start()
 for t in threads: t.join()
 assert not failed, failed
+"""
+    )
+
+
+@pytest.mark.slow
+def test_more_units_of_attention_than_a_share_can_hold() -> None:
+    """1,025 requests by 1,024 heads are more than 2^20: a forward never ended. In a process of its own, of 1 GB."""
+    in_a_process(
+        """
+config = tiny_config(hidden_size=32, intermediate_size=16, head_dim=32, num_heads=1024, num_kv_heads=1024, num_layers=1)
+model, n = Transformer(MemoryCheckpoint(config)), 1025
+zeros, table = torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int32)
+lengths, ends = torch.ones(n, dtype=torch.int32), torch.arange(n + 1, dtype=torch.int32)
+slots = torch.full((n,), -1)
+slots[0] = 0
+rows = Rows(zeros, zeros.bool(), zeros, slots, table, lengths, ends, None, 1)
+with torch.inference_mode():
+    logits = model.forward(rows, model.new_cache(1, 16))[0]
+assert torch.equal(logits, logits[:1].expand(n, -1))
 """
     )
 
