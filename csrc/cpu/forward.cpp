@@ -2,11 +2,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "job.h"
 #include "pool.h"
@@ -61,12 +64,15 @@ struct Process {
 };
 
 Process& process() {
-  static Process* one = new Process;  // never destroyed: a thread may outlive static objects
-  if (one->owner != getpid()) one = new Process;
-  return *one;
+  static std::atomic<Process*> one{new Process};  // never destroyed: a thread may outlive static objects
+  Process* found = one.load();
+  if (found->owner == getpid()) return *found;
+  auto own = std::make_unique<Process>();
+  if (one.compare_exchange_strong(found, own.get())) return *own.release();
+  return *found;  // another thread of this child was first
 }
 
-const Isa* chosen_isa = nullptr;
+std::atomic<const Isa*> chosen_isa{nullptr};
 
 thread_local char message[200];
 
@@ -92,6 +98,7 @@ const char* fault_of(const idlm_cpu_cache& c, const idlm_cpu_rows& r) {
     }
   }
   const int count = r.query_start_loc[r.batch];
+  if (count > r.rows) return fault("query_start_loc ends with %d, there are %d rows", count, r.rows);
   for (int i = 0; i < count; i++) {
     if (r.positions[i] < 0 || r.positions[i] >= r.max_position)
       return fault("row %d has position %lld, the rotary table %lld rows", i, (long long)r.positions[i], (long long)r.max_position);
@@ -182,6 +189,7 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
     for (int h = 0; h < m.kv_heads; h++)
       for (int first = 0; first < own; first += at_once) attention.push_back({b, h, first, std::min(own, first + at_once)});
   }
+  const int attended_at_once = std::max(1, ceil_div(attention.size(), Pool::kMostUnits));
 
   const int all_heads = m.heads + 2 * m.kv_heads;
   const int per_unit = count <= 4 * threads ? 1 : count <= 16 * threads ? 4 : 8;  // rows
@@ -189,8 +197,9 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   const int vocabulary_groups = ceil_div(m.head.n, 16), head = groups_per_unit(vocabulary_groups, threads, 4);
   std::vector<int> units;
   for (int l = 0; l < m.num_layers; l++)
-    for (int n : {ceil_div(count, per_unit), all_heads, (int)attention.size(), ceil_div(count, per_unit), ceil_div(m.hidden / 16, o),
-                  ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit), ceil_div(m.hidden / 16, o)})
+    for (int n : {ceil_div(count, per_unit), all_heads, ceil_div(attention.size(), attended_at_once), ceil_div(count, per_unit),
+                  ceil_div(m.hidden / 16, o), ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit),
+                  ceil_div(m.hidden / 16, o)})
       units.push_back(n);
   units.push_back(ceil_div(rows.num_logits, per_unit));
   units.push_back(rows.num_logits ? ceil_div(vocabulary_groups, head) : 0);
@@ -207,8 +216,12 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
       case kPrepareQkv: return kernels.prepare(job, l.qkv, rows.x, l.attention_norm, first, last);
       case kQkv: return kernels.qkv(job, layer, unit, unit + 1);
       case kAttend: {
-        const Unit& a = attention[unit];
-        return kernels.attend(job, layer, thread, a.request, a.head, a.first, a.last);
+        const size_t end = std::min(attention.size(), (size_t)(unit + 1) * attended_at_once);
+        for (size_t i = (size_t)unit * attended_at_once; i < end; i++) {
+          const Unit& a = attention[i];
+          kernels.attend(job, layer, thread, a.request, a.head, a.first, a.last);
+        }
+        return;
       }
       case kPrepareO: return kernels.prepare(job, l.o, job.attended, nullptr, first, last);
       case kO: return kernels.add_linear(job, l.o, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
@@ -223,19 +236,28 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
 }  // namespace
 
 const Isa& isa() {
-  if (!chosen_isa)
-    for (const Isa* set : kSets)
-      if (set->runs_here()) {
-        chosen_isa = set;
-        break;
-      }
-  return *chosen_isa;
+  const Isa* chosen = chosen_isa.load();
+  for (const Isa* set : kSets)
+    if (!chosen && set->runs_here()) chosen_isa = chosen = set;
+  return *chosen;
 }
 
 void with_pool(const std::function<void(Pool&)>& function) {
   Process& p = process();
   std::lock_guard<std::mutex> lock(p.busy);
   function(p.pool);
+}
+
+const char* guarded(int threads, const std::function<void()>& function) {
+  if (threads < 1 || threads > 1024) return fault("%d threads, wanted 1 to 1024", threads);
+  try {
+    function();
+  } catch (const std::bad_alloc&) {
+    return fault("there is not enough memory");
+  } catch (const std::exception& error) {
+    return fault("%s", error.what());
+  }
+  return nullptr;
 }
 
 }  // namespace idlm_cpu
@@ -245,19 +267,18 @@ using namespace idlm_cpu;
 extern "C" {
 
 const char* idlm_cpu_forward(const idlm_cpu_model* model, const idlm_cpu_cache* cache, const idlm_cpu_rows* rows, int32_t threads) {
-  if (threads < 1 || threads > 1024) return fault("%d threads, wanted 1 to 1024", threads);
   if (const char* found = fault_of(*cache, *rows)) return found;
-  if (rows->query_start_loc[rows->batch] == 0) return nullptr;
-  try {
+  const int count = rows->query_start_loc[rows->batch];
+  if (count == 0) return nullptr;
+  return guarded(threads, [&] {
     Process& p = process();
     std::lock_guard<std::mutex> lock(p.busy);
-    run(*model, *cache, *rows, threads, p);
-  } catch (const std::bad_alloc&) {
-    return fault("there is no memory for a forward of %d rows", rows->query_start_loc[rows->batch]);
-  } catch (const std::exception& error) {
-    return fault("%s", error.what());
-  }
-  return nullptr;
+    try {
+      run(*model, *cache, *rows, threads, p);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error("there is no memory for a forward of " + std::to_string(count) + " rows");
+    }
+  });
 }
 
 const char* idlm_cpu_isa(int32_t index) {

@@ -75,5 +75,7 @@ const Isa& isa();
 class Pool;
 // Runs a function with the pool of this process, no other at the same time.
 void with_pool(const std::function<void(Pool&)>& function);
+// Null, or the sentence that says what the function threw; no exception may leave a C interface.
+const char* guarded(int threads, const std::function<void()>& function);
 
 }  // namespace idlm_cpu

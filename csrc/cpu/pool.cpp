@@ -4,11 +4,13 @@
 #include <immintrin.h>
 #endif
 #include <chrono>
+#include <stdexcept>
+#include <system_error>
 
 namespace idlm_cpu {
 namespace {
 
-constexpr uint64_t kIndexBits = 20, kIndexMask = (1u << kIndexBits) - 1, kGenerationMask = (1u << 24) - 1;
+constexpr uint64_t kIndexBits = 20, kIndexMask = Pool::kMostUnits, kGenerationMask = (1u << 24) - 1;
 constexpr int kSpins = 200;                                    // before a thread offers its core to others
 constexpr auto kAwake = std::chrono::microseconds(2000);       // after a run: the next step follows within that
 
@@ -24,6 +26,21 @@ void relax(int& spins) {
   if (++spins < kSpins) relax();
   else std::this_thread::yield();
 }
+
+// While one lives, this thread rounds to nearest and keeps subnormal numbers, whatever its owner has set: a unit has the same
+// bits on every thread.
+class PlainFloats {
+ public:
+#if defined(__x86_64__)
+  PlainFloats() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainFloats() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  PlainFloats() {}
+#endif
+};
 
 }  // namespace
 
@@ -41,10 +58,17 @@ void Pool::resize(int threads) {
   stop_ = false;
   width_ = threads;
   const uint64_t seen = generation_.load();
-  for (int i = 1; i < threads; i++) threads_.emplace_back([this, i, seen] { work(i, seen); });
+  try {
+    for (int i = 1; i < threads; i++) threads_.emplace_back([this, i, seen] { work(i, seen); });
+  } catch (const std::system_error&) {
+    // The system gives no more of them: those there are take the shares of the others.
+  }
 }
 
 void Pool::run(const std::vector<int>& units, int threads, const Unit& unit) {
+  for (int n : units)
+    if (n < 0 || n > kMostUnits) throw std::length_error("there are too many rows for one forward");
+  const PlainFloats floats;
   resize(threads);
   const int count = (int)units.size();
   if (shares_.size() < (size_t)count * threads || (int)done_.size() < count) {
@@ -105,6 +129,7 @@ void Pool::stages(uint64_t generation, int count, int thread) {
 }
 
 void Pool::work(int thread, uint64_t seen) {
+  const PlainFloats floats;
   for (;;) {
     const auto start = std::chrono::steady_clock::now();
     uint64_t generation = generation_.load(std::memory_order_acquire);

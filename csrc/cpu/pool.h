@@ -15,9 +15,10 @@ class Pool {
  public:
   using Unit = std::function<void(int stage, int unit, int thread)>;
 
-  // Stage s has units[s] < 2^20 units; they run after all of stage s - 1. The caller takes part.
+  static constexpr int kMostUnits = (1 << 20) - 1;
   // The first unit of a thread's share of n.
   static int share(int n, int thread, int threads) { return (int)((int64_t)n * thread / threads); }
+  // Stage s has units[s] units; they run after all of stage s - 1. The caller takes part. A unit must not throw.
   void run(const std::vector<int>& units, int threads, const Unit& unit);
   Pool() = default;
   ~Pool();

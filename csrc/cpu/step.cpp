@@ -17,7 +17,7 @@ void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
   for (int b = 0; b < p.batch; b++) {
     const int64_t length = p.lengths[b];
     const bool running = p.finish[b] == 0;
-    const int n = p.num_drafts[b], branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * p.num_k : 0;
+    const int n = std::clamp(p.num_drafts[b], 0, p.num_k), branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * p.num_k : 0;
     for (int r = 0; r < m; r++, t++) {
       const bool is_clean = r <= n;
       const int index = r - 1 - n, branch = p.branched && p.num_k ? index / p.num_k : n;
@@ -26,7 +26,9 @@ void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
       p.ids[t] = !is_clean ? p.mask_id : r == 0 ? p.text[b * p.text_stride + length - 1] : p.drafts[b * p.drafts_stride + r - 1];
       p.is_mask[t] = !is_clean;
       p.positions[t] = length - 1 + (is_clean ? r : 1 + branch + j);
-      p.slots[t] = (int64_t)p.page_table[b * p.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size;
+      // Beyond its pages: not kept, and the forward refuses the request.
+      const bool has_page = at / p.page_size < p.page_table_stride;
+      p.slots[t] = has_page ? (int64_t)p.page_table[b * p.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;
       if (p.tail_mask) {
         const uint64_t own = (((uint64_t)2 << (is_clean ? 0 : j)) - 1) << std::min(63, 1 + n + (is_clean ? 0 : branch) * p.num_k);
         p.tail_mask[t] = (int64_t)(is_clean ? ((uint64_t)2 << r) - 1 : (((uint64_t)2 << branch) - 1) | own);
@@ -53,6 +55,7 @@ int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
     std::fill(next, next + p.num_k, -1);
     p.num_accepted[b] = 0, p.next_num_drafts[b] = 0;
     if (m <= 0) continue;
+    if (start < 0 || start + (int64_t)m > p.rows) return 1;
     if (n < 0 || n > std::min(m - 1, p.num_k)) return 1;
     int a = 0;
     for (int i = 0; i <= n; i++) {  // every clean row, as its faults count even where its token does not
@@ -95,9 +98,8 @@ void idlm_cpu_advance(const idlm_cpu_move* move) {
   }
 }
 
-const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads) {
+static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
   constexpr int kCandidates = 32, kUnit = 64;
-  const idlm_cpu_reranking& p = *reranking;
   const Isa& kernels = isa();
   const int units = (p.state + kUnit - 1) / kUnit, up = (p.width + kUnit - 1) / kUnit;
   std::vector<int> chosen;
@@ -106,7 +108,7 @@ const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t 
     if (p.num_drafts[b] > 0) chosen.push_back(b);
   }
   const int count = (int)chosen.size(), rows = count * p.num_k;
-  if (rows == 0) return nullptr;
+  if (rows == 0) return;
   struct Candidates {
     int count;
     int64_t ids[kCandidates];
@@ -188,7 +190,10 @@ const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t 
     }
   };
   with_pool([&](Pool& pool) { pool.run(stages, threads, run); });
-  return nullptr;
+}
+
+const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads) {
+  return guarded(threads, [&] { rerank_greedy(*reranking, threads); });
 }
 
 }  // extern "C"

@@ -95,6 +95,7 @@ class Rows(Structure):
         ("logits", c_void_p),
         ("page_table_stride", c_int64),
         ("max_position", c_int64),
+        ("rows", c_int32),
         ("batch", c_int32),
         ("num_logits", c_int32),
     )
@@ -114,7 +115,7 @@ class Decision(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts")),
         *((name, c_int64) for name in ("logits_stride", "drafts_stride", "vocabulary", "id_limit", "mask_id")),
-        *((name, c_int32) for name in ("batch", "num_k", "branched")),
+        *((name, c_int32) for name in ("rows", "batch", "num_k", "branched")),
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
     )
 

@@ -58,6 +58,7 @@ def verify_greedy(
         logits.shape[1],
         id_limit,
         mask_id,
+        logits.shape[0],
         batch,
         num_k,
         branched,
@@ -93,7 +94,7 @@ def rerank_greedy(
     if library is None or logits.dtype != torch.float32 or hidden.dtype != torch.float32 or logits.shape[0] == 0:
         return None
     (kind, address, count), (head_kind, head_address, head_count) = _table(embedding), _table(head)
-    if kind is None or head_kind is None or hidden.shape[1] % 16 or head_count < id_limit:
+    if kind is None or head_kind is None or hidden.shape[1] % 16 or min(count, head_count) < id_limit:
         return None
     if small[0].shape[0] % 16 or any(x.dtype != torch.float32 or not x.is_contiguous() for x in small):
         return None
@@ -114,7 +115,7 @@ def rerank_greedy(
         head_address,
         *(x.data_ptr() for x in small),
         logits.stride(0),
-        min(count, head_count),
+        count,
         id_limit,
         mask_id,
         *drafts.shape,

@@ -67,6 +67,8 @@ class LearnedCosts:
 
     def __init__(self, prior: CostTable = CPU_PRIOR):
         self._prior = prior
+        # Of all policies that share these costs: a policy may last for one short request.
+        self.choices_since_trial = self.retries = 0
         self._seen: dict[int, deque[float]] = {}
 
     def observe(self, rows: int, seconds: float) -> None:

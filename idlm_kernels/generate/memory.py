@@ -37,12 +37,10 @@ def pages_in_memory(model: Transformer, options: EngineOptions, policy: PlanPoli
         raise TypeError(f"gpu_memory_utilization must be a number, got {type(fraction).__name__}")
     if not 0 < fraction <= 1:
         raise ValueError(f"gpu_memory_utilization is {fraction}, wanted above 0 and at most 1")
-    config = model.config
     num_slots = options.max_model_len - 1 + policy.widest.max_rows
     page_size = page_size_for(options.page_size, num_slots)
     per_request = -(-num_slots // page_size)
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
-    fitting = int(free_memory(model.device) * fraction) // (per_token * page_size)
+    fitting = int(free_memory(model.device) * fraction) // model.page_bytes(page_size)
     if fitting < per_request:
         raise ValueError(
             f"{fraction:.0%} of the free memory holds {fitting} pages of {page_size} tokens, but a request of "

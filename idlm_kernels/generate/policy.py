@@ -23,7 +23,8 @@ class PlanPolicy:
     average of what is seen. memory: drafts after which an observation has faded to 1 / e.
 
     Costs that are learned are learned here: a plan that could be the best and whose cost is not known gets a few steps,
-    a rival now and then a few more, and the plan in use stays until another is better by more than noise.
+    a rival and ordinary decoding now and then a few more, in turns. The plan in use stays until another is better by
+    more than noise.
     """
 
     plans: tuple[StepPlan, ...]
@@ -32,27 +33,31 @@ class PlanPolicy:
     memory: float = 64.0
     trial: bool = field(default=False, init=False)  # the latest choice is to learn a cost: a few steps are enough
     _current: StepPlan | None = field(default=None, init=False, repr=False)
-    _since_trial: int = field(default=0, init=False, repr=False)
 
     MARGIN = 1.03  # by which another plan has to be better
     IN_REACH = 0.7  # of the best plan's speed: a plan whose cost is worth knowing
-    RETRY = 24  # choices after which the next best plan is tried again
+    RETRY = 24  # choices after which the next best plan, or ordinary decoding, is tried again
 
     def choose(self, batch: int) -> StepPlan:
         """The plan of most expected tokens per second for this many requests."""
         speed = {p: p.expected_tpf(self.acceptance) / self.cost.of(batch * p.max_rows) for p in self.plans}
         ranked = sorted(self.plans, key=lambda p: -speed[p])
         self.trial = False
-        if not isinstance(self.cost, LearnedCosts) or len(ranked) == 1:
+        costs = self.cost
+        if not isinstance(costs, LearnedCosts) or len(ranked) == 1:
             return ranked[0]
         in_reach = [p for p in ranked if speed[p] >= self.IN_REACH * speed[ranked[0]]]
         # Ordinary decoding is what must not be lost against: its cost is always learned.
         wanted = [p for p in (*in_reach, *(q for q in ranked if q.kind == "ar")) if not self._knows(p, batch)]
-        self._since_trial += 1
-        if not wanted and self._since_trial >= self.RETRY and len(in_reach) > 1:
-            wanted = [p for p in in_reach[:2] if p != self._current]
+        costs.choices_since_trial += 1
+        if not wanted and costs.choices_since_trial >= self.RETRY:
+            # Steps that were slow for another reason may have put ordinary decoding out of reach: it gets its turn too.
+            rivals = [p for p in in_reach[:2] if p != self._current]
+            ordinary = [p for p in ranked if p.kind == "ar" and p != self._current]
+            costs.retries += 1
+            wanted = rivals or ordinary if costs.retries % 2 else ordinary or rivals
         if wanted:
-            self._since_trial, self.trial = 0, True
+            costs.choices_since_trial, self.trial = 0, True
             return wanted[0]
         if self._current not in in_reach or speed[ranked[0]] > self.MARGIN * speed[self._current]:
             self._current = ranked[0]

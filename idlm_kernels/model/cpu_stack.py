@@ -40,13 +40,18 @@ def unsupported(config: ModelConfig, adapter: Adapter | None) -> str | None:
     return None
 
 
+def slots_of_keys(page_size: int) -> int:
+    """Slots that the keys of a page have room for: whole tiles."""
+    return -(-page_size // _LANES) * _LANES
+
+
 class CpuCache:
     """Paged keys and values of every layer, in the layout of the kernels: keys lie transposed in tiles of 16 slots."""
 
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int):
         layers, heads, dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.page_size, self.num_pages = page_size, num_pages
-        self.k = torch.zeros(layers, num_pages, heads, -(-page_size // _LANES), dim, _LANES)
+        self.k = torch.zeros(layers, num_pages, heads, slots_of_keys(page_size) // _LANES, dim, _LANES)
         self.v = torch.zeros(layers, num_pages, heads, page_size, dim)
         self.struct = native.Cache(self.k.data_ptr(), self.v.data_ptr(), num_pages, page_size)
 
@@ -216,7 +221,20 @@ class CpuStack:
         hidden = torch.empty(wanted, config.hidden_size)
         logits = torch.empty(wanted, config.vocab_size)
         seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
-        assert page_table.stride(1) == 1 or page_table.shape[1] <= 1
+        for name, given, dtype in (
+            ("positions", positions, torch.int64),
+            ("slot_mapping", slots, torch.int64),
+            ("is_mask", is_mask, torch.bool),
+            ("page_table", page_table[0] if len(page_table) else page_table, torch.int32),
+            ("seq_lens", seq_lens, torch.int32),
+            ("query_start_loc", query_start_loc, torch.int32),
+            ("tail_mask", tail_mask, torch.int64),
+            ("logits_rows", logits_rows, torch.int64),
+        ):
+            if given is not None and not (given.dtype == dtype and given.is_contiguous()):
+                raise TypeError(
+                    f"forward: {name} is {given.dtype} with strides {given.stride()}, wanted a contiguous {dtype}"
+                )
         struct = native.Rows(
             positions.data_ptr(),
             slots.data_ptr(),
@@ -231,6 +249,7 @@ class CpuStack:
             logits.data_ptr(),
             page_table.stride(0),
             self._rotary.shape[0],
+            len(x),
             len(seq_lens),
             wanted,
         )

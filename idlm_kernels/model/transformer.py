@@ -18,7 +18,7 @@ from idlm_kernels.cpu import native
 from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
-from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, unsupported
+from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, slots_of_keys, unsupported
 from idlm_kernels.model.errors import CheckpointError
 from python_ref import rotary_table
 
@@ -241,6 +241,12 @@ class Transformer:
         if self.stack is not None:
             return CpuCache(self.config, num_pages, page_size)
         return KVCache(self.config, num_pages, page_size, self.dtype, self.device)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Memory that a page of `new_cache` takes."""
+        slots = 2 * page_size if self.stack is None else page_size + slots_of_keys(page_size)
+        config = self.config
+        return config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize * slots
 
     def forward(
         self, rows: Rows, cache: KVCache | CpuCache, logits_rows: Tensor | None = None

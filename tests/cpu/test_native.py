@@ -7,7 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gguf
@@ -242,6 +242,34 @@ def test_rows_that_lie_outside_are_refused() -> None:
             model.forward(dataclasses.replace(rows, **{name: value}), cache)
     with pytest.raises(ValueError, match="row 20, there are 20"):
         model.forward(rows, cache, logits_rows=torch.tensor([20]))
+    more = dataclasses.replace(rows, query_start_loc=torch.tensor([0, 21]).int(), seq_lens=torch.tensor([21]).int())
+    with pytest.raises(ValueError, match="ends with 21, there are 20 rows"):
+        model.forward(more, cache, logits_rows=torch.tensor([3]))
+    with pytest.raises(ValueError, match="there are 20"):
+        model.forward(rows, cache, logits_rows=torch.tensor([-1]))
+
+
+def test_rows_of_another_dtype_are_refused() -> None:
+    """Their memory would be read as something that it is not."""
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    rows, cache = prompt_rows([20], 0, 16), model.new_cache(4, 16)
+    for name in ("positions", "slot_mapping", "page_table", "seq_lens", "query_start_loc"):
+        with pytest.raises(TypeError, match=f"forward: {name} is torch.int16"):
+            model.forward(dataclasses.replace(rows, **{name: getattr(rows, name).to(torch.int16)}), cache)
+    with pytest.raises(TypeError, match="forward: logits_rows is torch.int32"):
+        model.forward(rows, cache, logits_rows=torch.tensor([3], dtype=torch.int32))
+    with pytest.raises(TypeError, match="forward: positions is torch.int64 with strides"):
+        model.forward(dataclasses.replace(rows, positions=torch.arange(40)[::2]), cache)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 24])
+def test_the_memory_that_pages_are_counted_with(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys lie in tiles of 16 slots: pages of one token take 8.5 times what their tokens do."""
+    fast, slow = models(MemoryCheckpoint(WIDE), monkeypatch)
+    cache = fast.new_cache(3, page_size)
+    assert cache.k.nbytes + cache.v.nbytes == 3 * fast.page_bytes(page_size)  # type: ignore[union-attr]
+    cache = slow.new_cache(3, page_size)
+    assert sum(x.nbytes for x in (*cache.k, *cache.v)) == 3 * slow.page_bytes(page_size)
 
 
 def test_shapes_that_the_kernels_do_not_take() -> None:
@@ -263,6 +291,111 @@ def test_strided_decoding_is_ar(plan: Any, sampling: dict[str, Any]) -> None:
     together = generator.generate(prompts, params, plan=plan, stride=3)
     assert together[0].token_ids == want[0] and len(want[0]) == 60
     assert [r.token_ids for r in together] == [r.token_ids for r in generator.generate(prompts, params, plan="ar")]
+
+
+# Threads
+
+
+def test_the_bits_do_not_depend_on_how_a_thread_treats_subnormal_numbers(isa: str) -> None:
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    rows, stack = prompt_rows([9], 0, 16), model.stack
+    x = torch.full((9, WIDE.hidden_size), 1e-39)
+    assert stack is not None
+
+    def logits() -> Tensor:
+        with torch.inference_mode():
+            return stack.forward(x.clone(), rows, model.new_cache(64, 16), None)[0]  # type: ignore[arg-type]
+
+    want = logits()
+    assert want.any()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU has no such mode")
+    try:
+        assert torch.equal(logits().view(torch.int32), want.view(torch.int32))
+        assert torch.tensor([1e-39]).mul(0.5).item() == 0, "and the mode is the owner's again"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_numbers_of_threads_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    for count in (0, 1025):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        with pytest.raises(ValueError, match=f"{count} threads, wanted 1 to 1024"):
+            logits_of(model, prompt_rows([3], 0, 16), 16)
+        with pytest.raises(RuntimeError, match=f"{count} threads, wanted 1 to 1024"):
+            rerank_problem(torch.float32)[0]()
+
+
+def in_a_process(program: str) -> None:
+    start = "import os, sys, threading, torch\nsys.path.insert(0, '.')\nfrom tests.cpu.test_native import *\n"
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", start + program], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_that_the_system_does_not_give() -> None:
+    """A forward, and re-ranking, go on with those there are."""
+    in_a_process(
+        """
+import resource
+model = Transformer(MemoryCheckpoint(WIDE))
+want = logits_of(model, prompt_rows([20], 0, 16), 16)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+torch.get_num_threads = lambda: 300
+rerank_problem(torch.float32)[0]()
+for _ in range(3):
+    assert torch.equal(logits_of(model, prompt_rows([20], 0, 16), 16), want)
+assert len(os.listdir("/proc/self/task")) < 300, "the limit did not hold"
+"""
+    )
+
+
+def test_two_engines_in_two_threads() -> None:
+    """The pool and its memory serve one forward at a time, with as many threads as each wants."""
+    in_a_process(
+        """
+wishes = threading.local()
+torch.get_num_threads = lambda: getattr(wishes, "count", 1)
+failed = []
+def work(config, masks, count):
+    wishes.count = count
+    try:
+        model = Transformer(MemoryCheckpoint(config), adapter=random_adapter(config))
+        rows = prompt_rows([30, 5], masks, 16)
+        want = logits_of(model, rows, 16)
+        for _ in range(100):
+            assert torch.equal(logits_of(model, rows, 16), want)
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=work, args=x) for x in ((WIDE, 3, 2), (CONFIGS["one kv head"], 0, 3))]
+for t in threads: t.start()
+for t in threads: t.join()
+assert not failed, failed
+"""
+    )
+
+
+@pytest.mark.slow
+def test_more_units_of_attention_than_a_share_can_hold() -> None:
+    """1,025 requests by 1,024 heads are more than 2^20: a forward never ended. In a process of its own, of 1 GB."""
+    in_a_process(
+        """
+config = tiny_config(hidden_size=32, intermediate_size=16, head_dim=32, num_heads=1024, num_kv_heads=1024, num_layers=1)
+model, n = Transformer(MemoryCheckpoint(config)), 1025
+zeros, table = torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int32)
+lengths, ends = torch.ones(n, dtype=torch.int32), torch.arange(n + 1, dtype=torch.int32)
+slots = torch.full((n,), -1)
+slots[0] = 0
+rows = Rows(zeros, zeros.bool(), zeros, slots, table, lengths, ends, None, 1)
+with torch.inference_mode():
+    logits = model.forward(rows, model.new_cache(1, 16))[0]
+assert torch.equal(logits, logits[:1].expand(n, -1))
+"""
+    )
 
 
 # What a step does around its forward
@@ -288,6 +421,17 @@ def test_rows_of_a_plan(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(a[part], b[part]), field.name
         else:
             assert a == b, field.name
+
+
+def test_rows_of_a_plan_stay_where_there_is_room() -> None:
+    """A state that holds what it should not: nothing is written past the end, and the forward refuses the request."""
+    plan, state = StepPlan("chain", 2), tiny_state([[1, 2, 3], [5] * 16], 1, 3)
+    state.num_drafts.fill_(3)  # of a plan with one draft
+    rows = plans.plan_rows(plan, state, 16)
+    assert rows.query_start_loc.tolist() == [0, 3, 6] and rows.slot_mapping.tolist()[3:] == [31, -1, -1]
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="request 1 has 18 tokens, more than its pages hold"):
+        model.forward(rows, model.new_cache(2, 16))
 
 
 def step_problem(seed: int, vocab_size: int = 600) -> dict[str, Any]:
@@ -338,12 +482,17 @@ def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str)
     problem["drafts"][0, 0] = 600
     assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
     problem = step_problem(1)
+    problem["query_start_loc"][-1] += 1  # a row that is not there
+    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    problem = step_problem(1)
     problem["temperature"][3] = 0.5
     assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
+def rerank_problem(
+    dtype: torch.dtype, is_packed: bool = False
+) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor]]:
+    """A problem by the kernels and by the reference. The embedding has more rows than the head."""
     random = torch.Generator().manual_seed(3)
     width, small, vocab_size = 48, 32, 600
 
@@ -354,11 +503,11 @@ def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
     logits[4, 100] = torch.nan
     logits[5, 200] = -torch.inf
     first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
-    previous, num_drafts = torch.tensor([4, 599, 0]), torch.tensor([3, 0, 3], dtype=torch.int32)
+    previous, num_drafts = torch.tensor([599, 4, 0]), torch.tensor([3, 0, 3], dtype=torch.int32)
     drafts = torch.randint(0, 500, (3, 3), generator=random)
     weights = (
         matrix(vocab_size, width).to(dtype),
-        matrix(vocab_size, width).to(dtype),
+        matrix(590, width).to(dtype),
         matrix(small, width),
         matrix(small, width),
         matrix(small, small),
@@ -367,30 +516,34 @@ def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
     zeros = torch.zeros(3)
     sampling = (zeros, zeros.int(), zeros + 1, zeros, torch.arange(3))
     positions = torch.arange(3, dtype=torch.int32)
-    want = python_ref.rerank_drafts(
-        logits, hidden, first_mask, previous, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=True
+    request = (logits, hidden, first_mask, previous)
+    tables: list[Any] = list(weights[:2])
+    if is_packed:
+        tables = [native.PackedWeight(native.DTYPES[dtype], *weight.shape) for weight in weights[:2]]
+        for table, weight in zip(tables, weights, strict=False):
+            table.put(weight)
+    return (
+        lambda: step.rerank_greedy(*request, drafts, num_drafts, zeros, *tables, weights[2:], 590, 7),
+        lambda: python_ref.rerank_drafts(
+            *request, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=True
+        ),
     )
-    got = step.rerank_greedy(
-        logits, hidden, first_mask, previous, drafts, num_drafts, zeros, *weights[:2], weights[2:], 590, 7
-    )
-    assert got is not None and torch.equal(got, want)
-    packed = [native.PackedWeight(native.DTYPES[dtype], vocab_size, width) for _ in range(2)]
-    for weight, target in zip(weights, packed, strict=False):
-        target.put(weight)
-    got = step.rerank_greedy(
-        logits, hidden, first_mask, previous, drafts, num_drafts, zeros, *packed, weights[2:], 590, 7
-    )
-    assert got is not None and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_greedy_re_ranking(is_packed: bool, dtype: torch.dtype, isa: str) -> None:
+    kernels, reference = rerank_problem(dtype, is_packed)
+    got = kernels()
+    assert got is not None and torch.equal(got, reference())
 
 
 # The library
 
 
 def test_a_child_of_fork_computes_too() -> None:
-    program = """
-import os, sys, torch
-sys.path.insert(0, ".")
-from tests.cpu.test_native import *
+    in_a_process(  # OMP_NUM_THREADS is 1: with more it is torch that does not survive a fork
+        """
 torch.get_num_threads = lambda: 3
 model = Transformer(MemoryCheckpoint(WIDE))
 want = logits_of(model, prompt_rows([20], 0, 16), 16)
@@ -399,9 +552,7 @@ if child == 0:
     os._exit(0 if torch.equal(logits_of(model, prompt_rows([20], 0, 16), 16), want) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more it is torch that does not survive a fork
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    )
 
 
 def test_why_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -79,7 +79,7 @@ typedef struct {
   float* logits;                   // [num_logits][vocabulary] out
   int64_t page_table_stride;
   int64_t max_position;            // rows of the rotary table
-  int32_t batch, num_logits;
+  int32_t rows, batch, num_logits;
 } idlm_cpu_rows;
 
 // Bytes of a packed weight.
@@ -118,14 +118,15 @@ typedef struct {
   const int32_t* num_drafts;
   const int64_t* drafts;           // [batch][drafts_stride]
   int64_t logits_stride, drafts_stride, vocabulary, id_limit, mask_id;
-  int32_t batch, num_k, branched;
+  int32_t rows, batch, num_k, branched;
   int32_t* num_accepted;           // out [batch]
   int64_t* tokens;                 // out [batch][num_k + 1]
   int64_t* next_drafts;            // out [batch][num_k]
   int32_t* next_num_drafts;        // out [batch]
 } idlm_cpu_decision;
 // `match` where every request is greedy. Returns 1, with nothing decided, where a row or a draft is out of the ordinary (NaN,
-// infinity, an id beyond the vocabulary): the general way then finds the right result and the status bits.
+// infinity, an id beyond the vocabulary, rows that are not there): the general way then finds the right result and the
+// status bits.
 IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
 
 typedef struct {
