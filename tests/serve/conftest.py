@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -30,6 +31,7 @@ class Running:
     def __init__(self, server: Server, http: HttpServer, port: int):
         self.server, self.engine, self.http = server, server.engine, http
         self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self.web = httpx.Client(base_url=self.url, timeout=20)
 
     def client(self, **settings: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "none", "max_retries": 0, **settings})
@@ -54,7 +56,9 @@ def running(engine: Engine, **settings: Any) -> Iterator[Running]:
     thread.start()
     try:
         assert started.wait(20)
-        yield Running(server, http, port)
+        server_for_tests = Running(server, http, port)
+        with server_for_tests.web:
+            yield server_for_tests
     finally:
         http.end()
         thread.join(20)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -79,12 +78,12 @@ def test_a_chat_uses_the_template_and_all_of_the_context(served: Running, genera
 def test_parts_of_text_and_the_developer_are_what_templates_know(served: Running) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
-    told = httpx.post(served.url + "/tokenize", json={"messages": messages}).json()
+    told = served.web.post("/tokenize", json={"messages": messages}).json()
     assert bytes_of(served, told["tokens"]) == "system: be brief\nuser: ab\nassistant: "
 
 
 def bytes_of(served: Running, tokens: list[int]) -> str:
-    text: str = httpx.post(served.url + "/detokenize", json={"tokens": tokens}).json()["prompt"]
+    text: str = served.web.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
     return text
 
 
@@ -172,7 +171,7 @@ def test_logprobs_belong_to_the_tokens(served: Running, generator: Generator) ->
 
 
 def test_text_and_tokens_there_and_back(served: Running) -> None:
-    told = httpx.post(served.url + "/tokenize", json={"prompt": "a😀"}).json()
+    told = served.web.post("/tokenize", json={"prompt": "a😀"}).json()
     assert told["count"] == len(told["tokens"]) == 5 and told["max_model_len"] == 256
     assert bytes_of(served, told["tokens"]) == "a😀"
 
@@ -181,19 +180,19 @@ def test_what_the_server_says_of_itself(served: Running) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").model_extra == {"max_model_len": 256}
-    assert httpx.get(served.url + "/version").json() == {"version": __version__}
-    assert httpx.get(served.url + "/health").json() == {"status": "ok"}
+    assert served.web.get("/version").json() == {"version": __version__}
+    assert served.web.get("/health").json() == {"status": "ok"}
     before = metric(served, "idlm_generated_tokens_total")
     client.completions.create(model="tiny", prompt="a", max_tokens=7, seed=1, extra_body={"ignore_eos": True})
     assert metric(served, "idlm_generated_tokens_total") == before + 7
     assert metric(served, "idlm_free_pages") == metric(served, "idlm_pages") > 0 == metric(served, "idlm_running")
-    paths = httpx.get(served.url + "/openapi.json").json()["paths"]
+    paths = served.web.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/health"} <= set(paths)
 
 
 def metric(served: Running, name: str) -> float:
     served.wait_until_idle()
-    lines = httpx.get(served.url + "/metrics").text.splitlines()
+    lines = served.web.get("/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
 
 
@@ -242,6 +241,6 @@ def test_no_delta_splits_a_character(spelling: Generator) -> None:
 
 def test_logprobs_of_a_server_without_them(make_engine: Callable[..., Engine]) -> None:
     with running(make_engine(logprobs=False)) as server:
-        refused = httpx.post(server.url + "/v1/completions", json={"prompt": "a", "logprobs": 0})
+        refused = server.web.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
         assert refused.status_code == 400 and "--logprobs" in refused.json()["error"]["message"]
         assert refused.json()["error"]["param"] == "logprobs"
