@@ -115,6 +115,7 @@ class Server:
         copies, given = body.n or 1, body.prompts
         if len(given) * copies > MAX_CHOICES:
             raise BadRequest(f"{len(given)} prompts with n = {copies} are more than {MAX_CHOICES} texts")
+        _checked(lambda: self.worker.check_room(len(given) * copies))
 
         def encode() -> list[list[int]]:
             if not given or not all(given):
@@ -131,6 +132,7 @@ class Server:
         self._check_model(body.model)
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         params = _checked(lambda: body.sampling(limit))
+        _checked(lambda: self.worker.check_room(body.n or 1))
         prompt = await self._encoded(
             lambda: self._conversation(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
         )

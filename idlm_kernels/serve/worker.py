@@ -141,15 +141,22 @@ class Worker:
         """Texts that wait or are decoded."""
         return sum(call.unfinished for call in self._open)
 
-    async def submit(self, asked: Sequence[Asked]) -> Call:
-        """Queue requests, all or none. Raises ValueError, TypeError, TooBusy, ServerStops."""
-        self._check()
-        if len(asked) > self.max_open:
-            raise ValueError(f"n is too large: {len(asked)} texts are asked for, and the server takes {self.max_open}")
+    def check_room(self, count: int) -> None:
+        """Whether so many texts may be asked for now; asked before a prompt is encoded too. Raises as `submit` does."""
+        if self.fault is not None:
+            raise ServerStops("the machine has failed, and the server ends; its log says why")
+        if self._closing:
+            raise ServerStops("the server ends")
+        if count > self.max_open:
+            raise ValueError(f"n is too large: {count} texts are asked for, and the server takes {self.max_open}")
         busy = self.open_requests
-        if busy + len(asked) > self.max_open:
+        if busy + count > self.max_open:
             batches = math.ceil(busy / self.engine.options.max_num_seqs)
             raise TooBusy(busy, min(_LONGEST_RETRY, max(1, math.ceil(self._mean_seconds * batches / 2))))
+
+    async def submit(self, asked: Sequence[Asked]) -> Call:
+        """Queue requests, all or none. Raises ValueError, TypeError, TooBusy, ServerStops."""
+        self.check_room(len(asked))
         call = Call()
         call.choices, call.unfinished = [_Choice(call, i, one) for i, one in enumerate(asked)], len(asked)
         self._open.add(call)
@@ -185,12 +192,6 @@ class Worker:
             self._give_up(call)
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-
-    def _check(self) -> None:
-        if self.fault is not None:
-            raise ServerStops("the machine has failed, and the server ends; its log says why")
-        if self._closing:
-            raise ServerStops("the server ends")
 
     def _give_up(self, call: Call) -> None:
         error = ServerStops("the server ends" if self.fault is None else "the machine has failed, and the server ends")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from idlm_kernels.generate import Engine, EngineOptions, Generator
 from idlm_kernels.serve.app import Server
@@ -45,9 +47,11 @@ class Running:
 
 
 @contextmanager
-def running(engine: Engine, **settings: Any) -> Iterator[Running]:
+def running(engine: Engine, send_buffer: int | None = None, **settings: Any) -> Iterator[Running]:
     server = Server(engine, "tiny", **settings)
     listening = bound_socket("127.0.0.1", 0)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # of its connections too
     http = HttpServer(server, drain_seconds=10)
     thread = threading.Thread(target=http.run, args=([listening],))
     port = listening.getsockname()[1]
@@ -63,6 +67,15 @@ def running(engine: Engine, **settings: Any) -> Iterator[Running]:
         http.end()
         thread.join(20)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_cpu_thread() -> Iterator[None]:
+    """A tiny model has no work for more, and where others use the cores they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from idlm_kernels.cli import app as cli
 from idlm_kernels.generate import Engine
 from idlm_kernels.generate.step import decode_step
-from idlm_kernels.serve import run
+from idlm_kernels.serve import answers, run
 from idlm_kernels.serve.app import Server
 from idlm_kernels.serve.protocol import NOT_SUPPORTED
 from tests.serve.conftest import Running, running
@@ -252,17 +252,37 @@ def test_a_closed_connection_cancels(make_engine: Callable[..., Engine], stream:
 
 def test_a_slow_reader_costs_nobody_else(make_engine: Callable[..., Engine]) -> None:
     with running(make_engine()) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
-        body = json.dumps({"prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True, "logprobs": 0})
-        slow.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        slow.sendall(http_request({"prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True}))
         for _ in range(5):
             assert server.client().completions.create(model="tiny", prompt="a").choices
         received = b""
         while part := slow.recv(4096):
             received += part
         assert b"data: [DONE]" in received
+
+
+def test_who_reads_nothing_is_dropped(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_SEND_SECONDS", 0.2)
+    with running(make_engine(), send_buffer=4096) as server, socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", server.port))
+        asked = {"prompt": "a", "max_tokens": 240, "ignore_eos": True, "stream": True, "logprobs": 0, "n": 4}
+        silent.sendall(http_request(asked))
+        assert silent.recv(4) == b"HTTP"
+        server.wait_until_idle()
+        deadline = time.monotonic() + 10
+        while server.http.server_state.tasks or server.server.worker._open:
+            assert time.monotonic() < deadline, "the answer is still there"
+            time.sleep(0.01)
+        assert server.web.get("/health").status_code == 200
+
+
+def http_request(asked: dict[str, Any]) -> bytes:
+    body = json.dumps(asked)
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
 
 
 def test_nan_is_the_fault_of_its_request_alone(make_engine: Callable[..., Engine]) -> None:
