@@ -3,7 +3,7 @@
 #
 #   PYTHON            interpreters to try for .venv, in this order
 #   IDLM_TORCH_INDEX  package index to take torch (and torch alone) from, e.g. one with CPU-only builds
-#   ARGS              further arguments for the program behind generate, test and bench
+#   ARGS              further arguments for the program behind generate, serve, test and bench
 
 PYTHON ?= python3.13 python3.12 python3.11 python3.10 python3 python
 BENCH  ?= generator
@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate test test-fast test-engine test-triton test-native lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
+.PHONY: help generate serve test test-fast test-engine test-triton test-native lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -28,6 +28,9 @@ generate: $(VENV)/.installed $(CPU_KERNELS) ## decode text: make generate PROMPT
 	@[ -n "$$PROMPT" ] || { echo 'make generate: no prompt given; write: make generate PROMPT="Why is the sky blue?"' >&2; exit 2; }
 	@$(BIN)/idlm generate --prompt="$$PROMPT" $(ARGS)
 
+serve: $(VENV)/.installed-serve $(CPU_KERNELS) ## serve the default model with OpenAI's interface: make serve [ARGS="--port 8001"]
+	@$(BIN)/idlm serve $(ARGS)
+
 test: $(VENV)/.installed-dev $(CPU_KERNELS) ## run the tests: make test [ARGS="tests/ops -k rms_norm"]
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -36,8 +39,8 @@ test-fast: $(VENV)/.installed-dev $(CPU_KERNELS) ## references, operations, CPU 
 	@$(BIN)/python -m pytest tests/ref tests/ops tests/cpu tests/model tests/fuzz tests/package/test_documents.py \
 	  tests/package/test_index.py -m "not slow and not default_model" $(ARGS)
 
-test-engine: $(VENV)/.installed-dev $(CPU_KERNELS) ## generation, command line, training, packaging
-	@$(BIN)/python -m pytest tests/generate tests/cli tests/training tests/package $(ARGS)
+test-engine: $(VENV)/.installed-dev $(CPU_KERNELS) ## generation, command line, server, training, packaging
+	@$(BIN)/python -m pytest tests/generate tests/cli tests/serve tests/training tests/package $(ARGS)
 
 test-triton: $(VENV)/.installed-dev ## Triton kernels, on the interpreter and the emulator
 	@$(BIN)/python -m pytest tests/triton $(ARGS)
@@ -82,8 +85,9 @@ clean: ## remove the virtual environment and everything that was built or cached
 	rm -rf $(VENV) .softgpu build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: .created (an empty environment), .torch, .installed (the package), .installed-dev (tests, benches, linters), and
-# .installed-build (what a wheel needs, which is not torch). A stamp is written only once its step has succeeded.
+# Stamps: .created (an empty environment), .torch, .installed (the package), .installed-serve (and the server),
+# .installed-dev (tests, benches, linters), and .installed-build (what a wheel needs, which is not torch). A stamp is
+# written only once its step has succeeded.
 $(VENV)/.created:
 	@bare=; for p in $(PYTHON); do \
 	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 || continue; \
@@ -106,11 +110,15 @@ $(VENV)/.installed: $(VENV)/.torch $(PINS)
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[gguf]' >&2
 	@touch $@
 
+$(VENV)/.installed-serve: $(VENV)/.torch $(PINS)
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[gguf,serve]' >&2
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: $(VENV)/.torch $(PINS)
 	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]' >&2
 	@# The headers alone: what the package asks for besides is for its Python side.
 	@$(PIP) install --no-deps -c constraints.txt nvidia-cutlass >&2
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-serve
 
 $(VENV)/.installed-build: $(VENV)/.created constraints.txt
 	@$(PIP) install -c constraints.txt setuptools build >&2

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm_kernels._version import __version__
-from idlm_kernels.cli import doctor, generate, train_adapter, warm
+from idlm_kernels.cli import doctor, generate, serve, train_adapter, warm
 from idlm_kernels.cli.errors import EXIT_BAD_INPUT
 
 # Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(train_adapter.train_adapter)
 app.command()(doctor.doctor)
 app.command()(warm.warm)
@@ -61,8 +62,8 @@ def _open_streams() -> None:
 
 
 def main() -> None:
-    """The console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 3 where the machine failed and the
-    same command goes on, 130 for Ctrl-C."""
+    """The console script. Exit status: 0, 1 for a failed --check, 2 for bad input, 3 where the machine failed and
+    the same command goes on, 130 for Ctrl-C."""
     _open_streams()
     # Torch's threads wait for each other by spinning, for good as GNU OpenMP has it. Where other programs use the cores
     # too, that made a decode 10 to 20 times slower; a short spin costs nothing on a quiet machine (measured with the

@@ -169,7 +169,7 @@ def generate(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    bound = _stride(stride)
+    bound = stride_of(stride)
     options = DecodeOptions(
         kind,
         bound,
@@ -258,7 +258,7 @@ def _renamed(old: str, given: _T | None, new: str, value: _T) -> _T:
     return given
 
 
-def _stride(text: str) -> int | Literal["auto"]:
+def stride_of(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:

@@ -233,6 +233,16 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._waiting or self._active)
 
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a place. Any thread may ask."""
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a place. Any thread may ask."""
+        return len(self._waiting)
+
     # Time
 
     def events(self) -> Iterator[tuple[Request, StreamEvent]]:

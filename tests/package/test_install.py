@@ -134,7 +134,7 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
     extras = project["optional-dependencies"]
     wanted = [
         Requirement(line)
-        for line in project["dependencies"] + extras["test"] + extras["bench"] + extras["dev"]
+        for line in project["dependencies"] + extras["test"] + extras["bench"] + extras["dev"] + extras["serve"]
     ]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     for python in ("3.10", "3.11", "3.13"):

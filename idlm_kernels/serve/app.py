@@ -1,0 +1,247 @@
+"""The FastAPI application around an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+from idlm_kernels._version import __version__
+from idlm_kernels.generate.engine import Engine
+from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
+from idlm_kernels.serve.answers import Answer, EventStream, Kind
+from idlm_kernels.serve.errors import BadRequest, NoSuchModel, add_handlers, error_response
+from idlm_kernels.serve.gate import Gate
+from idlm_kernels.serve.metrics import Metrics
+from idlm_kernels.serve.protocol import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
+from idlm_kernels.serve.worker import Asked, ServerStops, Worker
+
+_T = TypeVar("_T")
+_CLIENT_GONE = 499  # nginx's number; nobody reads it
+
+
+class Server:
+    """An engine with its worker, and what it is called by its clients.
+
+    max_waiting: texts that may wait for a place beside those that are decoded, before requests are refused with 429.
+    max_body_size: bytes of a request.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str,
+        *,
+        max_waiting: int = 64,
+        max_body_size: int = 4 << 20,
+        api_key: str | None = None,
+    ):
+        if engine.tokenizer is None:
+            raise ValueError("the engine has no tokenizer, which a server needs for text")
+        self.engine, self.tokenizer, self.model_name = engine, engine.tokenizer, model_name
+        self.metrics = Metrics(engine)
+        self.worker = Worker(engine, max_waiting, self.metrics)
+        self.created = int(time.time())
+        self.app = self._application(max_body_size, api_key)
+
+    def _application(self, max_body_size: int, api_key: str | None) -> FastAPI:
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            self.worker.start()
+            yield
+            await self.worker.close()
+
+        # Swagger's pages load their code from the network; the description itself is at /openapi.json.
+        app = FastAPI(title="idlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+        add_handlers(app, self.metrics)
+        app.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_size)
+        app.add_middleware(Gate, api_key=api_key, max_body_size=max_body_size, metrics=self.metrics)
+        get: dict[str, Callable[..., Any]] = {
+            "/health": self.health,
+            "/version": self.version,
+            "/metrics": self.show_metrics,
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+        }
+        post: dict[str, Callable[..., Any]] = {
+            "/v1/completions": self.complete,
+            "/v1/chat/completions": self.chat,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+        }
+        for method, routes in (("GET", get), ("POST", post)):
+            for path, function in routes.items():
+                app.add_api_route(path, function, methods=[method], response_model=None)
+        return app
+
+    async def health(self) -> Response:
+        """Whether requests are answered."""
+        if self.worker.is_alive:
+            return JSONResponse({"status": "ok"})
+        return error_response(503, "the server ends", code="server_stops")
+
+    async def version(self) -> dict[str, str]:
+        return {"version": __version__}
+
+    async def show_metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._model()
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        self._check_model(body.model)
+        params = _checked(lambda: body.sampling(body.max_tokens))
+        copies, given = body.n or 1, body.prompts
+        if len(given) * copies > MAX_CHOICES:
+            raise BadRequest(f"{len(given)} prompts with n = {copies} are more than {MAX_CHOICES} texts")
+        _checked(lambda: self.worker.check_room(len(given) * copies))
+
+        def encode() -> list[list[int]]:
+            if not given or not all(given):
+                raise ValueError("prompt is empty, wanted text or token ids")
+            return [
+                self.tokenizer.encode(one, add_special_tokens=body.add_special_tokens) if isinstance(one, str) else one
+                for one in given
+            ]
+
+        prompts = await self._encoded(encode)
+        return await self._answer("text_completion", request, body, prompts, params, body.logprobs is not None)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        self._check_model(body.model)
+        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        params = _checked(lambda: body.sampling(limit))
+        _checked(lambda: self.worker.check_room(body.n or 1))
+        prompt = await self._encoded(
+            lambda: self._conversation(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        )
+        return await self._answer("chat.completion", request, body, [prompt], params, bool(body.logprobs))
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        self._check_model(body.model)
+
+        def encode() -> list[int]:
+            if body.messages is not None:
+                return self._conversation(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+            return self.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+
+        tokens = await self._encoded(encode)
+        return {"count": len(tokens), "max_model_len": self.engine.options.max_model_len, "tokens": tokens}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+        self._check_model(body.model)
+        return {"prompt": await self._encoded(lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))}
+
+    # Behind the routes
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "idlm_kernels",
+            "max_model_len": self.engine.options.max_model_len,
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            raise NoSuchModel(f"there is no model {name[:80]!r} here, only {self.model_name!r}")
+
+    def _conversation(
+        self, messages: Sequence[Message], add_generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
+        if taken := variables.keys() & {"messages", "add_generation_prompt"}:
+            raise ValueError(f"chat_template_kwargs holds {min(taken)}, which is a field of the request")
+        text = self.tokenizer.apply_chat_template(
+            [message.for_template() for message in messages], add_generation_prompt=add_generation_prompt, **variables
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)  # a template writes its special tokens itself
+
+    async def _encoded(self, encode: Callable[[], _T]) -> _T:
+        """The result of something that may take long, from another thread."""
+        try:
+            return await run_in_threadpool(encode)
+        except (ValueError, TypeError) as error:
+            raise BadRequest(str(error)) from None
+        except OSError as error:  # no process for the chat template, or it was ended from outside
+            self.worker.fail(error)
+            raise ServerStops("the machine has failed, and the server ends") from error
+
+    async def _answer(
+        self,
+        kind: Kind,
+        request: Request,
+        body: CompletionRequest | ChatRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        logprobs: bool,
+    ) -> Response:
+        if logprobs and not self.engine.options.logprobs:
+            raise BadRequest("logprobs is not supported by this server: start it with --logprobs")
+        copies, seed = body.n or 1, draw_seed() if params.seed is None else params.seed
+        each = [prompt for prompt in prompts for _ in range(copies)]
+        try:
+            call = await self.worker.submit([Asked(ids, params, mixed_seed(seed, i)) for i, ids in enumerate(each)])
+        except (ValueError, TypeError) as error:
+            raise BadRequest(str(error)) from None
+        answer = Answer(
+            kind,
+            self.model_name,
+            call,
+            self.tokenizer,
+            seed=seed,
+            logprobs=logprobs,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            copies=copies,
+        )
+        if body.stream:
+            return EventStream(answer, self.worker)
+        try:
+            whole = await _unless_gone(request, answer.whole())
+        finally:
+            self.worker.end(call)
+        return Response(status_code=_CLIENT_GONE) if whole is None else JSONResponse(whole)
+
+
+def _checked(make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        raise BadRequest(str(error)) from None
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """The result, or None where the client closes the connection first."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, gone):
+            task.cancel()
