@@ -107,7 +107,8 @@ class PlanPolicy:
             return cls.fixed(plans[0])
         if model.device.type != "cpu":
             return cls(tuple(plans), CostTable.roofline(model), list(acceptance))
-        return cls(tuple(plans), costs or LearnedCosts(), list(acceptance))
+        # Half the memory: one request has to find out for itself, within its few hundred tokens, that its drafts fail.
+        return cls(tuple(plans), costs or LearnedCosts(), list(acceptance), memory=32.0)
 
     @classmethod
     def fixed(cls, plan: StepPlan) -> PlanPolicy:
