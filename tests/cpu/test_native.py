@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -258,8 +259,13 @@ def test_rows_of_another_dtype_are_refused() -> None:
             model.forward(dataclasses.replace(rows, **{name: getattr(rows, name).to(torch.int16)}), cache)
     with pytest.raises(TypeError, match="forward: logits_rows is torch.int32"):
         model.forward(rows, cache, logits_rows=torch.tensor([3], dtype=torch.int32))
-    with pytest.raises(TypeError, match="forward: positions is torch.int64 with strides"):
+    with pytest.raises(TypeError, match=r"forward: positions is torch.int64 with strides \(2,\)"):
         model.forward(dataclasses.replace(rows, positions=torch.arange(40)[::2]), cache)
+    with pytest.raises(TypeError, match="ids are torch.int32"):
+        model.forward(dataclasses.replace(rows, ids=rows.ids.int()), cache)
+    for name in ("positions", "slot_mapping", "page_table", "query_start_loc"):
+        with pytest.raises(ValueError, match=f"forward: {name} has [0-9]+ entries, wanted [0-9]+"):
+            model.forward(dataclasses.replace(rows, **{name: getattr(rows, name)[:-1]}), cache)
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 24])
@@ -398,6 +404,28 @@ assert torch.equal(logits, logits[:1].expand(n, -1))
     )
 
 
+def test_a_forward_keeps_the_rotary_table_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in another thread may let the model have a longer one meanwhile, and the kernels hold no lock."""
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    rows, stack = prompt_rows([20], 0, 16), model.stack
+    want = logits_of(model, rows, 16)
+    assert stack is not None
+    library, tables = stack._library, [weakref.ref(model.rotary)]
+
+    class Meanwhile:
+        def idlm_cpu_forward(self, *arguments: Any) -> Any:
+            for _ in range(2):
+                model.reserve_positions(2 * len(model.rotary))
+                tables.append(weakref.ref(model.rotary))
+            assert tables[0]() is not None and tables[1]() is None
+            return library.idlm_cpu_forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack, "_library", Meanwhile())
+        assert torch.equal(logits_of(model, rows, 16), want)
+    assert tables[0]() is None and torch.equal(logits_of(model, rows, 16), want)
+
+
 # What a step does around its forward
 
 
@@ -459,9 +487,13 @@ def step_problem(seed: int, vocab_size: int = 600) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("branched", [False, True])
-def test_greedy_verification(branched: bool, isa: str) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_greedy_verification(branched: bool, ties: bool, isa: str) -> None:
     for seed in range(5):
         problem = step_problem(seed)
+        if ties:  # of several best ids the first one, and never the MASK id, which is as good
+            problem["logits"] = problem["logits"].clamp(max=1.5)
+            problem["mask_id"] = int(problem["logits"][2].argmax())
         want = python_ref.verify_accept(**problem, branched=branched, mode="match")
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
         got = step.verify_greedy(**{name: problem[name] for name in names}, branched=branched)
@@ -489,7 +521,7 @@ def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str)
     assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
 
 
-def rerank_problem(dtype: torch.dtype) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor]]:
+def rerank_problem(dtype: torch.dtype, ties: bool = False) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor]]:
     """A problem by the kernels and by the reference. The embedding has more rows than the head."""
     random = torch.Generator().manual_seed(3)
     width, small, vocab_size = 48, 32, 600
@@ -498,6 +530,8 @@ def rerank_problem(dtype: torch.dtype) -> tuple[Callable[[], Tensor | None], Cal
         return torch.randn(*shape, generator=random) * 0.3
 
     logits, hidden = matrix(12, vocab_size) * 10, matrix(12, width)
+    if ties:
+        logits = logits.round()
     logits[4, 100] = torch.nan
     logits[5, 200] = -torch.inf
     first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
@@ -505,7 +539,7 @@ def rerank_problem(dtype: torch.dtype) -> tuple[Callable[[], Tensor | None], Cal
     drafts = torch.randint(0, 500, (3, 3), generator=random)
     weights = (
         matrix(vocab_size, width).to(dtype),
-        matrix(590, width).to(dtype),
+        matrix(590, width).mul(3).to(dtype),  # so that all candidates have a chance
         matrix(small, width),
         matrix(small, width),
         matrix(small, small),
@@ -524,8 +558,9 @@ def rerank_problem(dtype: torch.dtype) -> tuple[Callable[[], Tensor | None], Cal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_greedy_re_ranking(dtype: torch.dtype, isa: str) -> None:
-    kernels, reference = rerank_problem(dtype)
+@pytest.mark.parametrize("ties", [False, True])
+def test_greedy_re_ranking(dtype: torch.dtype, ties: bool, isa: str) -> None:
+    kernels, reference = rerank_problem(dtype, ties)
     got = kernels()
     assert got is not None and torch.equal(got, reference())
 
