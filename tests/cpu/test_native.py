@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -25,7 +26,7 @@ from idlm_kernels.generate import plan as plans
 from idlm_kernels.generate.plan import StepPlan, prefill_rows
 from idlm_kernels.model import ModelConfig, Rows, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
-from idlm_kernels.model.cpu_stack import unsupported
+from idlm_kernels.model.cpu_stack import CpuCache, unsupported
 from tests.tiny import MemoryCheckpoint, tiny_config, tiny_state
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels here: {native.status()}")
@@ -100,7 +101,7 @@ CONFIGS = {
     "qwen3": dataclasses.replace(WIDE, architecture="qwen3", qk_norm=True, tie_word_embeddings=True),
     "biases": dataclasses.replace(WIDE, attention_bias=True, mlp_bias=True),
     "wide heads": dataclasses.replace(WIDE, head_dim=96, num_heads=3, num_kv_heads=3),
-    "one kv head": dataclasses.replace(WIDE, head_dim=64, num_heads=5, num_kv_heads=1, vocab_size=77),
+    "one kv head": dataclasses.replace(WIDE, head_dim=64, num_heads=5, num_kv_heads=1, vocab_size=67),
 }
 
 
@@ -177,8 +178,8 @@ def test_a_row_keeps_its_bits(kind: str, isa: str) -> None:
     for others in ([1], [17, 80, 2], [33] * 4):
         together = logits_of(model, prompt_rows([45, *others], 3, 16), 16)
         assert torch.equal(together[:48], alone)
-    some = torch.tensor([2, 44, 47])
-    assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16, logits_rows=some), alone[some])
+    for some in (torch.tensor([2, 44, 47]), torch.tensor([47, 2, 46, 44, 2])):
+        assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16, logits_rows=some), alone[some])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
@@ -211,6 +212,20 @@ def test_a_value_that_a_row_does_not_see(isa: str) -> None:
     with torch.inference_mode():
         logits, hidden = wild.forward(rows, wild.new_cache(256, 16))
     assert torch.equal(logits[:20], want[:20]) and hidden.isfinite().all()
+
+
+def test_a_row_without_a_slot_leaves_the_cache_alone(isa: str) -> None:
+    model, rows = Transformer(MemoryCheckpoint(WIDE)), prompt_rows([20], 0, 16)  # type: ignore[arg-type]
+    cache = model.new_cache(64, 16)
+    assert isinstance(cache, CpuCache)
+    with torch.inference_mode():
+        model.forward(rows, cache)
+        before = cache.k.clone(), cache.v.clone()
+        slots = torch.where(torch.arange(20) == 11, rows.slot_mapping, -1)
+        model.forward(dataclasses.replace(rows, ids=rows.ids + 1, slot_mapping=slots), cache)
+    for now, then in zip((cache.k, cache.v), before, strict=True):
+        changed = (now != then).any(4).any(2).any(0).flatten()  # by slot: over head_dim, heads and layers
+        assert changed.nonzero().flatten().tolist() == [int(rows.slot_mapping[11])]
 
 
 def test_an_activation_that_is_not_finite_stays_in_its_row(isa: str) -> None:
@@ -604,6 +619,15 @@ def test_why_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
         monkeypatch.undo()
         native._load.cache_clear()
     assert native.library() is not None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    build = Path(__file__).parents[2] / "csrc" / "build_cpu.py"
+    command = [sys.executable, str(build), "--output", str(tmp_path / "file" / "folder")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no CPU kernels: cannot build into" in done.stderr or "no C++ compiler" in done.stderr
 
 
 def test_the_structs_are_those_of_the_header() -> None:
