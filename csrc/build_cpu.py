@@ -76,23 +76,26 @@ def build(output: Path) -> Path:
     for name, flags in SETS.items():
         if is_x86 or name == "plain":
             jobs[ROOT / "csrc" / "cpu" / f"isa_{name}.cpp"] = flags
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output) as folder:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output) as folder:
 
-        def compiled(job: tuple[Path, list[str]]) -> str:
-            path, flags = job
-            target = str(Path(folder) / f"{path.stem}.o")
-            defines = [f'-DIDLM_CPU_SOURCE_HASH="{source_hash()}"', f"-I{ROOT / 'csrc' / 'include'}"]
-            _run([*compiler, *FLAGS, *QUIET, *defines, *flags, "-c", str(path), "-o", target])
-            return target
+            def compiled(job: tuple[Path, list[str]]) -> str:
+                path, flags = job
+                target = str(Path(folder) / f"{path.stem}.o")
+                defines = [f'-DIDLM_CPU_SOURCE_HASH="{source_hash()}"', f"-I{ROOT / 'csrc' / 'include'}"]
+                _run([*compiler, *FLAGS, *QUIET, *defines, *flags, "-c", str(path), "-o", target])
+                return target
 
-        # The long ones first.
-        order = sorted(jobs.items(), key=lambda job: not job[0].name.startswith("isa_"))
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compiled, order))
-        linked = Path(folder) / LIBRARY
-        _run([*compiler, "-shared", "-pthread", *objects, "-o", str(linked)])
-        os.replace(linked, output / LIBRARY)
+            # The long ones first.
+            order = sorted(jobs.items(), key=lambda job: not job[0].name.startswith("isa_"))
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                objects = list(pool.map(compiled, order))
+            linked = Path(folder) / LIBRARY
+            _run([*compiler, "-shared", "-pthread", *objects, "-o", str(linked)])
+            os.replace(linked, output / LIBRARY)
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        raise CannotBuild(f"cannot build into {output}: {error}") from None
     return output / LIBRARY
 
 

@@ -275,6 +275,8 @@ class PackedWeight:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, fp32 [len(ids), k], of ids int64; zeros for an id outside 0 .. n - 1."""
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids are {ids.dtype}, wanted torch.int64")
         ids = ids.contiguous()
         out = torch.empty(len(ids), self.k)
         self._library.idlm_cpu_unpack_rows(

@@ -77,7 +77,7 @@ class CpuStack:
         self.head = head = self.embedding
         if not config.tie_word_embeddings:
             self.head = head = self._packed([("lm_head.weight", 0, 1)])
-        self._model = native.Model(
+        model = native.Model(
             layers=self._layers,
             norm=self._vector("model.norm.weight"),
             head=native.Linear(weight=head.address, kind=head.kind, n=head.n, k=head.k),
@@ -91,12 +91,15 @@ class CpuStack:
             has_adapter=adapter is not None,
         )
         self._kept += [self.embedding, head]
+        self._model = model, rotary
         self.set_rotary(rotary)
         del self._checkpoint, self._adapter
 
     def set_rotary(self, rotary: Tensor) -> None:
-        self._rotary = rotary.contiguous()
-        self._model.rotary = self._rotary.data_ptr()
+        """Another table from the next forward on; one that runs in another thread keeps its own."""
+        model, rotary = native.Model.from_buffer_copy(self._model[0]), rotary.contiguous()
+        model.rotary = rotary.data_ptr()
+        self._model = model, rotary
 
     # Loading
 
@@ -216,25 +219,31 @@ class CpuStack:
         R: the wanted rows, or all up to query_start_loc[B]. Raises ValueError for rows that lie outside of the cache.
         """
         config, (positions, slots, is_mask) = self._config, (rows.positions, rows.slot_mapping, rows.is_mask)
+        model, rotary = self._model
         query_start_loc = rows.query_start_loc.contiguous()
         wanted = int(query_start_loc[-1]) if logits_rows is None else len(logits_rows)
         hidden = torch.empty(wanted, config.hidden_size)
         logits = torch.empty(wanted, config.vocab_size)
         seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
-        for name, given, dtype in (
-            ("positions", positions, torch.int64),
-            ("slot_mapping", slots, torch.int64),
-            ("is_mask", is_mask, torch.bool),
-            ("page_table", page_table[0] if len(page_table) else page_table, torch.int32),
-            ("seq_lens", seq_lens, torch.int32),
-            ("query_start_loc", query_start_loc, torch.int32),
-            ("tail_mask", tail_mask, torch.int64),
-            ("logits_rows", logits_rows, torch.int64),
+        count, batch = len(x), len(seq_lens)
+        for name, given, dtype, size in (
+            ("positions", positions, torch.int64, count),
+            ("slot_mapping", slots, torch.int64, count),
+            ("is_mask", is_mask, torch.bool, count),
+            ("page_table", page_table, torch.int32, batch),
+            ("seq_lens", seq_lens, torch.int32, batch),
+            ("query_start_loc", query_start_loc, torch.int32, batch + 1),
+            ("tail_mask", tail_mask, torch.int64, count),
+            ("logits_rows", logits_rows, torch.int64, wanted),
         ):
-            if given is not None and not (given.dtype == dtype and given.is_contiguous()):
+            if given is None:
+                continue
+            if given.dtype != dtype or (given.stride(-1) != 1 and given.shape[-1] > 1):
                 raise TypeError(
-                    f"forward: {name} is {given.dtype} with strides {given.stride()}, wanted a contiguous {dtype}"
+                    f"forward: {name} is {given.dtype} with strides {given.stride()}, wanted {dtype} without gaps"
                 )
+            if len(given) < size:
+                raise ValueError(f"forward: {name} has {len(given)} entries, wanted {size}")
         struct = native.Rows(
             positions.data_ptr(),
             slots.data_ptr(),
@@ -248,13 +257,13 @@ class CpuStack:
             hidden.data_ptr(),
             logits.data_ptr(),
             page_table.stride(0),
-            self._rotary.shape[0],
-            len(x),
-            len(seq_lens),
+            len(rotary),
+            count,
+            batch,
             wanted,
         )
         fault = self._library.idlm_cpu_forward(
-            ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(struct), torch.get_num_threads()
+            ctypes.byref(model), ctypes.byref(cache.struct), ctypes.byref(struct), torch.get_num_threads()
         )
         if fault is not None:
             raise ValueError(f"forward: {fault.decode()}")

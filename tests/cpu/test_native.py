@@ -7,7 +7,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -24,7 +26,7 @@ from idlm_kernels.generate import plan as plans
 from idlm_kernels.generate.plan import StepPlan, prefill_rows
 from idlm_kernels.model import ModelConfig, Rows, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
-from idlm_kernels.model.cpu_stack import unsupported
+from idlm_kernels.model.cpu_stack import CpuCache, unsupported
 from tests.tiny import MemoryCheckpoint, tiny_config, tiny_state
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no CPU kernels here: {native.status()}")
@@ -99,7 +101,7 @@ CONFIGS = {
     "qwen3": dataclasses.replace(WIDE, architecture="qwen3", qk_norm=True, tie_word_embeddings=True),
     "biases": dataclasses.replace(WIDE, attention_bias=True, mlp_bias=True),
     "wide heads": dataclasses.replace(WIDE, head_dim=96, num_heads=3, num_kv_heads=3),
-    "one kv head": dataclasses.replace(WIDE, head_dim=64, num_heads=5, num_kv_heads=1, vocab_size=77),
+    "one kv head": dataclasses.replace(WIDE, head_dim=64, num_heads=5, num_kv_heads=1, vocab_size=67),
 }
 
 
@@ -112,6 +114,28 @@ def test_computes_the_model(name: str, isa: str, monkeypatch: pytest.MonkeyPatch
     assert (got - want).abs().max() < 2e-5 * want.abs().max(), "fp32 weights: nothing but rounding"
 
 
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_rows_that_see_what_their_masks_say(page_size: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 64 bits of them, behind tokens that every row sees."""
+    random = torch.Generator().manual_seed(5)
+    fast, slow = models(MemoryCheckpoint(WIDE, scale=0.15), monkeypatch, adapter=random_adapter(WIDE), dtype="fp32")
+    state = tiny_state([[7 * i % 61 for i in range(74)]], 64, 3)
+    before, rows = (prefill_rows(state, [a], [b], 0, page_size) for a, b in ((0, 10), (10, 74)))
+    sees = torch.rand(64, 64, generator=random).tril() > 0.5
+    sees |= torch.eye(64, dtype=torch.bool)
+    masks = [sum(1 << j for j in range(64) if row[j]) for row in sees.tolist()]
+    tail_mask = torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks])
+    is_mask = torch.rand(64, generator=random) > 0.5
+    rows = dataclasses.replace(rows, tail_mask=tail_mask, is_mask=is_mask)
+    got = []
+    for model in (fast, slow):
+        cache = model.new_cache(64, page_size)
+        with torch.inference_mode():
+            model.forward(before, cache)
+            got.append(model.forward(rows, cache)[0])
+    assert (got[0] - got[1]).abs().max() < 2e-5 * got[1].abs().max()
+
+
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 16), (torch.float16, 3), (torch.float32, 33)])
 def test_weights_and_adapters_of_any_dtype(dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = MemoryCheckpoint(WIDE, scale=0.15)
@@ -120,6 +144,18 @@ def test_weights_and_adapters_of_any_dtype(dtype: torch.dtype, rank: int, monkey
     rows = prompt_rows([9], 2, 16)
     want = logits_of(slow, rows, 16)
     assert (logits_of(fast, rows, 16) - want).abs().max() < 2e-5 * want.abs().max(), "stored values, not rounded ones"
+
+
+def test_weights_that_are_subnormal_in_half_precision(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = MemoryCheckpoint(WIDE, scale=0.15)
+    checkpoint.tensors["lm_head.weight"] *= 1e-4
+    checkpoint.tensors = {name: x.half() for name, x in checkpoint.tensors.items()}
+    head = checkpoint.tensors["lm_head.weight"].abs()
+    assert (head[head > 0] < 2**-14).float().mean() > 0.9
+    fast, slow = models(checkpoint, monkeypatch)
+    rows = prompt_rows([9], 0, 16)
+    want = logits_of(slow, rows, 16)
+    assert (logits_of(fast, rows, 16) - want).abs().max() < 2e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
@@ -176,8 +212,8 @@ def test_a_row_keeps_its_bits(kind: str, isa: str) -> None:
     for others in ([1], [17, 80, 2], [33] * 4):
         together = logits_of(model, prompt_rows([45, *others], 3, 16), 16)
         assert torch.equal(together[:48], alone)
-    some = torch.tensor([2, 44, 47])
-    assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16, logits_rows=some), alone[some])
+    for some in (torch.tensor([2, 44, 47]), torch.tensor([47, 2, 46, 44, 2])):
+        assert torch.equal(logits_of(model, prompt_rows([45], 3, 16), 16, logits_rows=some), alone[some])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7):
@@ -210,6 +246,20 @@ def test_a_value_that_a_row_does_not_see(isa: str) -> None:
     with torch.inference_mode():
         logits, hidden = wild.forward(rows, wild.new_cache(256, 16))
     assert torch.equal(logits[:20], want[:20]) and hidden.isfinite().all()
+
+
+def test_a_row_without_a_slot_leaves_the_cache_alone(isa: str) -> None:
+    model, rows = Transformer(MemoryCheckpoint(WIDE)), prompt_rows([20], 0, 16)  # type: ignore[arg-type]
+    cache = model.new_cache(64, 16)
+    assert isinstance(cache, CpuCache)
+    with torch.inference_mode():
+        model.forward(rows, cache)
+        before = cache.k.clone(), cache.v.clone()
+        slots = torch.where(torch.arange(20) == 11, rows.slot_mapping, -1)
+        model.forward(dataclasses.replace(rows, ids=rows.ids + 1, slot_mapping=slots), cache)
+    for now, then in zip((cache.k, cache.v), before, strict=True):
+        changed = (now != then).any(4).any(2).any(0).flatten()  # by slot: over head_dim, heads and layers
+        assert changed.nonzero().flatten().tolist() == [int(rows.slot_mapping[11])]
 
 
 def test_an_activation_that_is_not_finite_stays_in_its_row(isa: str) -> None:
@@ -258,8 +308,13 @@ def test_rows_of_another_dtype_are_refused() -> None:
             model.forward(dataclasses.replace(rows, **{name: getattr(rows, name).to(torch.int16)}), cache)
     with pytest.raises(TypeError, match="forward: logits_rows is torch.int32"):
         model.forward(rows, cache, logits_rows=torch.tensor([3], dtype=torch.int32))
-    with pytest.raises(TypeError, match="forward: positions is torch.int64 with strides"):
+    with pytest.raises(TypeError, match=r"forward: positions is torch.int64 with strides \(2,\)"):
         model.forward(dataclasses.replace(rows, positions=torch.arange(40)[::2]), cache)
+    with pytest.raises(TypeError, match="ids are torch.int32"):
+        model.forward(dataclasses.replace(rows, ids=rows.ids.int()), cache)
+    for name in ("positions", "slot_mapping", "page_table", "query_start_loc"):
+        with pytest.raises(ValueError, match=f"forward: {name} has [0-9]+ entries, wanted [0-9]+"):
+            model.forward(dataclasses.replace(rows, **{name: getattr(rows, name)[:-1]}), cache)
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 24])
@@ -398,6 +453,28 @@ assert torch.equal(logits, logits[:1].expand(n, -1))
     )
 
 
+def test_a_forward_keeps_the_rotary_table_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in another thread may let the model have a longer one meanwhile, and the kernels hold no lock."""
+    model = Transformer(MemoryCheckpoint(WIDE))  # type: ignore[arg-type]
+    rows, stack = prompt_rows([20], 0, 16), model.stack
+    want = logits_of(model, rows, 16)
+    assert stack is not None
+    library, tables = stack._library, [weakref.ref(model.rotary)]
+
+    class Meanwhile:
+        def idlm_cpu_forward(self, *arguments: Any) -> Any:
+            for _ in range(2):
+                model.reserve_positions(2 * len(model.rotary))
+                tables.append(weakref.ref(model.rotary))
+            assert tables[0]() is not None and tables[1]() is None
+            return library.idlm_cpu_forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack, "_library", Meanwhile())
+        assert torch.equal(logits_of(model, rows, 16), want)
+    assert tables[0]() is None and torch.equal(logits_of(model, rows, 16), want)
+
+
 # What a step does around its forward
 
 
@@ -459,9 +536,15 @@ def step_problem(seed: int, vocab_size: int = 600) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("branched", [False, True])
-def test_greedy_verification(branched: bool, isa: str) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_greedy_verification(branched: bool, ties: bool, isa: str) -> None:
     for seed in range(5):
         problem = step_problem(seed)
+        if seed == 4:  # the second draft is right, after one that is not
+            problem["drafts"][0] = torch.tensor([3, int(problem["logits"][1, :590].argmax())])
+        if ties:  # of several best ids the first one, and never the MASK id, which is as good
+            problem["logits"] = problem["logits"].clamp(max=1.5)
+            problem["mask_id"] = int(problem["logits"][2].argmax())
         want = python_ref.verify_accept(**problem, branched=branched, mode="match")
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
         got = step.verify_greedy(**{name: problem[name] for name in names}, branched=branched)
@@ -490,7 +573,7 @@ def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str)
 
 
 def rerank_problem(
-    dtype: torch.dtype, is_packed: bool = False
+    dtype: torch.dtype, is_packed: bool = False, ties: bool = False
 ) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor]]:
     """A problem by the kernels and by the reference. The embedding has more rows than the head."""
     random = torch.Generator().manual_seed(3)
@@ -500,6 +583,8 @@ def rerank_problem(
         return torch.randn(*shape, generator=random) * 0.3
 
     logits, hidden = matrix(12, vocab_size) * 10, matrix(12, width)
+    if ties:
+        logits = logits.round()
     logits[4, 100] = torch.nan
     logits[5, 200] = -torch.inf
     first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
@@ -507,7 +592,7 @@ def rerank_problem(
     drafts = torch.randint(0, 500, (3, 3), generator=random)
     weights = (
         matrix(vocab_size, width).to(dtype),
-        matrix(590, width).to(dtype),
+        matrix(590, width).mul(3).to(dtype),  # so that all candidates have a chance
         matrix(small, width),
         matrix(small, width),
         matrix(small, small),
@@ -532,8 +617,9 @@ def rerank_problem(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_greedy_re_ranking(is_packed: bool, dtype: torch.dtype, isa: str) -> None:
-    kernels, reference = rerank_problem(dtype, is_packed)
+@pytest.mark.parametrize("ties", [False, True])
+def test_greedy_re_ranking(is_packed: bool, ties: bool, dtype: torch.dtype, isa: str) -> None:
+    kernels, reference = rerank_problem(dtype, is_packed, ties)
     got = kernels()
     assert got is not None and torch.equal(got, reference())
 
@@ -549,7 +635,11 @@ model = Transformer(MemoryCheckpoint(WIDE))
 want = logits_of(model, prompt_rows([20], 0, 16), 16)
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(logits_of(model, prompt_rows([20], 0, 16), 16), want) else 1)
+    for count in (3, 2, 4):  # none of the threads that it would wait for is there
+        torch.get_num_threads = lambda: count
+        if not torch.equal(logits_of(model, prompt_rows([20], 0, 16), 16), want):
+            os._exit(1)
+    os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     )
@@ -577,6 +667,15 @@ def test_why_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
         monkeypatch.undo()
         native._load.cache_clear()
     assert native.library() is not None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    build = Path(__file__).parents[2] / "csrc" / "build_cpu.py"
+    command = [sys.executable, str(build), "--output", str(tmp_path / "file" / "folder")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no CPU kernels: cannot build into" in done.stderr or "no C++ compiler" in done.stderr
 
 
 def test_the_structs_are_those_of_the_header() -> None:
