@@ -377,7 +377,7 @@ def decided_requests(step: Step) -> Tensor:
         num_k, start = step.drafts.shape[1], int(step.query_start_loc[b])
         num_rows = int(step.query_start_loc[b + 1]) - start
         num_drafts = min(max(int(step.num_drafts[b]), 0), num_rows - 1, num_k)
-        clean = step.rows_of(b, start, accepted + 1, 1, ref.STREAM_TARGET)
+        clean = step.rows_of(b, start, accepted + 1, 1, python_ref.STREAM_TARGET)
         sound = clean.decided()
         if step.mode == "rejection" and step.temperature[b] >= ref.GREEDY_BELOW:
             for i in range(min(accepted + 1, num_drafts)):
@@ -386,7 +386,7 @@ def decided_requests(step: Step) -> Tensor:
         decided[b] = bool(sound.all())
         if expected.next_num_drafts[b]:
             first = start + 1 + num_drafts + (accepted * num_k if step.branched else 0)
-            stream = ref.STREAM_TARGET if step.mode == "match" else ref.STREAM_DRAFT
+            stream = python_ref.STREAM_TARGET if step.mode == "match" else python_ref.STREAM_DRAFT
             decided[b] &= bool(step.rows_of(b, first, num_k, accepted + 2, stream).decided().all())
     return decided
 
@@ -399,7 +399,7 @@ def _judgement_decided(step: Step, clean: Rows, b: int, i: int) -> bool:
     q_norm = step.q_state.log_norm[b, i].double()
     q = torch.exp(q_z.double() - q_norm).masked_fill(q_z < step.q_state.cut[b, i], 0.0)
     u = uniform(clean.seed[i : i + 1], clean.positions[i : i + 1]).double().item()
-    g = gumbel(clean.seed[i : i + 1], clean.positions[i : i + 1], len(q), ref.STREAM_TARGET, torch.float64)[0]
+    g = gumbel(clean.seed[i : i + 1], clean.positions[i : i + 1], len(q), python_ref.STREAM_TARGET, torch.float64)[0]
     x = int(step.drafts[b, i])
     outcomes = set()
     z, cuts = clean.transformed()
