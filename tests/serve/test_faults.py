@@ -357,13 +357,14 @@ def client_of(port: int) -> openai.OpenAI:
 def serve_here(server: Server, clients: Callable[[int], None]) -> None:
     """Serve in this thread, which alone gets signals, with `clients` in another one."""
     listening = run.bound_socket("127.0.0.1", 0)
-    before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
+    before, ended, hung = signal.getsignal(signal.SIGTERM), threading.Event(), threading.Event()
 
     def ask() -> None:
         try:
             clients(listening.getsockname()[1])
         finally:
             if not ended.wait(10):
+                hung.set()
                 os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=ask)
@@ -371,6 +372,7 @@ def serve_here(server: Server, clients: Callable[[int], None]) -> None:
         run.serve(server, listening, 20, thread.start, False)
     finally:
         ended.set()
+        assert not hung.is_set(), "the server did not end by itself"
         signal.signal(signal.SIGTERM, before)
         thread.join(20)
 
