@@ -350,6 +350,28 @@ def test_a_fault_of_the_machine_ends_the_server_and_is_no_answer(
     assert record.exc_info is not None and "no memory is left" in str(record.exc_info[1])
 
 
+def test_a_template_that_the_machine_cannot_run_ends_the_server(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    assert engine.tokenizer is not None
+
+    def render(*arguments: Any, **names: Any) -> str:
+        raise OSError("no process is left")
+
+    monkeypatch.setattr(engine.tokenizer, "apply_chat_template", render)
+    seen: list[openai.APIStatusError] = []
+
+    def clients(port: int) -> None:
+        with pytest.raises(openai.InternalServerError) as failed:
+            client_of(port).chat.completions.create(model="tiny", messages=USER)
+        seen.append(failed.value)
+
+    with pytest.raises(run.MachineFailed, match="no process is left"):
+        serve_here(Server(engine, "tiny"), clients)
+    assert seen[0].status_code == 503 and seen[0].code == "server_stops"
+
+
 def client_of(port: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=5)
 
