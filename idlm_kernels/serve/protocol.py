@@ -169,7 +169,8 @@ class Message(BaseModel):
         parts = message.get("content")
         for part in parts if isinstance(parts, list) else ():
             if isinstance(part, Mapping) and isinstance(part.get("type"), str) and part["type"] != "text":
-                raise ValueError(f"a part of type {part['type'][:40]} is not supported by this server, only text")
+                # As ASCII: pydantic fails on messages with half of a surrogate pair.
+                raise ValueError(f"a part of type {part['type'][:40]!a} is not supported by this server, only text")
         empty = ("tool_calls", "function_call", "tool_call_id", "refusal", "audio", "annotations")
         return {k: v for k, v in message.items() if not (k in empty and v in _NOTHING)}
 

@@ -180,6 +180,7 @@ class Worker:
         if self.fault is not None:
             return
         self.fault = fault
+        _log.critical("the machine failed, and the server ends", exc_info=fault)
         for call in list(self._open):
             self._give_up(call)
         self._inbox.put(None)
@@ -251,7 +252,6 @@ class Worker:
                 if self.engine.busy and not self._run_epoch():
                     break
         except BaseException as error:  # whatever it is, no request can be trusted to be answered any more
-            _log.critical("the machine failed, and the server ends", exc_info=error)
             self._tell(partial(self.fail, error))
 
     def _run_epoch(self) -> bool:

@@ -36,7 +36,9 @@ class Running:
         self.web = httpx.Client(base_url=self.url, timeout=20)
 
     def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "none", "max_retries": 0, **settings})
+        return openai.OpenAI(
+            base_url=self.url + "/v1", **{"api_key": "none", "max_retries": 0, "timeout": 20, **settings}
+        )
 
     def wait_until_idle(self) -> None:
         """Until nothing is decoded, and every page is free."""

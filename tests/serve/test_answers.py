@@ -244,3 +244,19 @@ def test_logprobs_of_a_server_without_them(make_engine: Callable[..., Engine]) -
         refused = server.web.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
         assert refused.status_code == 400 and "--logprobs" in refused.json()["error"]["message"]
         assert refused.json()["error"]["param"] == "logprobs"
+
+
+@pytest.mark.default_model
+def test_the_default_model_streams_what_a_lone_run_gives() -> None:
+    generator = Generator.from_pretrained("default")
+    tokenizer = generator.tokenizer
+    assert tokenizer is not None
+    messages = [{"role": "user", "content": "Write three greetings with an emoji each."}]
+    ids = tokenizer.encode(tokenizer.apply_chat_template(list(messages)), add_special_tokens=False)
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=32)
+    wanted = generator.generate([ids], [params], plan="ar")[0]
+    engine = Engine(generator.model, tokenizer, options=EngineOptions(plan="quadratic", stride=3, max_model_len=256))
+    with running(engine) as server:
+        asked: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 0.8, "seed": 5, "max_tokens": 32}
+        stream = server.client().chat.completions.create(**asked, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted.text

@@ -124,6 +124,8 @@ def test_what_is_wrong_is_named(served: Running, changes: dict[str, Any], param:
         ([{"role": "tool", "content": "a", "tool_call_id": "1"}], "tools"),
         ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "tools"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}], "image_url"),
+        ([{"role": "user", "content": [{"type": "half a pair \ud800", "text": "a"}]}], ""),
+        ([{"role": "user", "content": "a", "half a pair \ud800": 1}], "unicode"),
         ([{"role": "user", "content": 3}], "content"),
         ([{"role": "user", "content": "a", "colour": "red"}], "colour"),
         (["hello"], "messages"),
@@ -132,7 +134,9 @@ def test_what_is_wrong_is_named(served: Running, changes: dict[str, Any], param:
     ids=lambda value: json.dumps(value)[:40],
 )
 def test_messages_that_are_none(served: Running, messages: Any, said: str) -> None:
-    error = error_of(served.web.post("/v1/chat/completions", json={"messages": messages}), 400)
+    body = json.dumps({"messages": messages}).encode()
+    response = served.web.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    error = error_of(response, 400)
     assert said in error["message"] and error["param"].startswith("messages")
 
 
@@ -156,6 +160,19 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_bodies_that_are_none(served: Running, path: str, name: str) -> None:
     error_of(served.web.post(path, content=BODIES[name], headers={"Content-Type": "application/json"}), 400)
+
+
+@pytest.mark.parametrize("depth", [20, 40])
+def test_what_a_template_may_read_is_nested_so_deep_and_no_deeper(served: Running, depth: int) -> None:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    asked = {"messages": USER, "max_tokens": 1, "chat_template_kwargs": {"x": value}}
+    response = served.web.post("/v1/chat/completions", json=asked)
+    if depth > 32:
+        assert "nested deeper than 32" in error_of(response, 400)["message"]
+    else:
+        assert response.status_code == 200
 
 
 def test_a_body_of_another_type_is_refused(served: Running) -> None:
@@ -315,7 +332,7 @@ def test_a_fault_of_the_machine_ends_the_server_and_is_no_answer(
     seen: list[Any] = []
 
     def clients(port: int) -> None:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        client = client_of(port)
         stream = iter(client.completions.create(**LONG, stream=True))
         seen.append(next(stream).choices[0].text)
         broken.set()
@@ -333,14 +350,51 @@ def test_a_fault_of_the_machine_ends_the_server_and_is_no_answer(
     assert record.exc_info is not None and "no memory is left" in str(record.exc_info[1])
 
 
+def test_a_template_that_the_machine_cannot_run_ends_the_server(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    assert engine.tokenizer is not None
+
+    def render(*arguments: Any, **names: Any) -> str:
+        raise OSError("no process is left")
+
+    monkeypatch.setattr(engine.tokenizer, "apply_chat_template", render)
+    seen: list[openai.APIStatusError] = []
+
+    def clients(port: int) -> None:
+        with pytest.raises(openai.InternalServerError) as failed:
+            client_of(port).chat.completions.create(model="tiny", messages=USER)
+        seen.append(failed.value)
+
+    with pytest.raises(run.MachineFailed, match="no process is left"):
+        serve_here(Server(engine, "tiny"), clients)
+    assert seen[0].status_code == 503 and seen[0].code == "server_stops"
+
+
+def client_of(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=5)
+
+
 def serve_here(server: Server, clients: Callable[[int], None]) -> None:
     """Serve in this thread, which alone gets signals, with `clients` in another one."""
     listening = run.bound_socket("127.0.0.1", 0)
-    thread = threading.Thread(target=clients, args=(listening.getsockname()[1],))
-    before = signal.getsignal(signal.SIGTERM)
+    before, ended, hung = signal.getsignal(signal.SIGTERM), threading.Event(), threading.Event()
+
+    def ask() -> None:
+        try:
+            clients(listening.getsockname()[1])
+        finally:
+            if not ended.wait(10):
+                hung.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
     try:
         run.serve(server, listening, 20, thread.start, False)
     finally:
+        ended.set()
+        assert not hung.is_set(), "the server did not end by itself"
         signal.signal(signal.SIGTERM, before)
         thread.join(20)
 
@@ -349,14 +403,14 @@ def test_sigterm_lets_running_requests_end(make_engine: Callable[..., Engine]) -
     seen: list[Any] = []
 
     def clients(port: int) -> None:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        client = client_of(port)
         asked = {**LONG, "max_tokens": 120, "stream": True, "stream_options": {"include_usage": True}}
         stream = iter(client.completions.create(**asked))
         next(stream)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
         with pytest.raises(openai.APIConnectionError):
-            openai.OpenAI(base_url=str(client.base_url), api_key="none", max_retries=0).completions.create(**LONG)
+            client_of(port).completions.create(**LONG)
         seen.extend(stream)
 
     def step(*arguments: Any) -> Any:
