@@ -582,7 +582,7 @@ def rerank_problem(dtype: torch.dtype, ties: bool = False) -> tuple[Callable[[],
 
     logits, hidden = matrix(12, vocab_size) * 10, matrix(12, width)
     if ties:
-        logits = logits.round()
+        logits = (logits / 3).round()  # some 40 of the best value, of which 32 are candidates
     logits[4, 100] = torch.nan
     logits[5, 200] = -torch.inf
     first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
