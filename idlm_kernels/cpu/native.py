@@ -253,7 +253,7 @@ class PackedWeight:
         self.address = -(-self.data.data_ptr() // 64) * 64
 
     def put(self, weight: Tensor | Blocks, first_group: int = 0, step: int = 1) -> None:
-        """Pack a weight as the groups first_group, first_group + step, .. ValueError where it holds Inf or NaN."""
+        """Pack a weight as the groups first_group, first_group + step, .. ValueError where a scale is not finite."""
         if isinstance(weight, Blocks):
             kind, data, order = GGUF_BLOCKS[weight.kind][0], weight.data, weight.order
         else:

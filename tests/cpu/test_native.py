@@ -584,15 +584,19 @@ def rerank_problem(
 
     logits, hidden = matrix(12, vocab_size) * 10, matrix(12, width)
     if ties:
-        logits = logits.round()
+        logits = (logits / 2.5).round()  # some 60 of the best values, of which the first 32 are candidates
+        logits[:, 576:] = 2
     logits[4, 100] = torch.nan
     logits[5, 200] = -torch.inf
     first_mask = torch.tensor([2, 5, 8], dtype=torch.int32)
     previous, num_drafts = torch.tensor([599, 4, 0]), torch.tensor([3, 0, 3], dtype=torch.int32)
     drafts = torch.randint(0, 500, (3, 3), generator=random)
+    head = matrix(590, width) * 3  # so that all candidates have a chance
+    if ties:
+        head[-1] *= 30  # the last of the ties would be chosen often, were it a candidate
     weights = (
         matrix(vocab_size, width).to(dtype),
-        matrix(590, width).mul(3).to(dtype),  # so that all candidates have a chance
+        head.to(dtype),
         matrix(small, width),
         matrix(small, width),
         matrix(small, small),
