@@ -2,6 +2,8 @@
 
     python -m bench.generator [--threads 2] [--tokens 96] [--repeats 3] [--json]
 
+It is the `cpu` backend without the compiled kernels, whose parts cannot be told apart; for those there is `bench.cpu`.
+
 One run, one process, same weights and threads: (1) tokens/s of transformers in fp32 and of the generator in each plan,
 the runs taking turns, best of the repeats; (2) where the time of a step goes: matrix products, attention, the rest;
 (3) the peak memory of loading, in a process of its own. Figures of a CPU say nothing about a GPU.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    os.environ["IDLM_CPU_NATIVE"] = "0"  # read when the first model is loaded
     figures = measure(arguments.threads, arguments.tokens, arguments.repeats)
     if arguments.json:
         print(json.dumps(figures))
