@@ -39,8 +39,12 @@ struct RowTile {
   const float *d, *sum;
   mutable const uint8_t* next;
   int lines;
+  bool near;  // into the nearest cache: where no other tile needs what is there
   IDLM_INLINE void fetch(const RowTile& a) {
-    for (int i = 0; i < a.lines; i++, a.next += 64) __builtin_prefetch(a.next);
+    if (a.near)
+      for (int i = 0; i < a.lines; i++, a.next += 64) __builtin_prefetch(a.next);
+    else
+      for (int i = 0; i < a.lines; i++, a.next += 64) __builtin_prefetch(a.next, 0, 2);
   }
 };
 
@@ -234,13 +238,13 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
   const int64_t size = group_bytes(w.kind, w.k), blocks = w.k / kBlock;
   const uint8_t* weight = (const uint8_t*)w.weight;
   const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2, groups = (w.n + kLanes - 1) / kLanes;
-  const int kNear = plan.tiles.size() > 1 ? 2 : 4;  // groups that the first tile leaves in the nearest cache for the next
+  constexpr int kNear = 4;  // groups that the first tile leaves in the nearest cache for the next
   for (int near = first; near < last; near += kNear) {
     const int end = near + kNear < last ? near + kNear : last;
     for (const Tile& tile : plan.tiles) {
       const int count = tile.count, at_once = groups_for(count);
       const int64_t at = tile.first * (int64_t)w.k, scales_at = tile.first * blocks;
-      RowTile a = {job.in.x + at, job.in.q + at, job.in.d + scales_at, job.in.sum + scales_at, nullptr, 0};
+      RowTile a = {job.in.x + at, job.in.q + at, job.in.d + scales_at, job.in.sum + scales_at, nullptr, 0, plan.tiles.size() == 1};
       const bool has_lora = w.lora_a && tile.is_mask;
       for (int g = near; g < end;) {
         const int together = end - g >= at_once ? at_once : end - g >= 2 && at_once >= 2 ? 2 : 1;

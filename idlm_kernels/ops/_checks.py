@@ -128,6 +128,12 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return meet(0, apart)
 
 
+def _span(x: Tensor) -> tuple[int, int]:
+    """The bytes that a tensor lies within, from the first to one past the last; nothing where it is empty."""
+    start = x.data_ptr()
+    return start, start + (_reach(x) * x.element_size() if x.numel() else 0)
+
+
 def _reach(x: Tensor) -> int:
     """Elements from the first to the last of a tensor in memory, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -135,9 +141,20 @@ def _reach(x: Tensor) -> int:
 
 def all_writable(op: str, written: Sequence[tuple[str, Tensor | None]], *inputs: Tensor | None) -> None:
     """`writable` for every tensor that is written, against the inputs and against each other."""
-    for i, (name, x) in enumerate(written):
-        if x is not None:
-            writable(op, name, x, *inputs, *(other for _, other in written[i + 1 :]))
+    own = [(name, x) for name, x in written if x is not None]
+    for name, x in own:
+        writable(op, name, x)
+    others = [x for x in inputs if x is not None]
+    if torch.compiler.is_compiling() or any(x.device.type == "meta" or isinstance(x, FakeTensor) for _, x in own):
+        return
+    # A step asks this of some fifty pairs, nearly all of which lie far apart.
+    spans = [_span(x) for _, x in own] + [_span(x) for x in others]
+    everything = [x for _, x in own] + others
+    for i, (name, x) in enumerate(own):
+        first, end = spans[i]
+        for other, (from_, to) in zip(everything[i + 1 :], spans[i + 1 :], strict=True):
+            if first < to and from_ < end and _share_memory(x, other):
+                raise ValueError(f"{op}: {name} shares its memory with another argument, wanted separate memory")
 
 
 def positive(op: str, name: str, value: int, minimum: int = 1) -> None:

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
-from idlm_kernels.generate import engine
+from idlm_kernels.generate import memory
 from tests.tiny import save_tiny_model
 
 
@@ -58,13 +58,13 @@ def test_a_file_of_prompts_reserves_what_they_need_and_not_what_a_config_claims(
     (vast / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10_000_000}))
     prompts = tmp_path / "in.jsonl"
     prompts.write_text('{"prompt": "Once"}\n{"prompt": "Once upon a time", "max_tokens": 5}\nno json\n')
-    measured = engine.pages_in_memory
+    measured = memory.pages_in_memory
 
     def pages_in_memory(model: Any, options: Any, *more: Any) -> int:
         seen.append(options.max_model_len)
         return measured(model, options, *more)
 
-    monkeypatch.setattr(engine, "pages_in_memory", pages_in_memory)
+    monkeypatch.setattr(memory, "pages_in_memory", pages_in_memory)
     answers = []
     for folder in (model, vast):
         target = tmp_path / f"{folder.name}.jsonl"
