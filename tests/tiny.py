@@ -64,9 +64,6 @@ class MemoryCheckpoint:
     def forget(self, name: str) -> None:
         pass
 
-    def is_quantised(self, name: str) -> bool:
-        return False
-
 
 def tiny_config(**changes: object) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)

@@ -10,6 +10,16 @@ namespace idlm_cpu {
 constexpr int kBlock = 32;      // k per block of quantised weights and activations
 constexpr int kTile = 16;       // slots of a tile of K
 
+// Bytes of a group of 16 outputs over k numbers each.
+inline int64_t group_bytes(int kind, int64_t k) {
+  switch (kind) {
+    case IDLM_CPU_Q4: return k / kBlock * 320;
+    case IDLM_CPU_Q8: return k / kBlock * 544;
+    case IDLM_CPU_F32: return k * 64;
+    default: return k * 32;
+  }
+}
+
 // The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
 // that order. Whole blocks of 32 along k lie interleaved by the rows of a tile: place p of a tile [first, first + count) has
 // block b at (first * blocks + b * count + p - first).

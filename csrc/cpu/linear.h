@@ -23,15 +23,6 @@ constexpr int kMostRows = 4;
 constexpr int kMostRows = 2;
 #endif
 
-IDLM_INLINE int64_t group_bytes(int kind, int64_t k) {
-  switch (kind) {
-    case IDLM_CPU_Q4: return k / kBlock * 320;
-    case IDLM_CPU_Q8: return k / kBlock * 544;
-    case IDLM_CPU_F32: return k * 64;
-    default: return k * 32;
-  }
-}
-
 // The activations of the rows of one tile, and what it fetches for the groups after: so many lines with every block.
 struct RowTile {
   const float* x;  // [rows][k]

@@ -6,16 +6,9 @@
 
 namespace {
 
-constexpr int kLanes = 16, kBlock = 32;
+using namespace idlm_cpu;
 
-int64_t group_bytes(int kind, int64_t k) {
-  switch (kind) {
-    case IDLM_CPU_Q4: return k / kBlock * 320;
-    case IDLM_CPU_Q8: return k / kBlock * 544;
-    case IDLM_CPU_F32: return k * 64;
-    default: return k * 32;
-  }
-}
+constexpr int kLanes = 16;
 
 float from_f16(uint16_t h) {
   const uint32_t rest = h & 0x7fff;

@@ -103,10 +103,6 @@ class Checkpoint(ABC):
     def forget(self, name: str) -> None:  # noqa: B027  # a hint, which need not be taken
         """Say that a tensor is not needed for now: what it takes of memory-mapped files may go."""
 
-    def is_quantised(self, name: str) -> bool:
-        """Whether `tensor` gives fp32 because the file holds less than 16 bits a number."""
-        return False
-
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that came with the weights. FileNotFoundError or CheckpointError when there is none
@@ -224,9 +220,6 @@ class _GgufCheckpoint(Checkpoint):
 
     def forget(self, name: str) -> None:
         self._file.forget(self._gguf_names[name])
-
-    def is_quantised(self, name: str) -> bool:
-        return self._file.blocks(self._gguf_names[name]) is not None
 
     def _read_tokenizer(self) -> Tokenizer:
         with naming(self.path, "the tokenizer in it cannot be used"):

@@ -25,18 +25,15 @@ if TYPE_CHECKING:
     from idlm_kernels.model.transformer import Rows
 
 _LANES = 16
-_MAX_RANK = 512
 _ROWS_AT_ONCE = 4096
 
 
-def unsupported(config: ModelConfig, adapter: Adapter | None) -> str | None:
+def unsupported(config: ModelConfig) -> str | None:
     """Why the kernels do not take a model; None if they do."""
     if config.head_dim % 32 or config.head_dim > 256:
         return f"its head_dim is {config.head_dim}, wanted a multiple of 32 up to 256"
     if config.hidden_size % 16 or config.intermediate_size % 16:
         return f"its widths {config.hidden_size} and {config.intermediate_size} are no multiples of 16"
-    if adapter is not None and adapter.rank > _MAX_RANK:
-        return f"its adapter has rank {adapter.rank}, wanted at most {_MAX_RANK}"
     return None
 
 
@@ -111,16 +108,14 @@ class CpuStack:
         return self._keep(self._checkpoint.tensor(name).float().contiguous())
 
     def _stored(self, name: str) -> Tensor | Blocks:
-        """A weight in the form that is packed: GGUF blocks, or a tensor of the dtype that was asked for."""
+        """A weight in the form that is packed: GGUF blocks, a tensor as it is stored (fp32 of other blocks, which no
+        16 bits hold), or one of the dtype that was asked for."""
         if self._dtype is None:
             blocks = self._checkpoint.blocks(name)
-            if blocks is not None:
-                return blocks
-        tensor = self._checkpoint.tensor(name)
-        if self._dtype is not None:
-            return tensor.to(self._dtype)
-        if self._checkpoint.is_quantised(name):  # in blocks that the kernels do not take: any 16 bits hold what is left
-            return tensor.half()
+            return self._checkpoint.tensor(name) if blocks is None else blocks
+        tensor = self._checkpoint.tensor(name).to(self._dtype)
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{self._checkpoint.path}: {name} holds numbers that {self._dtype} does not")
         return tensor
 
     def _packed(self, parts: Sequence[tuple[str, int, int]]) -> PackedWeight:

@@ -198,7 +198,7 @@ class Transformer:
         """The layers in the compiled CPU kernels; None where there are none, or they do not take this model."""
         if self.device.type != "cpu" or native.library() is None or ops.current_backend() not in ("auto", "cpu"):
             return None
-        if why := unsupported(self.config, adapter):
+        if why := unsupported(self.config):
             logger.info("the native CPU kernels do not take %s: %s", checkpoint.name, why)
             return None
         stored = dtype == "auto"
