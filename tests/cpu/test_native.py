@@ -28,6 +28,7 @@ from idlm_kernels.generate.plan import StepPlan, prefill_rows
 from idlm_kernels.model import ModelConfig, Rows, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from idlm_kernels.model.cpu_stack import CpuCache, unsupported
+from idlm_kernels.model.errors import CheckpointError
 from tests.tiny import MemoryCheckpoint, tiny_config, tiny_state
 
 # Where they could be built and are not, or are switched on and do not load, that is a failure and no reason to skip.
