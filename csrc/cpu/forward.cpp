@@ -51,8 +51,9 @@ class Buffer {
 };
 
 struct Scratch {
-  Buffer<float> x, d, sum, low, qkv, attended, activated, scores;
-  Buffer<int16_t> q;
+  Buffer<float> x, d, sum, low, low_d, qkv, attended, activated, scores;
+  Buffer<int8_t> q, low_q;
+  Buffer<int32_t> offset, low_offset;
 };
 
 // One forward at a time. A child of fork has none of the threads: it starts anew and leaves what it inherited alone.
@@ -119,23 +120,24 @@ int groups_per_unit(int groups, int threads, int multiple) {
   return ceil_div(wanted, multiple) * multiple;
 }
 
-// The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, each in even tiles.
-RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_rows, bool apart) {
+// The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, in tiles of even work.
+RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_bytes) {
   RowPlan plan = {count, {}, std::vector<int32_t>(count), {}};
-  for (bool masks : {false, true})
+  int bytes = 0;
+  for (int width : {2, 1})
     for (int i = 0; i < count; i++)
-      if ((apart && rows.is_mask[chosen ? chosen[i] : i]) == masks) plan.row.push_back(i);
-  int clean = 0;
-  for (int i = 0; i < count; i++) clean += !(apart && rows.is_mask[chosen ? chosen[i] : i]);
-  for (bool masks : {false, true}) {
-    int first = masks ? clean : 0;
-    const int last = masks ? count : clean;
-    while (first < last) {
-      const int tiles = ceil_div(last - first, most_rows), size = ceil_div(last - first, tiles);
-      for (int i = first; i < first + size; i++) plan.tile_of[i] = (int)plan.tiles.size();
-      plan.tiles.push_back({first, size, masks});
-      first += size;
+      if ((rows.is_mask[chosen ? chosen[i] : i] ? 1 : 2) == width) plan.row.push_back(i), bytes += width;
+  const int clean = bytes - count;
+  for (int place = 0, at = 0, left = bytes; place < count;) {
+    const int tiles = ceil_div(left, most_bytes), size = std::min(most_bytes, (ceil_div(left, tiles) + 1) / 2 * 2);
+    Tile tile = {place, 0, 0, at, 0};
+    for (; place < count && tile.bytes + (place < clean ? 2 : 1) <= size; place++) {
+      tile.bytes += place < clean ? 2 : 1;
+      tile.clean += place < clean, tile.count++;
+      plan.tile_of[place] = (int)plan.tiles.size();
     }
+    at += tile.bytes, left -= tile.bytes;
+    plan.tiles.push_back(tile);
   }
   return plan;
 }
@@ -163,11 +165,12 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   job.model = &m;
   job.cache = &cache;
   job.rows = &rows;
-  job.all = plan_of(count, rows, nullptr, kernels.most_rows, true);
-  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows, m.head.kind == IDLM_CPU_Q4);
-  const size_t activations = (size_t)most * widest;
-  job.in = {s.x.at_least(activations), s.q.at_least(activations), s.d.at_least(activations / kBlock + 1),
-            s.sum.at_least(activations / kBlock + 1), s.low.at_least((size_t)most * lowest + 1)};
+  job.all = plan_of(count, rows, nullptr, kernels.most_rows);
+  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows);
+  const size_t activations = (size_t)most * widest, low = (size_t)most * lowest;
+  job.in = {s.x.at_least(activations), s.q.at_least(2 * activations), s.d.at_least(2 * activations / kBlock + 2),
+            s.sum.at_least(2 * activations / kBlock + 2), s.offset.at_least(2 * activations / kBlock + 2), s.low.at_least(low + 1),
+            s.low_q.at_least(low + 1), s.low_d.at_least(low / kBlock + 1), s.low_offset.at_least(low / kBlock + 1)};
   job.qkv = s.qkv.at_least((size_t)count * (m.heads + 2 * m.kv_heads) * m.head_dim + 1);
   job.attended = s.attended.at_least((size_t)count * m.heads * m.head_dim + 1);
   job.activated = s.activated.at_least((size_t)count * m.intermediate + 1);

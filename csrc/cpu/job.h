@@ -21,11 +21,10 @@ inline int64_t group_bytes(int kind, int64_t k) {
 }
 
 // The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
-// that order. Whole blocks of 32 along k lie interleaved by the rows of a tile: place p of a tile [first, first + count) has
-// block b at (first * blocks + b * count + p - first).
+// that order. Quantised weights meet rows of bytes: two for a clean row, one for a MASK row, numbered in the same order.
 struct Tile {
-  int32_t first, count;
-  bool is_mask;
+  int32_t first, count, clean;  // places, and how many of them are clean
+  int32_t first_byte, bytes;    // rows of bytes
 };
 struct RowPlan {
   int32_t count;
@@ -34,14 +33,19 @@ struct RowPlan {
   std::vector<Tile> tiles;
 };
 
-// The inputs of a linear layer, as fp32 and quantised in blocks of 32 along k: x = d * q. Clean rows have q in 16 bits, so
-// that they are what fp32 gives but for near-ties. MASK rows only propose: 8 bits, half the arithmetic.
+// The inputs of a linear layer, as fp32 and quantised in blocks of 32 along k: x = d * q. Clean rows have two rows of bytes,
+// together 16 bits, so that they are what fp32 gives but for near-ties. MASK rows only propose: one, half the arithmetic.
+// Whole blocks lie interleaved by the rows of a tile: block b of its row r at (first_byte * blocks + b * bytes + r).
 struct Activations {
-  float* x;      // [places][k]
-  int16_t* q;    // [places][k], interleaved as above; 8 bits take the first half of a block's room
-  float* d;      // [places][k / 32], interleaved
-  float* sum;    // [places][k / 32], interleaved: d * the sum of q, what the m of a Q4 block is multiplied with
-  float* low;    // [places][parts * rank] scale * x A^T, on MASK rows
+  float* x;         // [places][k]
+  int8_t* q;        // [rows of bytes][k], interleaved
+  float* d;         // [rows of bytes][k / 32], interleaved
+  float* sum;       // the same: d * the sum of q, what the m of a Q4 block is multiplied with
+  int32_t* offset;  // the same: what the sums of a Q8 block are too large by
+  float* low;       // [places][parts * rank] scale * x A^T, on MASK rows
+  int8_t* low_q;    // the same in blocks of 32, where the adapter has 8 bits
+  float* low_d;     // [places][parts * rank / 32]
+  int32_t* low_offset;
 };
 
 struct Job {
@@ -61,7 +65,7 @@ struct Job {
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  int32_t most_rows;     // of a tile
+  int32_t most_rows;     // of a tile, rows of bytes
   int32_t most_queries;  // of one KV head that share a read of K and V
   // The rows' input of a linear layer: normed (norm not null) or as it is, quantised, and times A on MASK rows.
   void (*prepare)(const Job&, const idlm_cpu_linear&, const float* source, const float* norm, int first, int last);

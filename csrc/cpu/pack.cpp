@@ -34,13 +34,6 @@ uint16_t minus_eight(uint16_t d) {
   return (uint16_t)((((d & 0x8000) ^ 0x8000) | ((exponent + 3) << 10)) | (d & 0x3ff));
 }
 
-// Where number j of 8 lies in a lane's 32 bits: even ones in the low half, odd ones in the high half, so that a mask gives
-// pairs of 16-bit numbers; 0, 2, 1, 3 and 4, 6, 5, 7 in the low and the high halves of the bytes, as the bytes of Q8 do.
-int q4_shift(int j) {
-  static const int within[4] = {0, 8, 4, 12};  // of the pairs (0, 1), (2, 3), (4, 5), (6, 7)
-  return j % 2 * 16 + within[j / 2];
-}
-
 // One row of Q4 or Q8 blocks into lane `lane` of its group. False where a scale is not finite.
 bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, int lane) {
   for (int64_t b = 0; b < k / kBlock; b++) {
@@ -49,8 +42,7 @@ bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, in
     row += 2;
     if (source_kind == IDLM_CPU_GGUF_Q8_0) {
       uint8_t* target = group + b * 512;
-      static const int order[4] = {0, 2, 1, 3};
-      for (int i = 0; i < kBlock; i++) target[i / 4 * 64 + lane * 4 + order[i % 4]] = row[i];
+      for (int i = 0; i < kBlock; i++) target[i / 4 * 64 + lane * 4 + i % 4] = row[i];
       memcpy(group + k * kLanes + b * 32 + lane * 2, &d, 2);
       row += kBlock;
     } else {
@@ -62,14 +54,10 @@ bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, in
         m = minus_eight(d);
       }
       uint8_t* target = group + b * 320;
-      for (int i = 0; i < 4; i++) {
-        uint32_t word = 0;
-        for (int j = 0; j < 8; j++) {
-          const int at = 8 * i + j;
-          const uint32_t number = at < 16 ? row[at] & 15 : row[at - 16] >> 4;
-          word |= number << q4_shift(j);
-        }
-        memcpy(target + i * 64 + lane * 4, &word, 4);
+      const auto number = [&](int at) { return at < 16 ? row[at] & 15 : row[at - 16] >> 4; };
+      for (int i = 0; i < 16; i++) {  // a byte holds a number and the one four further on
+        const int at = i / 4 * 8 + i % 4;
+        target[i / 4 * 64 + lane * 4 + i % 4] = (uint8_t)(number(at) | number(at + 4) << 4);
       }
       memcpy(target + 256 + lane * 2, &d, 2);
       memcpy(target + 288 + lane * 2, &m, 2);
@@ -98,12 +86,7 @@ void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out)
       memcpy(&half, group + k * kLanes + b * 32 + lane * 2, 2);
       const float d = from_f16(half);
       const uint8_t* four = group + b * 512 + lane * 4;
-      for (int i = 0; i < kBlock; i += 4, four += 64) {
-        out[i] = d * (float)(int8_t)four[0];
-        out[i + 1] = d * (float)(int8_t)four[2];
-        out[i + 2] = d * (float)(int8_t)four[1];
-        out[i + 3] = d * (float)(int8_t)four[3];
-      }
+      for (int i = 0; i < kBlock; i++) out[i] = d * (float)(int8_t)four[i / 4 * 64 + i % 4];
     }
   } else {
     for (int64_t b = 0; b < k / kBlock; b++, out += kBlock, group += 320) {
@@ -111,11 +94,8 @@ void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out)
       memcpy(&scale, group + 256 + lane * 2, 2);
       memcpy(&least, group + 288 + lane * 2, 2);
       const float d = from_f16(scale), m = from_f16(least);
-      for (int i = 0; i < kBlock; i++) {
-        uint32_t word;
-        memcpy(&word, group + i / 8 * 64 + lane * 4, 4);
-        out[i] = d * (float)(word >> q4_shift(i % 8) & 15) + m;
-      }
+      const uint8_t* four = group + lane * 4;
+      for (int i = 0; i < kBlock; i++) out[i] = d * (float)(four[i / 8 * 64 + i % 4] >> (i & 4) & 15) + m;
     }
   }
 }

@@ -23,15 +23,18 @@ void prepare(const Job& job, const idlm_cpu_linear& w, const float* source, cons
     float* target = in.x + place * (int64_t)w.k;
     if (norm_weight) norm(x, norm_weight, w.k, job.model->eps, target);
     else memcpy(target, x, w.k * sizeof(float));
-    if (is_quantised(w.kind)) quantise(target, w.k, job.all, place, w.kind, in);
+    if (is_quantised(w.kind)) quantise(target, w.k, job.all, place, in);
   }
   while (first < last && !job.rows->is_mask[job.all.row[first]]) first++;  // MASK rows come last
   if (!w.lora_a || first == last) return;
+  if (w.lora_kind == IDLM_CPU_I8) {
+    for (int place = first; place < last; place++) times_a_bytes(w, job.all, place, in);
+    return;
+  }
   const float* x = in.x + first * (int64_t)w.k;
   float* low = in.low + (int64_t)first * w.parts * w.rank;
   if (w.lora_kind == IDLM_CPU_F16) times_a<IDLM_CPU_F16>(w, last - first, x, low);
   else if (w.lora_kind == IDLM_CPU_BF16) times_a<IDLM_CPU_BF16>(w, last - first, x, low);
-  else if (w.lora_kind == IDLM_CPU_I8) times_a<IDLM_CPU_I8>(w, last - first, x, low);
   else times_a<IDLM_CPU_F32>(w, last - first, x, low);
 }
 
@@ -102,7 +105,7 @@ void final_norm(const Job& job, int first, int last) {
     if (m.has_adapter && job.rows->is_mask[row])
       for (int k = 0; k < m.hidden; k++) hidden[k] = std::isfinite(hidden[k]) ? hidden[k] : 0.f;
     memcpy(target, hidden, m.hidden * sizeof(float));
-    if (is_quantised(m.head.kind)) quantise(target, m.hidden, job.wanted, place, m.head.kind, in);
+    if (is_quantised(m.head.kind)) quantise(target, m.hidden, job.wanted, place, in);
   }
 }
 

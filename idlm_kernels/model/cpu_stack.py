@@ -185,7 +185,10 @@ class CpuStack:
             return
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         dtype = dtype if dtype in native.DTYPES else torch.float32
-        rank = -(-adapter.rank // _LANES) * _LANES
+        # Where MASK rows have 8 bits, so has what they alone meet: half the bytes.
+        in_bytes = linear.kind in (native.Q4, native.Q8)
+        step = 32 if in_bytes else _LANES
+        rank = -(-adapter.rank // step) * step
         a = torch.zeros(len(modules), rank, linear.k, dtype=dtype)
         b = []
         for i, pair in enumerate(pairs):
@@ -196,12 +199,12 @@ class CpuStack:
                 padded[:, : pair[1].shape[1]] = pair[1]
             b.append(padded.view(-1, _LANES, rank))
         packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
-        if linear.kind == native.Q4:  # where MASK rows have 8 bits, so has what they alone meet: half the bytes
+        a = a.view(-1, _LANES, linear.k)
+        if in_bytes:
             a, a_scale = _in_bytes(a)
             packed_b, b_scale = _in_bytes(packed_b)
             linear.lora_a_scale, linear.lora_b_scale, kind = self._keep(a_scale), self._keep(b_scale), native.I8
-        linear.lora_a = self._keep(a.view(len(modules), -1, _LANES, linear.k).transpose(2, 3).contiguous())
-        linear.lora_b = self._keep(packed_b.transpose(1, 2).contiguous())
+        linear.lora_a, linear.lora_b = (self._keep(_by_lanes(x, 4 if in_bytes else 1)) for x in (a, packed_b))
         linear.part = self._keep(part)
         linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
         linear.scale = adapter.scale
@@ -269,6 +272,11 @@ def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers as int8 and the scale of each row (of the last dimension), fp32."""
     scale = x.float().abs().amax(-1, keepdim=True) / 127
     return (x.float() / scale.clamp(min=1e-30)).round().to(torch.int8), scale.contiguous()
+
+
+def _by_lanes(groups: Tensor, together: int) -> Tensor:
+    """Groups of 16 outputs [groups, 16, k] as [groups, k / together, 16, together], as the kernels read them."""
+    return groups.unflatten(2, (-1, together)).transpose(1, 2).contiguous()
 
 
 def _in_groups(parts: Sequence[Tensor], part: Tensor) -> Tensor:
