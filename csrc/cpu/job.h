@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "idlm/cpu.h"
+#include "pool.h"
 
 namespace idlm_cpu {
 
@@ -23,11 +24,11 @@ inline int64_t group_bytes(int kind, int64_t k) {
 // The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
 // that order. Quantised weights meet rows of bytes: two for a clean row, one for a MASK row, numbered in the same order.
 struct Tile {
-  int32_t first, count, clean;  // places, and how many of them are clean
+  int32_t first, count, clean;  // places
   int32_t first_byte, bytes;    // rows of bytes
 };
 struct RowPlan {
-  int32_t count;
+  int32_t count, clean;          // places, and how many of them are clean
   std::vector<int32_t> row;      // of a place
   std::vector<int32_t> tile_of;  // a place
   std::vector<Tile> tiles;
@@ -61,18 +62,28 @@ struct Job {
   int64_t score_stride;
 };
 
+// What a unit of a linear layer waits for before it adds the adapter: the open stage that computes x A^T.
+struct Low {
+  Pool* pool;
+  int stage;
+};
+
+// Ranks of a unit of x A^T.
+inline int low_ranks(const idlm_cpu_linear& w) { return w.lora_kind == IDLM_CPU_I8 ? 32 : 16; }
+
 // The kernels of an instruction set. [first, last): places, heads, or groups of 16 outputs that a thread has claimed.
 struct Isa {
   const char* name;
   bool (*runs_here)();
   int32_t most_rows;     // of a tile, rows of bytes
   int32_t most_queries;  // of one KV head that share a read of K and V
-  // The rows' input of a linear layer: normed (norm not null) or as it is, quantised, and times A on MASK rows.
+  // The rows' input of a linear layer: normed (norm not null) or as it is, and quantised.
   void (*prepare)(const Job&, const idlm_cpu_linear&, const float* source, const float* norm, int first, int last);
-  void (*qkv)(const Job&, int layer, int first_head, int last_head);
+  void (*times_a)(const Job&, const idlm_cpu_linear&, int unit);  // of low_ranks ranks
+  void (*qkv)(const Job&, Low, int layer, int first_head, int last_head);
   void (*attend)(const Job&, int layer, int thread, int request, int kv_head, int first_query, int last_query);
-  void (*add_linear)(const Job&, const idlm_cpu_linear&, float* y, int first_group, int last_group);
-  void (*gate_up)(const Job&, const idlm_cpu_linear&, int first_group, int last_group);
+  void (*add_linear)(const Job&, Low, const idlm_cpu_linear&, float* y, int first_group, int last_group);
+  void (*gate_up)(const Job&, Low, const idlm_cpu_linear&, int first_group, int last_group);
   void (*final_norm)(const Job&, int first, int last);
   void (*head)(const Job&, int first_group, int last_group);
   // The first of the largest of n numbers but for one (-1: none); -1 where that is not finite, or any of them is NaN.
@@ -86,7 +97,6 @@ struct Isa {
 };
 
 const Isa& isa();
-class Pool;
 // Runs a function with the pool of this process, no other at the same time.
 void with_pool(const std::function<void(Pool&)>& function);
 // Null, or the sentence that says what the function threw; no exception may leave a C interface.

@@ -88,10 +88,10 @@ struct Sums {
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) s.part[g][r][i % P] = dot_q8(s.part[g][r][i % P], weights, word_at(q + r * stride + 4 * i));
   }
-  IDLM_INLINE I total(const Sums& s, int g, int r) {
-    I t = s.part[g][r][0];
+  IDLM_INLINE I total(const Sums& s, int g, int r, I (*whole)(I)) {
+    I t = whole(s.part[g][r][0]);
 #pragma GCC unroll 4
-    for (int p = 1; p < P; p++) t += s.part[g][r][p];
+    for (int p = 1; p < P; p++) t += whole(s.part[g][r][p]);
     return t;
   }
 };
@@ -120,7 +120,7 @@ void q4_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* ou
       F scale = load_f16(scales), m = load_f16(scales + kLanes);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        c[g][r] = fma(to_float(total_q4(S::total(sums, g, r))) * scale, splat(d[r]), c[g][r]);
+        c[g][r] = fma(to_float(S::total(sums, g, r, total_q4)) * scale, splat(d[r]), c[g][r]);
         c[g][r] = fma(m, splat(sum[r]), c[g][r]);
       }
     }
@@ -156,7 +156,7 @@ void q8_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* ou
       F scale = load_f16((const uint16_t*)(scales + g * group));
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
-        I total = Sums<R, G>::total(sums, g, r) - splat_i(offset[r]);
+        I total = Sums<R, G>::total(sums, g, r, total_q8) - splat_i(offset[r]);
         c[g][r] = fma(to_float(total) * scale, splat(d[r]), c[g][r]);
       }
     }
@@ -179,14 +179,12 @@ TileFunction tile_of(int kind) {
 }
 
 // Groups computed at once for so many rows: as many as registers allow, for one group alone starves the adders.
-IDLM_INLINE int groups_for(int rows) { return kMostRows / rows >= 4 ? 4 : kMostRows / rows >= 2 ? 2 : 1; }
+IDLM_INLINE int groups_for(int rows) { return kMostRows / rows >= 2 ? 2 : 1; }
 
 template <int R = 1>
 IDLM_INLINE TileFunction tile_for(int kind, int rows, int groups) {
   if constexpr (R < kMostRows)
     if (rows > R) return tile_for<R + 1>(kind, rows, groups);
-  if constexpr (kMostRows / R >= 4)
-    if (groups == 4) return tile_of<R, 4>(kind);
   if constexpr (kMostRows / R >= 2)
     if (groups == 2) return tile_of<R, 2>(kind);
   return tile_of<R, 1>(kind);
@@ -218,7 +216,7 @@ void add_b_bytes(const uint8_t* b, const idlm_cpu_linear& w, int group, const Ac
     const Sums<R, 1> sums = q8_block<R, 1>(b, 0, in.low_q + place * stride + at + i * kBlock, stride);
     for (int r = 0; r < R; r++) {
       const int64_t block = first + i + r * blocks;
-      I total = Sums<R, 1>::total(sums, 0, r) - splat_i(in.low_offset[block]);
+      I total = Sums<R, 1>::total(sums, 0, r, total_q8) - splat_i(in.low_offset[block]);
       c[r] = fma(to_float(total), splat(in.low_d[block]), c[r]);
     }
   }
@@ -244,12 +242,12 @@ IDLM_INLINE bool is_quantised(int kind) { return kind == IDLM_CPU_Q4 || kind == 
 
 // Calls write(group, row, y) for the groups [first, last) and the rows of the plan; groups come in order for each row.
 template <class Write>
-IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_linear& w, int first, int last, Write write) {
+IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_linear& w, Low low, int first, int last, Write write) {
   const int64_t size = group_bytes(w.kind, w.k), blocks = w.k / kBlock;
   const uint8_t* weight = (const uint8_t*)w.weight;
   const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2, groups = (w.n + kLanes - 1) / kLanes;
   const bool in_bytes = is_quantised(w.kind);
-  constexpr int kNear = 4;  // groups that the first tile leaves in the nearest cache for the next
+  constexpr int kNear = 2;  // groups that the first tile leaves in the nearest cache for the next
   for (int near = first; near < last; near += kNear) {
     const int end = near + kNear < last ? near + kNear : last;
     for (const Tile& tile : plan.tiles) {
@@ -257,7 +255,7 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
       const int64_t at = tile.first_byte * blocks;
       RowTile a = {job.in.x + tile.first * (int64_t)w.k, job.in.q + at * kBlock, job.in.d + at, job.in.sum + at, job.in.offset + at, nullptr, 0, plan.tiles.size() == 1};
       for (int g = near; g < end;) {
-        const int together = end - g >= at_once ? at_once : end - g >= 2 && at_once >= 2 ? 2 : 1;
+        const int together = end - g >= at_once ? at_once : 1;
         // The groups that follow these, a part by each tile: memory is read while all of them compute.
         const int64_t part = together * size / (int64_t)plan.tiles.size();
         a.next = weight + (g + kNear) * size + part * (&tile - plan.tiles.data());
@@ -273,6 +271,7 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
             if (w.bias) y[r] += load<F>(w.bias + g * kLanes);
           }
           if (w.lora_a && tile.clean < tile.count) {
+            low.pool->wait(low.stage);
             const int64_t bytes = (int64_t)w.rank * kLanes * lora_size;
             const uint8_t* b = (const uint8_t*)w.lora_b + g * bytes;
             for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(b + kNear * bytes + i);
@@ -285,33 +284,30 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
   }
 }
 
-// low = scale * x A^T of R MASK rows, each a chain over the even and one over the odd k.
+// 16 ranks of low = scale * x A^T of R MASK rows, each a chain over the even and one over the odd k.
 template <int Kind, int R>
-IDLM_INLINE void times_a(const idlm_cpu_linear& w, const float* x, float* low) {
+IDLM_INLINE void times_a(const idlm_cpu_linear& w, int group, const float* x, float* low) {
   const uint8_t* a = (const uint8_t*)w.lora_a;
-  const int width = w.parts * w.rank;
-  for (int p = 0; p < width / kLanes; p++) {
-    F even[R] = {}, odd[R] = {};
-    const int64_t at = (int64_t)p * w.k * kLanes;
-    for (int64_t k = 0; k < w.k; k += 2) {
-      F u = load_weight<Kind>(a, at + k * kLanes), v = load_weight<Kind>(a, at + (k + 1) * kLanes);
+  F even[R] = {}, odd[R] = {};
+  const int64_t at = (int64_t)group * w.k * kLanes;
+  for (int64_t k = 0; k < w.k; k += 2) {
+    F u = load_weight<Kind>(a, at + k * kLanes), v = load_weight<Kind>(a, at + (k + 1) * kLanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        even[r] = fma(u, splat(x[r * w.k + k]), even[r]);
-        odd[r] = fma(v, splat(x[r * w.k + k + 1]), odd[r]);
-      }
+    for (int r = 0; r < R; r++) {
+      even[r] = fma(u, splat(x[r * w.k + k]), even[r]);
+      odd[r] = fma(v, splat(x[r * w.k + k + 1]), odd[r]);
     }
-    for (int r = 0; r < R; r++) store(low + r * width + p * kLanes, (even[r] + odd[r]) * splat(w.scale));
   }
+  for (int r = 0; r < R; r++) store(low + r * w.parts * w.rank + group * kLanes, (even[r] + odd[r]) * splat(w.scale));
 }
 
 template <int Kind>
-void times_a(const idlm_cpu_linear& w, int count, const float* x, float* low) {
+void times_a(const idlm_cpu_linear& w, int group, int count, const float* x, float* low) {
   const int64_t width = w.parts * w.rank;
-  for (; count >= 4; count -= 4, x += 4 * w.k, low += 4 * width) times_a<Kind, 4>(w, x, low);
-  if (count == 3) times_a<Kind, 3>(w, x, low);
-  if (count == 2) times_a<Kind, 2>(w, x, low);
-  if (count == 1) times_a<Kind, 1>(w, x, low);
+  for (; count >= 4; count -= 4, x += 4 * w.k, low += 4 * width) times_a<Kind, 4>(w, group, x, low);
+  if (count == 3) times_a<Kind, 3>(w, group, x, low);
+  if (count == 2) times_a<Kind, 2>(w, group, x, low);
+  if (count == 1) times_a<Kind, 1>(w, group, x, low);
 }
 
 // What a block of 32 numbers becomes: x = d * q, with d = max |x| / most. A block that is not finite has d = NaN.
@@ -363,27 +359,29 @@ IDLM_INLINE void quantise(const float* x, int64_t k, const RowPlan& plan, int pl
   }
 }
 
-// low = scale * x A^T of one MASK row, in 8 bits: 32 ranks at a time, each a chain over the blocks of k.
-IDLM_INLINE void times_a_bytes(const idlm_cpu_linear& w, const RowPlan& plan, int place, const Activations& in) {
+// 32 ranks of low = scale * x A^T of one MASK row, in 8 bits: a chain over the blocks of k.
+IDLM_INLINE void times_a_bytes(const idlm_cpu_linear& w, const RowPlan& plan, int block, int place, const Activations& in) {
   const Tile& tile = plan.tiles[plan.tile_of[place]];
   const int64_t blocks = w.k / kBlock, own = tile.first_byte * blocks + tile.clean + place - tile.first, size = w.k * kLanes;
-  for (int p = 0; p < w.parts * w.rank / kBlock; p++) {
-    const uint8_t* a = (const uint8_t*)w.lora_a + 2 * p * size;
-    F c[2] = {};
-    for (int64_t b = 0; b < blocks; b++, a += 512) {
-      const int64_t at = own + b * tile.bytes;
-      const Sums<1, 2> sums = q8_block<1, 2>(a, size, in.q + at * kBlock, kBlock);
-      for (int g = 0; g < 2; g++) {
-        I total = Sums<1, 2>::total(sums, g, 0) - splat_i(in.offset[at]);
-        c[g] = fma(to_float(total), splat(in.d[at]), c[g]);
-      }
+  const uint8_t* a = (const uint8_t*)w.lora_a + 2 * block * size;
+  F c[2] = {};
+  for (int64_t b = 0; b < blocks; b++, a += 512) {
+    const int64_t at = own + b * tile.bytes;
+    for (int i = 0; i < 8; i++) {
+      __builtin_prefetch(a + 2048 + 64 * i);
+      __builtin_prefetch(a + size + 2048 + 64 * i);
     }
-    F u = c[0] * load<F>(w.lora_a_scale + p * kBlock) * splat(w.scale), v = c[1] * load<F>(w.lora_a_scale + p * kBlock + kLanes) * splat(w.scale);
-    const int64_t block = place * (int64_t)(w.parts * w.rank / kBlock) + p;
-    const Quantised low = quantised(u, v, 127.f);
-    put_bytes(low.u, low.v, low.d, in.low_q + block * kBlock, in.low_d + block, in.low_offset + block);
-    in.low_offset[block] *= kQ8Offset;
+    const Sums<1, 2> sums = q8_block<1, 2>(a, size, in.q + at * kBlock, kBlock);
+    for (int g = 0; g < 2; g++) {
+      I total = Sums<1, 2>::total(sums, g, 0, total_q8) - splat_i(in.offset[at]);
+      c[g] = fma(to_float(total), splat(in.d[at]), c[g]);
+    }
   }
+  const float* scale = w.lora_a_scale + block * kBlock;
+  const int64_t to = place * (int64_t)(w.parts * w.rank / kBlock) + block;
+  const Quantised low = quantised(c[0] * load<F>(scale) * splat(w.scale), c[1] * load<F>(scale + kLanes) * splat(w.scale), 127.f);
+  put_bytes(low.u, low.v, low.d, in.low_q + to * kBlock, in.low_d + to, in.low_offset + to);
+  in.low_offset[to] *= kQ8Offset;
 }
 
 }  // namespace IDLM_ISA

@@ -147,8 +147,8 @@ static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
     p.out[chosen[c] * p.num_k + j] = best;
   };
   // First every row's candidates and its part of the state; then draft after draft: previous embedding, state, query, choice.
-  std::vector<int> stages = {rows, rows * units};
-  for (int j = 0; j < p.num_k; j++) stages.insert(stages.end(), {count, count * units, count * up, count});
+  std::vector<Pool::Stage> stages = {{rows}, {rows * units}};
+  for (int j = 0; j < p.num_k; j++) stages.insert(stages.end(), {{count}, {count * units}, {count * up}, {count}});
   const Pool::Unit run = [&](int stage, int unit, int) {
     if (stage == 0) {
       const int64_t row = row_of(unit);

@@ -130,6 +130,8 @@ IDLM_INLINE I dot_q4(I sum, I bytes, int32_t four) { return dot_q8(sum, bytes, f
 IDLM_INLINE I total_q4(I sum) { return sum; }
 #endif
 
+IDLM_INLINE I total_q8(I sum) { return sum; }
+
 // The nearest integer, ties to even, as a float; for magnitudes below 2^22.
 IDLM_INLINE F nearest(F x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
 
