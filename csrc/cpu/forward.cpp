@@ -121,19 +121,18 @@ int groups_per_unit(int groups, int threads, int multiple) {
 }
 
 // The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, in tiles of even work.
-RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_bytes) {
+RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_bytes, bool is_wide) {
   RowPlan plan = {count, 0, {}, std::vector<int32_t>(count), {}};
-  int bytes = 0;
-  for (int width : {2, 1})
+  for (bool masks : {false, true})
     for (int i = 0; i < count; i++)
-      if ((rows.is_mask[chosen ? chosen[i] : i] ? 1 : 2) == width) plan.row.push_back(i), bytes += width;
-  const int clean = plan.clean = bytes - count;
-  for (int place = 0, at = 0, left = bytes; place < count;) {
+      if ((rows.is_mask[chosen ? chosen[i] : i] != 0) == masks) plan.row.push_back(i), plan.clean += !masks;
+  const int wide = is_wide ? plan.clean : 0;
+  for (int place = 0, at = 0, left = wide + count; place < count;) {
     const int tiles = ceil_div(left, most_bytes), size = std::min(most_bytes, (ceil_div(left, tiles) + 1) / 2 * 2);
-    Tile tile = {place, 0, 0, at, 0};
-    for (; place < count && tile.bytes + (place < clean ? 2 : 1) <= size; place++) {
-      tile.bytes += place < clean ? 2 : 1;
-      tile.clean += place < clean, tile.count++;
+    Tile tile = {place, 0, 0, 0, at, 0};
+    for (; place < count && tile.bytes + 1 + (place < wide) <= size; place++) {
+      tile.bytes += 1 + (place < wide);
+      tile.wide += place < wide, tile.clean += place < plan.clean, tile.count++;
       plan.tile_of[place] = (int)plan.tiles.size();
     }
     at += tile.bytes, left -= tile.bytes;
@@ -168,8 +167,8 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   job.model = &m;
   job.cache = &cache;
   job.rows = &rows;
-  job.all = plan_of(count, rows, nullptr, kernels.most_rows);
-  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows);
+  job.all = plan_of(count, rows, nullptr, kernels.most_rows, !m.int8_activations);
+  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows, !m.int8_activations);
   const size_t activations = (size_t)most * widest, low = (size_t)most * lowest;
   job.in = {s.x.at_least(activations), s.q.at_least(2 * activations), s.d.at_least(2 * activations / kBlock + 2),
             s.sum.at_least(2 * activations / kBlock + 2), s.offset.at_least(2 * activations / kBlock + 2), s.low.at_least(low + 1),
@@ -260,9 +259,16 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
     const idlm_cpu_layer& l = m.layers[layer];
     const idlm_cpu_linear* w = kind == kPrepareQkv ? &l.qkv : kind == kPrepareO ? &l.o : kind == kPrepareUp ? &l.gate_up : kind == kPrepareDown ? &l.down : nullptr;
     if (!w) return;
+    const auto fetch_lines = [](const void* from, int64_t bytes) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+    };
+    const auto share = [&](int of) { return Pool::share(stages[of].units, thread, threads); };
+    if (stages[stage + 1].units > share(stage + 1)) {
+      const int64_t bytes = low_ranks(*w) * w->k * (w->lora_kind == IDLM_CPU_I8 ? 1 : w->lora_kind == IDLM_CPU_F32 ? 4 : 2);
+      fetch_lines((const char*)w->lora_a + share(stage + 1) * bytes, std::min<int64_t>(bytes, 16384));
+    }
     const int each = kind == kPrepareQkv ? m.head_dim / 16 : kind == kPrepareUp ? up : o;
-    const char* from = (const char*)w->weight + Pool::share(stages[stage + 2].units, thread, threads) * each * group_bytes(w->kind, w->k);
-    for (int i = 0; i < 128; i++) __builtin_prefetch(from + 64 * i, 0, 2);
+    fetch_lines((const char*)w->weight + share(stage + 2) * each * group_bytes(w->kind, w->k), 8192);
   };
   p.pool.run(stages, threads, run_unit, fetch);
 }

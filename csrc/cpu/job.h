@@ -22,9 +22,11 @@ inline int64_t group_bytes(int kind, int64_t k) {
 }
 
 // The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
-// that order. Quantised weights meet rows of bytes: two for a clean row, one for a MASK row, numbered in the same order.
+// that order. Quantised weights meet rows of bytes: two for a clean row (one, where the model says so), one for a MASK row,
+// numbered in the same order.
 struct Tile {
   int32_t first, count, clean;  // places
+  int32_t wide;                 // those of them, the first ones, that have two rows of bytes
   int32_t first_byte, bytes;    // rows of bytes
 };
 struct RowPlan {

@@ -267,7 +267,7 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
           const F* from = found + j * count;
           for (int r = 0; r < tile.count; r++) {
             y[r] = *from++;
-            if (in_bytes && r < tile.clean) y[r] += *from++;
+            if (in_bytes && r < tile.wide) y[r] += *from++;
             if (w.bias) y[r] += load<F>(w.bias + g * kLanes);
           }
           if (w.lora_a && tile.clean < tile.count) {
@@ -335,12 +335,12 @@ IDLM_INLINE void put_bytes(I u, I v, float d, int8_t* q, float* to_d, int32_t* s
   *sum = sum_lanes(u + v);
 }
 
-// The rows of bytes of one place. Clean: q up to 32,512 as 255 high + low, both of magnitude 127 at most.
+// The rows of bytes of one place. Two: q up to 32,512 as 255 high + low, both of magnitude 127 at most.
 IDLM_INLINE void quantise(const float* x, int64_t k, const RowPlan& plan, int place, const Activations& in) {
   const Tile& tile = plan.tiles[plan.tile_of[place]];
   const int index = place - tile.first;
-  const bool is_clean = index < tile.clean;
-  const int64_t own = tile.first_byte * (k / kBlock) + (is_clean ? 2 * index : tile.clean + index);
+  const bool is_wide = index < tile.wide;
+  const int64_t own = tile.first_byte * (k / kBlock) + (is_wide ? 2 * index : tile.wide + index);
   auto put = [&](I u, I v, float d, int64_t at) {
     int32_t sum;
     put_bytes(u, v, d, in.q + at * kBlock, in.d + at, &sum);
@@ -348,40 +348,54 @@ IDLM_INLINE void quantise(const float* x, int64_t k, const RowPlan& plan, int pl
   };
   for (int64_t b = 0; b < k / kBlock; b++) {
     const int64_t at = own + b * tile.bytes;
-    const Quantised block = quantised(load<F>(x + b * kBlock), load<F>(x + b * kBlock + kLanes), is_clean ? 32512.f : 127.f);
+    const Quantised block = quantised(load<F>(x + b * kBlock), load<F>(x + b * kBlock + kLanes), is_wide ? 32512.f : 127.f);
     I u = block.u, v = block.v;
-    if (is_clean) {
+    if (is_wide) {
       I high_u = __builtin_convertvector(nearest(to_float(u) * (1 / 255.f)), I), high_v = __builtin_convertvector(nearest(to_float(v) * (1 / 255.f)), I);
       put(high_u, high_v, block.d * 255.f, at);
       u -= high_u * 255, v -= high_v * 255;
     }
-    put(u, v, block.d, at + is_clean);
+    put(u, v, block.d, at + is_wide);
   }
 }
 
-// 32 ranks of low = scale * x A^T of one MASK row, in 8 bits: a chain over the blocks of k.
-IDLM_INLINE void times_a_bytes(const idlm_cpu_linear& w, const RowPlan& plan, int block, int place, const Activations& in) {
-  const Tile& tile = plan.tiles[plan.tile_of[place]];
-  const int64_t blocks = w.k / kBlock, own = tile.first_byte * blocks + tile.clean + place - tile.first, size = w.k * kLanes;
+// 32 ranks of low = scale * x A^T of R MASK rows of one tile, in 8 bits: a chain over the blocks of k.
+template <int R>
+void times_a_bytes(const idlm_cpu_linear& w, const Tile& tile, int block, int place, const Activations& in) {
+  const int64_t blocks = w.k / kBlock, own = tile.first_byte * blocks + tile.wide + place - tile.first, size = w.k * kLanes;
   const uint8_t* a = (const uint8_t*)w.lora_a + 2 * block * size;
-  F c[2] = {};
+  F c[2][R] = {};
   for (int64_t b = 0; b < blocks; b++, a += 512) {
     const int64_t at = own + b * tile.bytes;
     for (int i = 0; i < 8; i++) {
-      __builtin_prefetch(a + 2048 + 64 * i);
-      __builtin_prefetch(a + size + 2048 + 64 * i);
+      __builtin_prefetch(a + 4096 + 64 * i);
+      __builtin_prefetch(a + size + 4096 + 64 * i);
     }
-    const Sums<1, 2> sums = q8_block<1, 2>(a, size, in.q + at * kBlock, kBlock);
-    for (int g = 0; g < 2; g++) {
-      I total = Sums<1, 2>::total(sums, g, 0, total_q8) - splat_i(in.offset[at]);
-      c[g] = fma(to_float(total), splat(in.d[at]), c[g]);
-    }
+    const Sums<R, 2> sums = q8_block<R, 2>(a, size, in.q + at * kBlock, kBlock);
+    for (int g = 0; g < 2; g++)
+      for (int r = 0; r < R; r++) {
+        I total = Sums<R, 2>::total(sums, g, r, total_q8) - splat_i(in.offset[at + r]);
+        c[g][r] = fma(to_float(total), splat(in.d[at + r]), c[g][r]);
+      }
   }
   const float* scale = w.lora_a_scale + block * kBlock;
-  const int64_t to = place * (int64_t)(w.parts * w.rank / kBlock) + block;
-  const Quantised low = quantised(c[0] * load<F>(scale) * splat(w.scale), c[1] * load<F>(scale + kLanes) * splat(w.scale), 127.f);
-  put_bytes(low.u, low.v, low.d, in.low_q + to * kBlock, in.low_d + to, in.low_offset + to);
-  in.low_offset[to] *= kQ8Offset;
+  const F left = load<F>(scale) * splat(w.scale), right = load<F>(scale + kLanes) * splat(w.scale);
+  for (int r = 0; r < R; r++) {
+    const int64_t to = (place + r) * (int64_t)(w.parts * w.rank / kBlock) + block;
+    const Quantised low = quantised(c[0][r] * left, c[1][r] * right, 127.f);
+    put_bytes(low.u, low.v, low.d, in.low_q + to * kBlock, in.low_d + to, in.low_offset + to);
+    in.low_offset[to] *= kQ8Offset;
+  }
+}
+
+IDLM_INLINE void times_a_bytes(const idlm_cpu_linear& w, const RowPlan& plan, int block, const Activations& in) {
+  for (const Tile& tile : plan.tiles)
+    for (int place = tile.first + tile.clean, left = tile.count - tile.clean; left > 0; place += 4, left -= 4) {
+      if (left >= 4) times_a_bytes<4>(w, tile, block, place, in);
+      else if (left == 3) times_a_bytes<3>(w, tile, block, place, in);
+      else if (left == 2) times_a_bytes<2>(w, tile, block, place, in);
+      else times_a_bytes<1>(w, tile, block, place, in);
+    }
 }
 
 }  // namespace IDLM_ISA

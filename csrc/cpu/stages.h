@@ -31,10 +31,7 @@ void prepare(const Job& job, const idlm_cpu_linear& w, const float* source, cons
 void times_a(const Job& job, const idlm_cpu_linear& w, int unit) {
   const RowPlan& plan = job.all;
   const int first = plan.clean, count = plan.count - first;
-  if (w.lora_kind == IDLM_CPU_I8) {
-    for (int place = first; place < plan.count; place++) times_a_bytes(w, plan, unit, place, job.in);
-    return;
-  }
+  if (w.lora_kind == IDLM_CPU_I8) return times_a_bytes(w, plan, unit, job.in);
   const float* x = job.in.x + first * (int64_t)w.k;
   float* low = job.in.low + (int64_t)first * w.parts * w.rank;
   if (w.lora_kind == IDLM_CPU_F16) times_a<IDLM_CPU_F16>(w, unit, count, x, low);

@@ -73,6 +73,7 @@ class Model(Structure):
         ("head_dim", c_int32),
         ("eps", c_float),
         ("has_adapter", c_int32),
+        ("int8_activations", c_int32),
     )
 
 

@@ -57,9 +57,17 @@ class CpuStack:
     """The packed weights of a model and the call that runs them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype | None, rotary: Tensor, threads: int
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter | None,
+        dtype: torch.dtype | None,
+        rotary: Tensor,
+        *,
+        threads: int,
+        int8_activations: bool,
     ):
-        """dtype: of the weights; as they are stored when None."""
+        """dtype: of the weights; as they are stored when None. int8_activations: of clean rows too, not of MASK rows
+        alone, where they meet quantised weights."""
         library = native.library()
         assert library is not None
         self._library, self._config = library, checkpoint.config
@@ -86,11 +94,17 @@ class CpuStack:
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
             has_adapter=adapter is not None,
+            int8_activations=int8_activations,
         )
         self._kept += [self.embedding, head]
         self._model = model, rotary
         self.set_rotary(rotary)
         del self._checkpoint, self._adapter
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a matrix is stored in blocks of 4 or 8 bits."""
+        return any(kept.kind in (native.Q4, native.Q8) for kept in self._kept if isinstance(kept, PackedWeight))
 
     def set_rotary(self, rotary: Tensor) -> None:
         """Another table from the next forward on; one that runs in another thread keeps its own."""

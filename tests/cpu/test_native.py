@@ -179,6 +179,31 @@ def test_blocks_as_they_are_stored(kind: str, isa: str, monkeypatch: pytest.Monk
     assert error[30:].max() < 0.15
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_activations_of_8_bits_for_all_rows(kind: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = BlockCheckpoint(WIDE, kind)
+    fast, slow = models(checkpoint, monkeypatch, adapter=random_adapter(WIDE))
+    coarse = Transformer(BlockCheckpoint(WIDE, kind), adapter=random_adapter(WIDE), activations="int8")
+    rows = prompt_rows([30], 4, 16)
+    want, got = logits_of(slow, rows, 16), logits_of(coarse, rows, 16)
+    error = (got - want).abs().amax(1) / want.std()
+    assert error.max() < 0.15
+    assert error[:30].min() > 2e-3, "it is not the faithful way"
+    one = dataclasses.replace(rows, is_mask=torch.zeros_like(rows.is_mask))
+    assert torch.equal(logits_of(coarse, one, 16)[:30], got[:30]), "a clean row has its bits with any neighbours"
+    assert not torch.equal(logits_of(fast, rows, 16)[:30], got[:30])
+
+
+def test_activations_of_8_bits_want_quantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="blocks of 4 or 8 bits"):
+        Transformer(MemoryCheckpoint(WIDE), activations="int8")
+    with pytest.raises(ValueError, match="wanted auto or int8"):
+        Transformer(BlockCheckpoint(WIDE, "Q4_0"), activations="int4")
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(ValueError, match="idlm doctor"):
+        Transformer(BlockCheckpoint(WIDE, "Q4_0"), activations="int8")
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"])
 def test_a_packed_weight_gives_its_rows_back(kind: str) -> None:
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(1))

@@ -54,6 +54,7 @@ typedef struct {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
   float eps;
   int32_t has_adapter;
+  int32_t int8_activations;  // 1: of clean rows too, where weights are quantised; 0: those have 16 bits
 } idlm_cpu_model;
 
 // Keys lie transposed in tiles of 16 slots, so that 16 scores are 16 lanes.
