@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 import idlm_kernels
 from bench.gpu_cases import PAGE_SIZE, RANK, Call, Case, cases
 from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams, StepPlan, engine
-from idlm_kernels.generate.step import StepOutcome
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
@@ -161,14 +160,11 @@ def random_adapter(config: ModelConfig, device: torch.device, rank: int) -> Adap
 class EagerRecorder:
     """Replays by running the step again, so that nothing but the recording differs."""
 
-    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         outcome = step()
 
         def replay() -> None:
-            new = step()
-            for f in fields(outcome):
-                if (x := getattr(outcome, f.name)) is not None:
-                    x.copy_(getattr(new, f.name))
+            outcome.copy_(step())
 
         return replay, outcome
 

@@ -35,7 +35,7 @@ from idlm_kernels.generate.params import SamplingParams, checked_seed
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
+from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill_chunk
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
 from python_ref import QState
@@ -421,7 +421,7 @@ class Engine:
             for request in group:
                 request.decoding = True
                 self.pool.publish(request.tokens, request.pages)
-            yield from self._taken(outcome.packed().tolist(), dict(enumerate(group)))
+            yield from self._taken(outcome.tolist(), dict(enumerate(group)))
 
     def _narrowed(self, first: int, last: int) -> Decoder:
         """The decoder with the q_state of some places and of the drafts of the plan."""
@@ -567,24 +567,26 @@ class _Events:
 
 
 class _Readback:
-    """The outcome of a step on its way to the host; on a GPU through pinned memory, without stopping the device."""
+    """The outcome of a step on its way to the host; on a GPU through pinned memory, without stopping the device.
 
-    def __init__(self, outcome: StepOutcome):
-        packed = outcome.packed()
+    It is read before the next step, which may overwrite it, begins: on a GPU in the order of the stream.
+    """
+
+    def __init__(self, outcome: Tensor):
         self._event: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
-            self._host: Tensor = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
+        if outcome.device.type == "cuda":
+            self._host: Tensor = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+            self._host.copy_(outcome, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = packed
+            self._rows: list[list[int]] = outcome.tolist()
 
     def wait(self) -> list[list[int]]:
         if self._event is not None:
             self._event.synchronize()
-        rows: list[list[int]] = self._host.tolist()
-        return rows
+            self._rows = self._host.tolist()
+        return self._rows
 
 
 def _buckets(max_num_seqs: int, few: bool) -> list[int]:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from idlm_kernels.generate.drafts import SOURCES
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
+from python_ref.step import MASK_DRAFTS, SUFFIX_DRAFTS
 
+SOURCES = {MASK_DRAFTS: "mask", SUFFIX_DRAFTS: "suffix"}
 _REASONS = {STOPPED: "stop", LENGTH: "length", FAILED: "error"}
 _LOGPROB = struct.Struct("d")
 
@@ -104,7 +105,7 @@ class RequestOutput:
         self._started = self._last = time.perf_counter()
 
     def read(self, row: Sequence[int], stride: int) -> StreamEvent:
-        """Take a row of StepOutcome.packed()."""
+        """Take a row of the outcome of a step."""
         num_drafts, num_accepted, emitted, finish, status, source, *rest = row
         self.status |= status
         event = self.take(rest[:emitted], num_drafts, num_accepted, finish, source)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from idlm_kernels.generate import (
     CostTable,
@@ -23,7 +23,7 @@ from idlm_kernels.generate import (
 )
 from idlm_kernels.generate.plan import plans_up_to
 from idlm_kernels.generate.state import RUNNING, DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
+from idlm_kernels.generate.step import Decoder, decode_step
 from tests.tiny import oracle_checkpoint
 
 MakeGenerator = Callable[..., Generator]
@@ -231,17 +231,14 @@ class EagerRecorder:
     def __init__(self, memory: int = 1000) -> None:
         self.memory, self.made = memory, 0
 
-    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         if self.made == self.memory:
             raise torch.cuda.OutOfMemoryError("no memory left to record")
         self.made += 1
         outcome = step()
 
         def replay() -> None:
-            new = step()
-            for f in dataclasses.fields(outcome):
-                if getattr(outcome, f.name) is not None:
-                    getattr(outcome, f.name).copy_(getattr(new, f.name))
+            outcome.copy_(step())
 
         return replay, outcome
 
@@ -266,10 +263,10 @@ def test_recorded_steps_and_running_out_of_memory(rule: str, memory: int, models
     assert recorder is not None and recorder.made == min(memory, 4), "places 1, 2, 4 and 5, the largest first"
 
 
-def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], StepOutcome]:
+def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], Tensor]:
     calls = 0
 
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == at:
@@ -298,7 +295,7 @@ def test_a_forward_that_raises_ends_its_batch_only(lag: int, models: list[Genera
 
 
 def test_nan_in_one_request_leaves_the_others_alone(models: list[Generator]) -> None:
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         for page in state.page_table[(state.seed == 7) & (state.finish == RUNNING), 0].tolist():
             decoder.cache.v[0][page, 0] = float("nan")
         return decode_step(decoder, state)

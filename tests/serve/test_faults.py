@@ -26,6 +26,7 @@ from idlm_kernels.generate.step import decode_step
 from idlm_kernels.serve import answers, run
 from idlm_kernels.serve.app import Server
 from idlm_kernels.serve.protocol import NOT_SUPPORTED
+from python_ref.step import OUTCOME
 from tests.serve.conftest import Running, running
 
 USER = [{"role": "user", "content": "a"}]
@@ -307,7 +308,7 @@ def test_nan_is_the_fault_of_its_request_alone(make_engine: Callable[..., Engine
 
     def step(decoder: Any, state: Any) -> Any:
         outcome = decode_step(decoder, state)
-        outcome.finish[state.seed == 13] = FAILED
+        outcome[state.seed == 13, OUTCOME.index("finish")] = FAILED
         return outcome
 
     with running(make_engine(step)) as server:
