@@ -11,7 +11,10 @@ namespace idlm_cpu {
 constexpr int kBlock = 32;      // k per block of quantised weights and activations
 constexpr int kTile = 16;       // slots of a tile of K
 
-// Bytes of a group of 16 outputs over k numbers each.
+// Bytes of a group of 16 outputs over k numbers each. Groups of blocks lie in pairs, block by block, so that two groups are
+// one stream of memory: of Q4 [k / 32][2 groups][256 bytes of numbers], then [2][32 bytes of d, 32 of m] in the same block; of
+// Q8 [k / 32][2][512], then [2][32 bytes of d].
+constexpr int64_t kQ4Pair = 640, kQ8Pair = 1088;
 inline int64_t group_bytes(int kind, int64_t k) {
   switch (kind) {
     case IDLM_CPU_Q4: return k / kBlock * 320;

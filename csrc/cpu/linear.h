@@ -56,7 +56,9 @@ IDLM_INLINE F load_weight(const uint8_t* w, int64_t index) {
 }
 
 template <int Kind, int R, int G>
-void dense_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* out) {
+void dense_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a, F* out) {
+  const int64_t group = group_bytes(Kind, k);
+  const uint8_t* w = pair + first * group;
   F c[G][R] = {};
   for (int64_t i = 0; i < k; i++) {
     F v[G];
@@ -97,27 +99,28 @@ struct Sums {
 };
 
 template <int R, int G>
-void q4_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* out) {
+void q4_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a, F* out) {
   using S = Sums<R, G>;
   F c[G][R] = {};
+  const uint8_t* w = pair + 256 * first;
+  const uint16_t* scales = (const uint16_t*)(pair + 512 + 64 * first);
   const int8_t* q = a.q;
   const float *d = a.d, *sum = a.sum;
-  for (int64_t b = 0; b < k / kBlock; b++, w += 320, q += R * kBlock, d += R, sum += R) {
+  for (int64_t b = 0; b < k / kBlock; b++, w += kQ4Pair, scales += kQ4Pair / 2, q += R * kBlock, d += R, sum += R) {
     S sums;
     RowTile::fetch(a);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {  // 8 of the 32 k
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int g = 0; g < G; g++) {
-        U v = load<U>(w + g * group + 64 * i);
+        U v = load<U>(w + 256 * g + 64 * i);
         S::add_q4(sums, g, 2 * i, (I)(v & 0x0f0f0f0fu), q);
         S::add_q4(sums, g, 2 * i + 1, (I)((v >> 4) & 0x0f0f0f0fu), q);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int g = 0; g < G; g++) {
-      const uint16_t* scales = (const uint16_t*)(w + g * group + 256);
-      F scale = load_f16(scales), m = load_f16(scales + kLanes);
+      F scale = load_f16(scales + 2 * kLanes * g), m = load_f16(scales + 2 * kLanes * g + kLanes);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         c[g][r] = fma(to_float(S::total(sums, g, r, total_q4)) * scale, splat(d[r]), c[g][r]);
@@ -129,31 +132,32 @@ void q4_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* ou
     for (int r = 0; r < R; r++) out[g * R + r] = c[g][r];
 }
 
-// The sums of one block of 8-bit weights, [8][16 outputs][4], with R rows of bytes that lie `stride` apart.
+// The sums of one block of 8-bit weights, [G][8][16 outputs][4], with R rows of bytes that lie `stride` apart.
 template <int R, int G>
-IDLM_INLINE Sums<R, G> q8_block(const uint8_t* w, int64_t group, const int8_t* q, int64_t stride) {
+IDLM_INLINE Sums<R, G> q8_block(const uint8_t* w, const int8_t* q, int64_t stride) {
   Sums<R, G> sums;
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) Sums<R, G>::add_q8(sums, g, i, q8_weights(load<U>(w + g * group + 64 * i)), q, stride);
+    for (int g = 0; g < G; g++) Sums<R, G>::add_q8(sums, g, i, q8_weights(load<U>(w + 512 * g + 64 * i)), q, stride);
   }
   return sums;
 }
 
 template <int R, int G>
-void q8_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* out) {
+void q8_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a, F* out) {
   F c[G][R] = {};
+  const uint8_t* w = pair + 512 * first;
+  const uint16_t* scales = (const uint16_t*)(pair + 1024 + 32 * first);
   const int8_t* q = a.q;
   const float* d = a.d;
   const int32_t* offset = a.offset;
-  const uint8_t* scales = w + k * kLanes;  // behind the numbers
-  for (int64_t b = 0; b < k / kBlock; b++, w += 512, scales += 32, q += R * kBlock, d += R, offset += R) {
+  for (int64_t b = 0; b < k / kBlock; b++, w += kQ8Pair, scales += kQ8Pair / 2, q += R * kBlock, d += R, offset += R) {
     RowTile::fetch(a);
-    const Sums<R, G> sums = q8_block<R, G>(w, group, q, kBlock);
-#pragma GCC unroll 4
+    const Sums<R, G> sums = q8_block<R, G>(w, q, kBlock);
+#pragma GCC unroll 2
     for (int g = 0; g < G; g++) {
-      F scale = load_f16((const uint16_t*)(scales + g * group));
+      F scale = load_f16(scales + kLanes * g);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         I total = Sums<R, G>::total(sums, g, r, total_q8) - splat_i(offset[r]);
@@ -165,6 +169,7 @@ void q8_tile(const uint8_t* w, int64_t group, int64_t k, const RowTile& a, F* ou
     for (int r = 0; r < R; r++) out[g * R + r] = c[g][r];
 }
 
+// A product of a tile of rows with G groups of a weight: those from `first` (0 or 1) on of a pair.
 using TileFunction = void (*)(const uint8_t*, int64_t, int64_t, const RowTile&, F*);
 
 template <int R, int G>
@@ -213,7 +218,7 @@ void add_b_bytes(const uint8_t* b, const idlm_cpu_linear& w, int group, const Ac
   const int64_t stride = (int64_t)w.parts * w.rank, blocks = stride / kBlock, first = place * blocks + at / kBlock;
   F c[R] = {};
   for (int64_t i = 0; i < w.rank / kBlock; i++, b += 512) {
-    const Sums<R, 1> sums = q8_block<R, 1>(b, 0, in.low_q + place * stride + at + i * kBlock, stride);
+    const Sums<R, 1> sums = q8_block<R, 1>(b, in.low_q + place * stride + at + i * kBlock, stride);
     for (int r = 0; r < R; r++) {
       const int64_t block = first + i + r * blocks;
       I total = Sums<R, 1>::total(sums, 0, r, total_q8) - splat_i(in.low_offset[block]);
@@ -255,13 +260,13 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
       const int64_t at = tile.first_byte * blocks;
       RowTile a = {job.in.x + tile.first * (int64_t)w.k, job.in.q + at * kBlock, job.in.d + at, job.in.sum + at, job.in.offset + at, nullptr, 0, plan.tiles.size() == 1};
       for (int g = near; g < end;) {
-        const int together = end - g >= at_once ? at_once : 1;
+        const int together = g % 2 == 0 && end - g >= at_once ? at_once : 1;
         // The groups that follow these, a part by each tile: memory is read while all of them compute.
         const int64_t part = together * size / (int64_t)plan.tiles.size();
         a.next = weight + (g + kNear) * size + part * (&tile - plan.tiles.data());
         a.lines = g + kNear < groups ? (int)(part / 64 * kBlock / w.k + 1) : 0;
         F found[kMostRows];
-        tile_for(w.kind, count, together)(weight + g * size, size, w.k, a, found);
+        tile_for(w.kind, count, together)(weight + g / 2 * 2 * size, g % 2, w.k, a, found);
         for (int j = 0; j < together; j++, g++) {
           F y[kMostRows];
           const F* from = found + j * count;
@@ -362,16 +367,13 @@ IDLM_INLINE void quantise(const float* x, int64_t k, const RowPlan& plan, int pl
 // 32 ranks of low = scale * x A^T of R MASK rows of one tile, in 8 bits: a chain over the blocks of k.
 template <int R>
 void times_a_bytes(const idlm_cpu_linear& w, const Tile& tile, int block, int place, const Activations& in) {
-  const int64_t blocks = w.k / kBlock, own = tile.first_byte * blocks + tile.wide + place - tile.first, size = w.k * kLanes;
-  const uint8_t* a = (const uint8_t*)w.lora_a + 2 * block * size;
+  const int64_t blocks = w.k / kBlock, own = tile.first_byte * blocks + tile.wide + place - tile.first;
+  const uint8_t* a = (const uint8_t*)w.lora_a + block * (int64_t)w.k * kBlock;
   F c[2][R] = {};
-  for (int64_t b = 0; b < blocks; b++, a += 512) {
+  for (int64_t b = 0; b < blocks; b++, a += 1024) {
     const int64_t at = own + b * tile.bytes;
-    for (int i = 0; i < 8; i++) {
-      __builtin_prefetch(a + 4096 + 64 * i);
-      __builtin_prefetch(a + size + 4096 + 64 * i);
-    }
-    const Sums<R, 2> sums = q8_block<R, 2>(a, size, in.q + at * kBlock, kBlock);
+    for (int i = 0; i < 16; i++) __builtin_prefetch(a + 8192 + 64 * i);
+    const Sums<R, 2> sums = q8_block<R, 2>(a, in.q + at * kBlock, kBlock);
     for (int g = 0; g < 2; g++)
       for (int r = 0; r < R; r++) {
         I total = Sums<R, 2>::total(sums, g, r, total_q8) - splat_i(in.offset[at + r]);

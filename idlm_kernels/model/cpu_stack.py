@@ -213,12 +213,15 @@ class CpuStack:
                 padded[:, : pair[1].shape[1]] = pair[1]
             b.append(padded.view(-1, _LANES, rank))
         packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
-        a = a.view(-1, _LANES, linear.k)
         if in_bytes:
             a, a_scale = _in_bytes(a)
             packed_b, b_scale = _in_bytes(packed_b)
             linear.lora_a_scale, linear.lora_b_scale, kind = self._keep(a_scale), self._keep(b_scale), native.I8
-        linear.lora_a, linear.lora_b = (self._keep(_by_lanes(x, 4 if in_bytes else 1)) for x in (a, packed_b))
+            a = a.view(-1, 2, _LANES, linear.k // 32, 8, 4).permute(0, 3, 1, 4, 2, 5)
+            packed_b = packed_b.unflatten(2, (-1, 4))
+        else:
+            a = a.view(-1, _LANES, linear.k).transpose(1, 2)
+        linear.lora_a, linear.lora_b = (self._keep(x.contiguous()) for x in (a, packed_b.transpose(1, 2)))
         linear.part = self._keep(part)
         linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
         linear.scale = adapter.scale
@@ -286,11 +289,6 @@ def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers as int8 and the scale of each row (of the last dimension), fp32."""
     scale = x.float().abs().amax(-1, keepdim=True) / 127
     return (x.float() / scale.clamp(min=1e-30)).round().to(torch.int8), scale.contiguous()
-
-
-def _by_lanes(groups: Tensor, together: int) -> Tensor:
-    """Groups of 16 outputs [groups, 16, k] as [groups, k / together, 16, together], as the kernels read them."""
-    return groups.unflatten(2, (-1, together)).transpose(1, 2).contiguous()
 
 
 def _in_groups(parts: Sequence[Tensor], part: Tensor) -> Tensor:

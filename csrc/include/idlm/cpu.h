@@ -23,7 +23,7 @@ enum { IDLM_CPU_GGUF_Q4_0 = 10, IDLM_CPU_GGUF_Q4_1 = 11, IDLM_CPU_GGUF_Q8_0 = 12
 typedef struct {
   const void* weight;   // [ceil(n / 16)] groups of 16 outputs, from idlm_cpu_pack
   const float* bias;    // [n] or null
-  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter; of I8 [parts][rank / 16][k / 4][16][4]
+  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter; of I8 [parts][rank / 32][k / 32][2][8][16][4]
   const void* lora_b;   // [n / 16][rank][16]; of I8 [n / 16][rank / 4][16][4]
   const float* lora_a_scale;  // [parts * rank], what numbers of I8 are multiplied with; null else
   const float* lora_b_scale;  // [n]
