@@ -147,7 +147,7 @@ def _answer(
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
-        print(_figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
+        print(figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
     if result.error is not None:
         print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
     elif result.status:
@@ -172,15 +172,19 @@ def _prompt_text(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
         if sys.stdin.isatty():
             print("idlm: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+        prompt = text_of_stdin(sys.stdin.buffer.read()).removesuffix("\n")
     elif any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt given to --prompt is not UTF-8")
     if not prompt:
         raise ValueError("the prompt is empty; give --prompt TEXT or write it to stdin")
     return prompt
+
+
+def text_of_stdin(given: bytes) -> str:
+    try:
+        return given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool | None, system: str | None) -> list[int]:
@@ -225,7 +229,8 @@ def _decode(
     return result, interrupted
 
 
-def _figures(result: GenerationResult, *, seed_drawn: bool) -> str:
+def figures(result: GenerationResult, *, seed_drawn: bool) -> str:
+    """A decode in a line; with its seed where that was drawn."""
     acceptance = " ".join("-" if share is None else f"{share:.2f}" for share in result.acceptance)
     return ", ".join(
         [

@@ -74,8 +74,8 @@ class ModelOptions:
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None
 
-    def load(self, random_weights: bool = False) -> Generator:
-        """The model. Sets the number of threads, and the backend, of the process."""
+    def load(self, **further: Any) -> Generator:
+        """The model. Sets the number of threads, and the backend, of the process. further: for from_pretrained."""
         import torch
 
         from idlm_kernels.generate import Generator
@@ -93,7 +93,7 @@ class ModelOptions:
             backend=self.backend,
             max_model_len=self.max_model_len,
             page_size=self.page_size,
-            random_weights=random_weights,
+            **further,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import os
@@ -15,7 +14,7 @@ from idlm_kernels.cli.errors import EXIT_STOPPED, reported
 from idlm_kernels.cli.options import DraftOptions, ModelOptions, with_groups
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import Engine, EngineOptions, Generator
+    from idlm_kernels.generate import Engine
 
 _KEY_VARIABLE = "IDLM_API_KEY"
 _MEBIBYTE = 1 << 20
@@ -66,9 +65,9 @@ def serve(
     from idlm_kernels.generate import EngineOptions
 
     decoding = drafts.checked().changed(logprobs=logprobs)
-    options = EngineOptions.of(decoding, max_num_seqs=max_num_seqs, page_size=models.page_size)
-    generator = models.load()
-    engine = _engine(generator, options, gpu_memory_utilization)
+    generator = models.load(gpu_memory_utilization=gpu_memory_utilization)
+    sizes = {"max_num_seqs": max_num_seqs, "max_model_len": generator.max_model_len, "page_size": models.page_size}
+    engine = generator.engine(EngineOptions.of(decoding, **sizes))
     name = served_model_name or models.model
     server = Server(engine, name, max_waiting=max_waiting, max_body_size=max_body * _MEBIBYTE, api_key=key)
     bound_host, bound_port = listening.getsockname()[:2]
@@ -81,16 +80,6 @@ def serve(
     except run.MachineFailed as failed:
         print(f"idlm: stopped: the machine failed: {failed}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from failed
-
-
-def _engine(generator: Generator, options: EngineOptions, memory_fraction: float) -> Engine:
-    from idlm_kernels.generate import Engine, PlanPolicy
-    from idlm_kernels.generate.memory import pages_in_memory
-
-    options = dataclasses.replace(options, max_model_len=generator.max_model_len)
-    policy = PlanPolicy.of(generator.model, options)
-    pages = pages_in_memory(generator.model, options, policy, memory_fraction)
-    return Engine(generator.model, generator.tokenizer, policy, dataclasses.replace(options, num_pages=pages))
 
 
 def _words(engine: Engine, name: str, host: str, port: int, has_key: bool) -> str:
