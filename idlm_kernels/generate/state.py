@@ -22,16 +22,17 @@ FAILED = 4  # of a request whose logits were NaN
 class DecodeState:
     """B places for requests. L is `lengths`; pending is text[b, L - 1], whose KV is not in the cache yet.
 
-    text int64 [B, max_len]; lengths, num_drafts, draft_source, length_limits, finish, status, top_k int32 [B]; drafts
-    int64 [B, K]; stop_ids int64 [B, S]; page_table int32 [B, max_pages]; temperature, top_p, min_p fp32 [B]; seed int64
-    [B]. mask_id: the id given to MASK rows (any valid one if the model has none); sampled_mask_id: the id that must
-    never be sampled, -1 if none; id_limit: ids from here on are never sampled.
+    text int64 [B, max_len]; lengths, num_drafts, max_drafts, draft_source, length_limits, finish, status, top_k int32
+    [B]; drafts int64 [B, K]; stop_ids int64 [B, S]; page_table int32 [B, max_pages]; temperature, top_p, min_p fp32
+    [B]; seed int64 [B]. mask_id: the id given to MASK rows (any valid one if the model has none); sampled_mask_id: the
+    id that must never be sampled, -1 if none; id_limit: ids from here on are never sampled.
     """
 
     text: Tensor
     lengths: Tensor
     drafts: Tensor
     num_drafts: Tensor
+    max_drafts: Tensor
     draft_source: Tensor
     length_limits: Tensor
     stop_ids: Tensor
@@ -74,6 +75,7 @@ class DecodeState:
             lengths=zeros(torch.int32) + 1,
             drafts=zeros(torch.int64, num_drafts),
             num_drafts=zeros(torch.int32),
+            max_drafts=zeros(torch.int32) + num_drafts,
             draft_source=zeros(torch.int32),
             length_limits=zeros(torch.int32),
             stop_ids=zeros(torch.int64, num_stop_ids),
@@ -109,13 +111,24 @@ class DecodeState:
         self.finish[source] = IDLE
 
     def place(
-        self, b: int, tokens: Sequence[int], params: SamplingParams, seed: int, limit: int, stop_ids: Sequence[int]
+        self,
+        b: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        stop_ids: Sequence[int],
+        drafts: bool = True,
     ) -> None:
-        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends."""
+        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends.
+
+        drafts: whether its steps have any.
+        """
         device = self.text.device
         self.text[b, : len(tokens)] = torch.tensor(tokens, device=device)
         self.lengths[b] = len(tokens)
         self.num_drafts[b] = 0
+        self.max_drafts[b] = self.drafts.shape[1] if drafts else 0
         self.draft_source[b] = 0
         self.length_limits[b] = limit
         self.stop_ids[b] = torch.tensor([*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))], device=device)

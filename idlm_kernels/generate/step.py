@@ -161,6 +161,7 @@ def _commit(
     state.draft_source.copy_(torch.where(emitted > 0, proposed, state.draft_source))
     if decoder.suffix and decoder.plan.num_drafts > 0:
         _add_suffix_drafts(state)
+    torch.minimum(state.num_drafts, state.max_drafts, out=state.num_drafts)
     logprobs = _logprobs(logits, query_start_loc, tokens) if decoder.logprobs else None
     finish, status = state.finish.clone(), state.status.clone()
     return StepOutcome(num_drafts, num_accepted, emitted, finish, status, source, tokens, logprobs)
