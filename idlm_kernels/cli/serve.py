@@ -98,6 +98,7 @@ def _words(engine: Engine, name: str, host: str, port: int, has_key: bool) -> st
         f"idlm: {options.max_num_seqs} texts together, {options.max_model_len} tokens each at most, "
         f"{tokens} in the KV cache",
         f"idlm: listening on {host} port {port}, {'with' if has_key else 'without'} an API key; Ctrl-C ends it",
+        f"idlm: a page to talk with it: {base}/",
     ]
     if not reachable.is_loopback and not has_key:
         lines.append(f"idlm: warning: whoever reaches this machine may use it; {_KEY_VARIABLE} sets a key")
