@@ -217,6 +217,13 @@ class Generator:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
         return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
 
+    def engine(self, options: EngineOptions) -> Engine:
+        """An engine of this model, for a caller that submits requests and runs it.
+
+        Its cache has the pages that the options ask for, as far as the memory goes.
+        """
+        return self._engine_of(PlanPolicy.of(self.model, options, self._costs), options)
+
     def policy(self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None) -> PlanPolicy:
         """The choice among plans that these arguments leave; see DecodeOptions."""
         options = DecodeOptions(plan, stride, row_budget=row_budget)

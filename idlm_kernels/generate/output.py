@@ -20,10 +20,16 @@ _LOGPROB = struct.Struct("d")
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """Text that became certain (possibly empty) and the tokens committed by one step."""
+    """Text that became certain (possibly empty) and the tokens committed by one step.
+
+    num_drafted: so many of the tokens, the first ones, were drafts that the step accepted. drafted_chars: the length of
+    the text, from its start, that is theirs.
+    """
 
     text: str
     token_ids: list[int]
+    num_drafted: int = 0
+    drafted_chars: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,18 @@ class RequestOutput:
     ) -> StreamEvent:
         """Take the tokens that a step committed; returns what can be shown. Sets finish_reason at the end."""
         kept: list[int] = []
-        shown = ""
+        shown, drafted_chars = "", 0
         for token in tokens:
             kept.append(token)
             shown += self._push([token])
+            if len(kept) <= num_accepted:
+                drafted_chars = len(shown)
             if self.finish_reason is not None:  # a stop string ended with this token
                 break
         if self.finish_reason is None and finish != RUNNING:
             shown += self._flush()  # which may complete a stop string
+            if len(kept) <= num_accepted:
+                drafted_chars = len(shown)
             if self.finish_reason is None or finish == FAILED:
                 self.finish_reason = _REASONS[finish]
             if finish == FAILED:
@@ -141,7 +151,7 @@ class RequestOutput:
                 self._by_source[source][1] += j < num_accepted
         self._last = time.perf_counter()
         self._text.append(shown)
-        return StreamEvent(shown, kept)
+        return StreamEvent(shown, kept, min(num_accepted, len(kept)), drafted_chars)
 
     def cancel(self) -> None:
         """End an unfinished request here; text that was held back for a stop string is its text after all."""

@@ -128,7 +128,7 @@ def test_any_schedule_gives_the_same_tokens(
     while to_come or engine.busy:
         for _ in range(rng.randrange(0, 1 + min(3, to_come)) if engine.busy else min(1, to_come)):
             what = random_request(rng, max_len)
-            asked.append((engine.submit(*what), what))
+            asked.append((engine.submit(*what, drafts=rng.random() < 0.8), what))
             to_come -= 1
             if rng.random() < 0.05:
                 poisoned.add(what[2])
@@ -158,8 +158,36 @@ def test_any_schedule_gives_the_same_tokens(
             assert (request.output.token_ids, request.output.finish_reason) == (tokens, reason)
         if options.logprobs:
             assert len(request.output.logprobs or []) == len(request.output.token_ids)
+        assert request.drafts or not any(request.output._verified)
     engine._retire()
     assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+def test_a_request_without_drafts_is_decoded_the_ordinary_way(models: list[Generator], rule: str) -> None:
+    """A token per step beside one that has drafts, and steps of one row by itself."""
+    plans: list[StepPlan] = []
+
+    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+        plans.append(decoder.plan)
+        return decode_step(decoder, state)
+
+    chain = StepPlan("chain", 4)
+    options = EngineOptions(rule=rule, max_num_seqs=2, max_model_len=64, epoch_steps=2)
+    engine = Engine(models[1].model, None, PlanPolicy.fixed(chain), options, step=step)
+    params = SamplingParams(temperature=1.0, max_tokens=24)
+    plain = engine.submit([1, 2, 3], params, 5, drafts=False)
+    drafted = engine.submit([1, 2, 3], params, 5)
+    for _ in engine.events():
+        pass
+    results = [request.output.result("", 0) for request in (plain, drafted)]
+    assert results[0].forwards == 24 and results[0].acceptance == [None] * 3
+    assert results[1].forwards < 12
+    shared = plans.count(chain)
+    assert plans == [chain] * shared + [StepPlan("ar", 1)] * (len(plans) - shared) and 0 < shared < len(plans)
+    if rule == "match":
+        assert results[0].token_ids == results[1].token_ids
+    assert plain.output.token_ids == alone(models[1], [1, 2, 3], params, 5)[0]
 
 
 def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
