@@ -12,6 +12,7 @@ it in `CHECKS`; until then `auto` takes the op from no device backend.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import python_ref
+from python_ref import StepState
 from python_ref.sampling import QState, law, sanitise, scale_by_temperature
 
 Arguments = dict[str, Any]
@@ -95,8 +97,8 @@ def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """A value with all tensors in it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, QState):
-        return QState(change(value.logits), change(value.cut), change(value.log_norm))
+    if isinstance(value, (QState, StepState)):
+        return type(value)(**{f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)})
     if isinstance(value, tuple):
         return tuple(_map(change, x) for x in value)
     return value
@@ -127,6 +129,10 @@ def _compared(case: Case, op: str, arguments: Arguments) -> Any:
     for name, x in left.items():
         if isinstance(x, Tensor):
             _judge(name, x, peer_left[name], exact_left[name])
+        elif isinstance(x, StepState):
+            parts = [[(f.name, getattr(of[name], f.name)) for f in dataclasses.fields(x)] for of in (left, exact_left)]
+            for (part, mine), (_, wanted) in zip(*parts, strict=True):
+                _judge(f"{name}.{part}", mine, wanted, wanted)
     if left.get("q_state") is not None:
         _judge_laws(left, exact_left, got[3] if op == "verify_accept" else left["num_drafts"])
     return got
@@ -484,6 +490,54 @@ def _advance(case: Case) -> None:
     _compared(case, "advance", arguments)
 
 
+def _state(num_k: int) -> StepState:
+    """Eight places: texts that repeat themselves, requests that stop, reach their limit, had NaN, are absent."""
+    batch = 8
+    place, column = torch.arange(batch), torch.arange(24)
+    return StepState(
+        text=(column * 3 % 7).repeat(batch, 1) + place.unsqueeze(1) % 2,
+        lengths=_int32(1, 9, 20, 12, 24, 15, 3, 17),
+        drafts=(place.unsqueeze(1) + torch.arange(num_k)) % 7,
+        num_drafts=_int32(0, 1, 2, 3, 3, 2, 0, 1).clamp(max=num_k),
+        draft_source=_int32(0, 1, 2, 1, 1, 2, 0, 1),
+        length_limits=_int32(24, 24, 21, 24, 24, 24, 24, 24),
+        stop_ids=torch.tensor([[-1, 4]] * batch),
+        finish=_int32(0, 0, 0, 0, 0, 0, 3, 0),
+        status=_int32(0, 0, 0, 2, 0, 1, 0, 0),
+        page_table=torch.randperm(batch * 6, generator=torch.Generator().manual_seed(1)).view(batch, 6).to(torch.int32),
+        seed=place * 0x1234_5678_9ABC - 3,
+    )
+
+
+def _plan_rows(case: Case) -> None:
+    """AR, a chain and branches; the longest text goes beyond its pages."""
+    for num_k, branched in ((0, False), (3, False), (3, True)):
+        _compared(case, "plan_rows", {"state": _state(num_k), "mask_id": 5, "page_size": 5, "branched": branched})
+
+
+def _commit_step(case: Case) -> None:
+    """With drafts of the text, with a pretended acceptance, and with logprobs, which are judged as floats."""
+    num_k = 3
+    arguments: Arguments = {
+        "num_accepted": _int32(0, 1, 2, 3, 1, 2, 0, 0),
+        "tokens": torch.arange(8 * (num_k + 1)).view(8, num_k + 1) % 6,
+        "next_drafts": torch.arange(8 * num_k).view(8, num_k) % 7 - 1,
+        "next_num_drafts": _int32(3, 0, 3, 3, 0, 3, 0, 3),
+    }
+    arguments["tokens"][6:] = -1
+    for options in ({"suffix": True}, {"acceptance": 0.6}, {"acceptance": 0.6, "branched": True}):
+        _compared(case, "commit_step", arguments | options | {"state": _state(num_k)})
+    logits = _random(1, 32, VOCAB, scale=3.0)
+    arguments |= {"state": _state(num_k), "logits": logits, "query_start_loc": _int32(*range(0, 33, num_k + 1))}
+    columns = 6 + num_k + 1
+    module, device = case
+    got, peer = (_call(m, "commit_step", arguments, d)[0] for m, d in ((module, device), (python_ref, CPU)))
+    exact = _call(python_ref, "commit_step", arguments | {"logits": logits.double()}, CPU)[0]
+    _judge("the outcome", got[:, :columns], peer[:, :columns], peer[:, :columns])
+    logprobs, peer, exact = (x[:, columns:].view(torch.float64) for x in (got, peer, exact))
+    _judge("logprobs", logprobs.float(), peer.float(), exact)
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "prepare_weight": _prepare_weight,
     "linear": _linear,
@@ -498,4 +552,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "verify_accept": _verify_accept,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,
+    "plan_rows": _plan_rows,
+    "commit_step": _commit_step,
 }
