@@ -29,14 +29,15 @@ class StepState:
     """The places of a batch, as a step finds and leaves them. Its tensors are written in place and never replaced.
 
     text int64 [B, max_len]; lengths int32 [B], L: pending is text[b, L - 1]; drafts int64 [B, K]; num_drafts,
-    draft_source, length_limits, finish, status int32 [B]; stop_ids int64 [B, S], padded with -1; page_table int32
-    [B, max_pages]; seed int64 [B].
+    max_drafts (of the next step), draft_source, length_limits, finish, status int32 [B]; stop_ids int64 [B, S], padded
+    with -1; page_table int32 [B, max_pages]; seed int64 [B].
     """
 
     text: Tensor
     lengths: Tensor
     drafts: Tensor
     num_drafts: Tensor
+    max_drafts: Tensor
     draft_source: Tensor
     length_limits: Tensor
     stop_ids: Tensor
@@ -152,6 +153,7 @@ def commit_step(
         finish=state.finish,
     )
     state.finish.copy_(torch.where(failed & (state.finish == RUNNING), FAILED, state.finish))
+    torch.minimum(state.num_drafts, state.max_drafts, out=state.num_drafts)
     proposed = torch.where(state.num_drafts > 0, MASK_DRAFTS, NO_DRAFTS)
     state.draft_source.copy_(torch.where(emitted > 0, proposed, state.draft_source))
     if suffix and state.drafts.shape[1] > 0:
@@ -185,6 +187,7 @@ def _pretend(state: StepState, tokens: Tensor, acceptance: float, branched: bool
 def _add_suffix_drafts(state: StepState) -> None:
     drafts, count, matched = suffix_drafts(state.text, state.lengths, state.drafts.shape[1])
     wanted = torch.where(state.num_drafts > 0, OVERRIDE_MATCH, FILL_MATCH)
+    count = torch.minimum(count, state.max_drafts)
     used = (matched >= wanted) & (count > 0) & (state.finish == RUNNING)
     state.drafts.copy_(torch.where(used.unsqueeze(1), drafts, state.drafts))
     state.num_drafts.copy_(torch.where(used, count, state.num_drafts))

@@ -170,12 +170,13 @@ void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* co
     if (pretends && moves)
       for (int j = 0; j < s.num_k; j++) drafts[j] = std::max<int64_t>(drafts[j], 0);
     if (failed && was_running) s.finish[b] = kFailed;
+    s.num_drafts[b] = std::min(s.num_drafts[b], s.max_drafts[b]);
     if (emitted > 0) s.draft_source[b] = s.num_drafts[b] > 0 ? kMaskDrafts : kNoDrafts;
-    if (p.suffix && s.num_k && s.finish[b] == kRunning) {
+    if (p.suffix && std::min(s.num_k, s.max_drafts[b]) > 0 && s.finish[b] == kRunning) {
       const auto [end, matched] = last_occurrence(text, s.lengths[b]);
       if (matched >= (s.num_drafts[b] > 0 ? kOverrideMatch : kFillMatch)) {
         for (int j = 0; j < s.num_k; j++) drafts[j] = text[std::min(end + 1 + j, s.max_len - 1)];
-        s.num_drafts[b] = std::min(s.lengths[b] - 1 - end, s.num_k);
+        s.num_drafts[b] = std::min({s.lengths[b] - 1 - end, s.num_k, s.max_drafts[b]});
         s.draft_source[b] = kSuffixDrafts;
       }
     }

@@ -105,7 +105,7 @@ class Rows(Structure):
 class State(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "draft_source", "finish")),
-        *((name, c_void_p) for name in ("length_limits", "status", "stop_ids", "page_table", "seed")),
+        *((name, c_void_p) for name in ("max_drafts", "length_limits", "status", "stop_ids", "page_table", "seed")),
         *((name, c_int64) for name in ("text_stride", "drafts_stride", "stops_stride", "page_table_stride")),
         *((name, c_int32) for name in ("batch", "max_len", "num_k", "num_stops", "max_pages")),
     )

@@ -75,7 +75,8 @@ def _struct(state: StepState) -> native.State:
         text, drafts, stop_ids, page_table = tables
         struct = _structs[state] = native.State(
             *(x.data_ptr() for x in (text, drafts, state.lengths, state.num_drafts, state.draft_source, state.finish)),
-            *(x.data_ptr() for x in (state.length_limits, state.status, stop_ids, page_table, state.seed)),
+            *(x.data_ptr() for x in (state.max_drafts, state.length_limits, state.status)),
+            *(x.data_ptr() for x in (stop_ids, page_table, state.seed)),
             *(x.stride(0) for x in tables),
             len(state.lengths),
             *(x.shape[1] for x in tables),

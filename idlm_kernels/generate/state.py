@@ -60,6 +60,7 @@ class DecodeState(StepState):
             lengths=zeros(torch.int32) + 1,
             drafts=zeros(torch.int64, num_drafts),
             num_drafts=zeros(torch.int32),
+            max_drafts=zeros(torch.int32) + num_drafts,
             draft_source=zeros(torch.int32),
             length_limits=zeros(torch.int32),
             stop_ids=zeros(torch.int64, num_stop_ids),
@@ -95,13 +96,24 @@ class DecodeState(StepState):
         self.finish[source] = IDLE
 
     def place(
-        self, b: int, tokens: Sequence[int], params: SamplingParams, seed: int, limit: int, stop_ids: Sequence[int]
+        self,
+        b: int,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        stop_ids: Sequence[int],
+        drafts: bool = True,
     ) -> None:
-        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends."""
+        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends.
+
+        drafts: whether its steps have any.
+        """
         device = self.text.device
         self.text[b, : len(tokens)] = torch.tensor(tokens, device=device)
         self.lengths[b] = len(tokens)
         self.num_drafts[b] = 0
+        self.max_drafts[b] = self.drafts.shape[1] if drafts else 0
         self.draft_source[b] = 0
         self.length_limits[b] = limit
         self.stop_ids[b] = torch.tensor([*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))], device=device)

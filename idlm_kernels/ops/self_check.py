@@ -499,6 +499,7 @@ def _state(num_k: int) -> StepState:
         lengths=_int32(1, 9, 20, 12, 24, 15, 3, 17),
         drafts=(place.unsqueeze(1) + torch.arange(num_k)) % 7,
         num_drafts=_int32(0, 1, 2, 3, 3, 2, 0, 1).clamp(max=num_k),
+        max_drafts=_int32(3, 3, 1, 3, 3, 3, 3, 0).clamp(max=num_k),
         draft_source=_int32(0, 1, 2, 1, 1, 2, 0, 1),
         length_limits=_int32(24, 24, 21, 24, 24, 24, 24, 24),
         stop_ids=torch.tensor([[-1, 4]] * batch),

@@ -36,7 +36,7 @@ def _check_state(op: str, state: StepState) -> torch.device:
     device = check.device_of(op, "state.lengths", state.lengths)
     check.tensor(op, "state.lengths", state.lengths, (None,), check.INT32, device)
     batch = state.lengths.shape[0]
-    for name in ("num_drafts", "draft_source", "length_limits", "finish", "status"):
+    for name in ("num_drafts", "max_drafts", "draft_source", "length_limits", "finish", "status"):
         check.tensor(op, f"state.{name}", getattr(state, name), (batch,), check.INT32, device)
     for name in ("text", "drafts", "stop_ids"):
         check.tensor(op, f"state.{name}", getattr(state, name), (batch, None), check.INT64, device)
@@ -83,8 +83,8 @@ def plan_rows(
         ...     return torch.tensor(values, dtype=torch.int32)
         >>> state = StepState(
         ...     text=torch.tensor([[3, 1, 4, 0, 0]]), lengths=ints(3), drafts=torch.tensor([[7]]), num_drafts=ints(1),
-        ...     draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[-1]]), finish=ints(0),
-        ...     status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
+        ...     max_drafts=ints(1), draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[-1]]),
+        ...     finish=ints(0), status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
         >>> ids, is_mask, positions, slots, _, seq_lens, _ = plan_rows(state, 9, 16, branched=False)
         >>> ids, positions, slots, seq_lens
         (tensor([4, 7, 9]), tensor([2, 3, 4]), tensor([34, 35, 36]), tensor([5], dtype=torch.int32))
@@ -138,7 +138,7 @@ def commit_step(
         num_accepted: int32 [B], tokens: int64 [B, N], next_drafts: int64 [B, N - 1], next_num_drafts: int32 [B]: the
             results of `verify_accept`, the drafts possibly chosen anew.
         state: `text`, `lengths`, `drafts`, `num_drafts`, `draft_source` and `finish` are written. draft_source: 0 no
-            drafts, 1 those of MASK rows, 2 those of the text.
+            drafts, 1 those of MASK rows, 2 those of the text. A request has at most max_drafts drafts.
         branched: whether the step was of a quadratic plan; for `acceptance` alone.
         suffix: draft what followed the last earlier occurrence of the end of the text: after a match of 2 tokens
             where MASK rows gave no draft, of 6 in place of theirs. With `match` only.
@@ -162,8 +162,8 @@ def commit_step(
         ...     return torch.tensor(values, dtype=torch.int32)
         >>> state = StepState(
         ...     text=torch.tensor([[3, 1, 0, 0, 0]]), lengths=ints(2), drafts=torch.tensor([[5]]), num_drafts=ints(1),
-        ...     draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[6]]), finish=ints(0),
-        ...     status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
+        ...     max_drafts=ints(1), draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[6]]),
+        ...     finish=ints(0), status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
         >>> commit_step(ints(1), torch.tensor([[5, 6]]), torch.tensor([[8]]), ints(1), state)
         tensor([[1, 1, 2, 1, 0, 1, 5, 6]])
         >>> state.text, state.lengths

@@ -233,7 +233,7 @@ def _log_sum_exp(gRow, vocab_size):
     ],
     do_not_specialize_on_alignment=[
         *("gNumAccepted", "gTokens", "gNextDrafts", "gNextNumDrafts", "gText", "gLengths", "gDrafts", "gNumDrafts"),
-        *("gSource", "gLimits", "gStops", "gFinish", "gStatus", "gSeed", "gQueryStart", "gOut"),
+        *("gMaxDrafts", "gSource", "gLimits", "gStops", "gFinish", "gStatus", "gSeed", "gQueryStart", "gOut"),
     ],
 )
 def _commit_kernel(
@@ -245,6 +245,7 @@ def _commit_kernel(
     gLengths,  # [B]
     gDrafts,  # [B, K]
     gNumDrafts,  # [B]
+    gMaxDrafts,  # [B]
     gSource,  # [B]
     gLimits,  # [B]
     gStops,  # [B, num_stops]
@@ -275,6 +276,7 @@ def _commit_kernel(
     new_draft = tl.load(gNextDrafts + b * stride_next + i, mask=is_draft, other=-1)
     a, num_next = tl.load(gNumAccepted + b), tl.load(gNextNumDrafts + b)
     n, source = tl.load(gNumDrafts + b), tl.load(gSource + b)
+    most = tl.minimum(tl.load(gMaxDrafts + b), shape.K)
     length, limit = tl.load(gLengths + b), tl.load(gLimits + b)
     finish, status = tl.load(gFinish + b), tl.load(gStatus + b)
     gDraft = gDrafts + b * stride_drafts + i
@@ -301,20 +303,20 @@ def _commit_kernel(
     emitted = tl.where(is_moving, emitted, 0)
     tl.store(gText + b * stride_text + length + i, token, mask=i < emitted)
     tl.store(gDraft, new_draft, mask=is_draft & is_moving)
-    new_n = tl.where(is_moving, tl.where(new_finish == kRunning, num_next, 0), n)
+    new_n = tl.minimum(tl.where(is_moving, tl.where(new_finish == kRunning, num_next, 0), n), most)
     finish = tl.where(is_moving, new_finish, tl.where(failed & (finish == kRunning), kFailed, finish))
     length += emitted
     new_source = tl.where(emitted > 0, tl.where(new_n > 0, kMaskDrafts, kNoDrafts), source)
 
     if shape.SUFFIX and shape.K > 0:
         tl.debug_barrier()  # the text is the CTA's own, written by some of its threads
-        if finish == kRunning:
+        if (finish == kRunning) & (most > 0):
             text = Text(tokens=gText + b * stride_text, length=length, max_len=max_len)
             end, matched = _last_occurrence(text)
             if matched >= tl.where(new_n > 0, kOverrideMatch, kFillMatch):
                 at = tl.minimum(end + 1 + i, text.max_len - 1)
                 tl.store(gDraft, tl.load(text.tokens + at, mask=is_draft, other=0), mask=is_draft)
-                new_n = tl.minimum(length - 1 - end, shape.K)
+                new_n = tl.minimum(length - 1 - end, most)
                 new_source = tl.full([], kSuffixDrafts, tl.int32)
 
     tl.store(gLengths + b, length)
@@ -382,6 +384,7 @@ def commit_step(
         state.lengths,
         state.drafts,
         state.num_drafts,
+        state.max_drafts,
         state.draft_source,
         state.length_limits,
         state.stop_ids,

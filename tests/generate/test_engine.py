@@ -168,7 +168,7 @@ def test_a_request_without_drafts_is_decoded_the_ordinary_way(models: list[Gener
     """A token per step beside one that has drafts, and steps of one row by itself."""
     plans: list[StepPlan] = []
 
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         plans.append(decoder.plan)
         return decode_step(decoder, state)
 

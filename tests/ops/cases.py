@@ -159,6 +159,7 @@ def _state(variant: str) -> StepState:
         lengths=_int32(3, 8, 1) if other else _int32(6, 3, 1),
         drafts=torch.tensor([[3, 5], [1, 1], [0, 0]]),
         num_drafts=_int32(0, 1, 2) if other else _int32(2, 0, 2),
+        max_drafts=_int32(2, 1, 0),
         draft_source=_int32(1, 0, 1),
         length_limits=_int32(8, 8, 8),
         stop_ids=torch.tensor([[5, -1], [-1, -1], [-1, 4]]),

@@ -147,6 +147,7 @@ def random_commit(seed: int, num_k: int | None = None, device: Any = "cpu", **op
         lengths=lengths,
         drafts=ints(-1, 3, batch, num_k, dtype=torch.int64),
         num_drafts=num_drafts,
+        max_drafts=torch.where(ints(0, 4, batch) > 0, num_k, ints(0, 3, batch)).to(torch.int32),
         draft_source=ints(0, 3, batch),
         length_limits=torch.minimum(lengths + ints(0, 12, batch), torch.tensor(max_len)),
         stop_ids=torch.where(ints(0, 6, batch, 2) > 0, -1, ints(0, 3, batch, 2)).long(),

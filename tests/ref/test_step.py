@@ -92,13 +92,15 @@ def committed(args: dict[str, Any], b: int) -> tuple[list[int], dict[str, Any]]:
         state["drafts"], state["num_drafts"] = next_drafts, next_n if state["finish"] == RUNNING else 0
     if failed and state["finish"] == RUNNING:
         state["finish"] = FAILED
+    state["num_drafts"] = min(state["num_drafts"], state["max_drafts"])
     if emitted:
         state["draft_source"] = MASK_DRAFTS if state["num_drafts"] else NO_DRAFTS
-    if args["suffix"] and num_k and state["finish"] == RUNNING:
+    if args["suffix"] and num_k and state["max_drafts"] and state["finish"] == RUNNING:
         drafts, matched = by_search(state["text"][: state["lengths"]], num_k)
         if matched >= (6 if state["num_drafts"] else 2):
             rest = state["drafts"][len(drafts) :]  # no drafts; nobody reads them
-            state |= {"drafts": drafts + rest, "num_drafts": len(drafts), "draft_source": SUFFIX_DRAFTS}
+            state |= {"drafts": drafts + rest, "num_drafts": min(len(drafts), state["max_drafts"])}
+            state["draft_source"] = SUFFIX_DRAFTS
     return [n, a, emitted, state["finish"], state["status"], source, *tokens], state
 
 

@@ -102,7 +102,7 @@ typedef struct {
   int64_t* text;    // [batch][text_stride]; pending is the last of `lengths` tokens
   int64_t* drafts;  // [batch][drafts_stride]
   int32_t *lengths, *num_drafts, *draft_source, *finish;  // [batch], as the next two and the seed
-  const int32_t *length_limits, *status;
+  const int32_t *max_drafts, *length_limits, *status;
   const int64_t* stop_ids;      // [batch][stops_stride]
   const int32_t* page_table;    // [batch][page_table_stride]
   const int64_t* seed;
