@@ -255,3 +255,12 @@ def test_without_the_harness_the_command_says_what_to_install() -> None:
     )
     assert done.returncode == 2
     assert re.search(r"needs the package lm_eval: pip install 'idlm_kernels\[eval\]'", done.stderr)
+
+
+@needs_harness
+def test_the_tasks_of_the_page_exist() -> None:
+    from lm_eval.tasks import TaskManager
+
+    named = re.findall(r"--tasks ([\w,]+)", (ROOT / "docs" / "evaluation.md").read_text())
+    names = {name for one in named for name in one.split(",")}
+    assert len(names) > 12 and names <= set(TaskManager().all_tasks)
