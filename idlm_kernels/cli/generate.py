@@ -8,15 +8,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
-from idlm_kernels.cli.batch import generate_file
+from idlm_kernels.cli.batch import RayOptions, generate_file, generate_file_on_ray
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import DecodeOptions, GenerationResult, Generator, SamplingParams
+    from idlm_kernels.generate.batch_file import Progress
     from idlm_kernels.generate.options import Plan
     from idlm_kernels.model import Tokenizer
 
@@ -100,6 +101,17 @@ def generate(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="With --input: the most of the free memory that the KV cache takes.")
     ] = 0.5,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With --input: on the workers of a Ray cluster; `auto`: of this machine; `local`: one started here.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as many as fit"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
@@ -148,6 +160,10 @@ def generate(
         raise ValueError("--input and --output belong together")
     if source is not None and (prompt is not None or as_json or check):
         raise ValueError("--input answers a file: it goes without --prompt, --json and --check")
+    if source is None and (ray is not None or ray_workers is not None):
+        raise ValueError("--ray and --ray-workers answer a file: they go with --input and --output")
+    if ray is None and ray_workers is not None:
+        raise ValueError("--ray-workers needs --ray ADDRESS")
     text = "" if source is not None else _prompt_text(prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -158,8 +174,6 @@ def generate(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -182,16 +196,25 @@ def generate(
     if bound != "auto":
         # A wrong stride is said before a model is read.
         StepPlan("chain" if options.plan == "auto" else options.plan, bound)
-    generator = Generator.from_pretrained(
-        model,
-        adapter={None: "default", "none": None}.get(adapter, adapter),
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        max_model_len=max_model_len,
-        page_size=page_size,
-        random_weights=dummy_weights,
-    )
+    load: dict[str, Any] = {
+        "adapter": {None: "default", "none": None}.get(adapter, adapter),
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "max_model_len": max_model_len,
+        "page_size": page_size,
+        "random_weights": dummy_weights,
+    }
+    if source is not None and target is not None and ray is not None:
+        load |= {"source": model, "gpu_memory_utilization": gpu_memory_utilization}
+        on = RayOptions(ray, ray_workers, threads)
+        answers = generate_file_on_ray(
+            load, source, target, params, on, options=options, chat=chat, system=system, max_num_seqs=max_num_seqs
+        )
+        _end_of_file(answers, target)
+    if load["device"] == "auto":
+        load["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = Generator.from_pretrained(model, **load)
     assert generator.tokenizer is not None  # from_pretrained brings one
     if source is not None and target is not None:
         progress = generate_file(
@@ -207,10 +230,14 @@ def generate(
             gpu_memory_utilization=gpu_memory_utilization,
             model_name=model,
         )
-        print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
-        raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
+        _end_of_file(progress, target)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
     _answer(generator, prompt_ids, params, options, as_json=as_json, check=check)
+
+
+def _end_of_file(progress: Progress, target: Path) -> NoReturn:
+    print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
+    raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
 
 
 def _answer(

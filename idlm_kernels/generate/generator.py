@@ -267,6 +267,10 @@ class Generator:
                 return self._engine_of(policy, dataclasses.replace(sizes, max_model_len=longer))
         return self._engine_of(policy, sizes)
 
+    def new_engine(self, sizes: EngineOptions) -> Engine:
+        """An engine of these sizes, whose cache takes no more than gpu_memory_utilization of the free memory."""
+        return self._engine_of(PlanPolicy.of(self.model, sizes, self._costs), sizes)
+
     def _engine_of(self, policy: PlanPolicy, sizes: EngineOptions) -> Engine:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
         return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))

@@ -1,0 +1,159 @@
+"""A file of prompts on a Ray cluster: Ray Data maps blocks of lines over actors, each with a Generator of its own.
+
+The driver reads the lines and writes the answers; what happens in between may be lost and is done again by Ray. An
+answer is a function of the model, the line, the parameters and the seed of its number, so that the output holds the
+very bytes of a run without Ray, and either run goes on where the other was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from idlm_kernels.generate.batch_file import Answer, LineFailed, Lines, Progress, RunStopped, answered, encoder
+from idlm_kernels.generate.generator import Generator
+from idlm_kernels.generate.options import EngineOptions
+from idlm_kernels.generate.params import SamplingParams
+
+LOCAL = "local"  # the address that starts a Ray on this machine
+_DEATHS = 3  # of workers over one block, before the block is taken for the cause
+_BLOCKS_PER_WORKER = 4  # at least, where there are lines enough: the last ones of a file are then spread evenly
+_SEQUENCES_PER_BLOCK = 8  # times max_num_seqs: an engine is not full at the end of a block
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to answer lines.
+
+    load: the arguments of Generator.from_pretrained; its device may be "auto". threads: CPU threads of a worker, and
+    the CPUs that it takes from the cluster (on a GPU it takes that GPU). chat, system: as in `encoder`.
+    """
+
+    load: dict[str, Any]
+    sizes: EngineOptions
+    params: SamplingParams
+    chat: bool
+    system: str | None
+    threads: int | None
+    base_seed: int = 0
+
+
+class Answerer:
+    """A worker: loads the model once and answers blocks of lines."""
+
+    def __init__(self, job: Job):
+        if job.threads is not None and job.load["device"] == "cpu":
+            torch.set_num_threads(job.threads)
+        generator = Generator.from_pretrained(**job.load)
+        assert generator.tokenizer is not None  # from_pretrained brings one
+        self._job, self._engine = job, generator.new_engine(job.sizes)
+        self._encode = encoder(generator.tokenizer, job.chat, job.system)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """block: columns number, line. Returns the fields of Answer as columns."""
+        lines = zip(block["number"].to_pylist(), block["line"].to_pylist(), strict=True)
+        job = self._job
+        blocks = list(answered(self._engine, lines, job.params, job.base_seed, self._encode))
+        return pa.Table.from_pylist([answer._asdict() for answers in blocks for answer in answers])
+
+
+def connect(address: str) -> None:
+    """Use the Ray at an address, "auto" for the one that this machine belongs to, or start one here for "local".
+
+    Raises: ValueError where there is none.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
+    carried = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "IDLM_BACKEND") if name in os.environ}
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": carried},
+            log_to_driver=False,
+            **({"include_dashboard": False} if address == LOCAL else {}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"no Ray answers at {address!r} ({error}); `--ray local` starts one on this machine") from None
+
+
+def workers_of(job: Job, wanted: int | None) -> tuple[Job, int]:
+    """The job with its device and threads, and the number of workers: as many as fit where none is wanted.
+
+    Raises: ValueError where there is no room.
+    """
+    have = ray.cluster_resources()
+    if job.load["device"] == "auto":
+        job = replace(job, load=job.load | {"device": "cuda" if have.get("GPU", 0) >= 1 else "cpu"})
+    if job.load["device"] == "cuda":
+        room, each = int(have.get("GPU", 0)), "a GPU"
+    else:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        threads = job.threads or min(cores, default=1)
+        job, room, each = replace(job, threads=threads), sum(n // threads for n in cores), f"{threads} CPUs"
+    if room < 1 or (wanted or 1) > room:
+        raise ValueError(f"{wanted or 1} workers of {each} are wanted, but the cluster has room for {room}")
+    return job, wanted or room
+
+
+def answer_on_ray(job: Job, lines: Lines, progress: Progress, workers: int) -> Iterator[list[Answer]]:
+    """The answers to lines, in order. Raises RunStopped where a line or its workers failed."""
+    most = _SEQUENCES_PER_BLOCK * job.sizes.max_num_seqs
+    size = max(1, min(most, (progress.total - progress.lines) // (_BLOCKS_PER_WORKER * workers)))
+    blocks = []
+    while some := list(islice(lines, size)):
+        blocks.append(ray.put(pa.table({"number": [n for n, _ in some], "line": [line for _, line in some]})))
+    if not blocks:
+        return
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    on_gpu = job.load["device"] == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # retries have no other argument yet, which is why later versions are shut out
+        answers = ray.data.from_arrow_refs(blocks).map_batches(
+            Answerer,
+            fn_constructor_args=(job,),
+            batch_size=size,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+            num_cpus=None if on_gpu else job.threads,
+            num_gpus=1 if on_gpu else None,
+            max_restarts=-1,
+            max_task_retries=_DEATHS,
+            udf_modifying_row_count=False,
+        )
+    expected = progress.lines
+    try:
+        for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            rows = [Answer(**row) for row in block.to_pylist()]
+            if [answer.number for answer in rows] != list(range(expected, expected + len(rows))):
+                raise AssertionError(f"Ray gave lines out of order after line {expected - 1}")
+            expected += len(rows)
+            progress.tokens += sum(answer.tokens for answer in rows)
+            yield rows
+    except RayError as error:
+        cause = _cause(error)
+        if isinstance(cause, LineFailed):
+            raise cause from error
+        raise RunStopped(f"Ray gave up: {cause}; run the same again for the lines that are not answered") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray wraps around it."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
