@@ -83,7 +83,7 @@ def generate_file_on_ray(
     if options.rule == "rejection" or options.synthetic_acceptance is not None:
         raise ValueError("--ray writes what one machine would; with --rule rejection that depends on the schedule")
     try:
-        from idlm_kernels.generate import ray_file
+        from idlm_kernels.generate import ray_cluster, ray_file
     except ModuleNotFoundError as error:
         raise ValueError(f"--ray needs the package {error.name}: pip install 'idlm_kernels[ray]'") from None
     from idlm_kernels.generate import EngineOptions
@@ -103,10 +103,9 @@ def generate_file_on_ray(
         max_model_len=_longest(limit, checkpoint.config, source, params, encode),
         page_size=load["page_size"],
     )
-    # Workers have folders of their own to start in.
-    load |= {k: str(Path(load[k]).resolve()) for k in ("source", "adapter") if load[k] and Path(load[k]).exists()}
-    ray_file.connect(on.address)
-    job, count = ray_file.workers_of(ray_file.Job(load, sizes, params, chat, system, on.threads), on.workers)
+    ray_cluster.connect(on.address)
+    load["device"], threads, count = ray_cluster.room(load["device"], on.threads, on.workers)
+    job = ray_file.Job(with_whole_paths(load), sizes, params, chat, system, threads)
     print(f"idlm: {count} workers on Ray", file=sys.stderr)
 
     def answering(lines: Lines, base_seed: int, progress: Progress) -> Iterator[list[Answer]]:
@@ -114,6 +113,12 @@ def generate_file_on_ray(
 
     settings = _settings(model_name, chat, system, params, options)
     return _shown(lambda report: answer_file(source, target, params.seed, settings, answering, report))
+
+
+def with_whole_paths(load: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of Generator.from_pretrained for processes that start in folders of their own."""
+    paths = {k: load[k] for k in ("source", "adapter") if load[k] is not None and Path(load[k]).exists()}
+    return load | {k: str(Path(path).resolve()) for k, path in paths.items()}
 
 
 def _chat(tokenizer: Tokenizer, chat: bool | None, system: str | None) -> bool:

@@ -7,10 +7,11 @@ import ipaddress
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from idlm_kernels.cli.batch import RayOptions, with_whole_paths
 from idlm_kernels.cli.errors import EXIT_STOPPED, reported
 from idlm_kernels.cli.generate import PlanName, Rule, stride_of
 
@@ -86,6 +87,17 @@ def serve(
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="As replicas on a Ray cluster; `auto`: that of this machine; `local`: one started here.",
+        ),
+    ] = None,
+    ray_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as the load has it"),
+    ] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line on stderr for each request.")] = False,
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/completions, /v1/chat/completions and what belongs to them."""
@@ -99,16 +111,16 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(f"idlm serve needs the package {error.name}: pip install 'idlm_kernels[serve]'") from None
 
+    if ray is None and ray_replicas is not None:
+        raise ValueError("--ray-replicas needs --ray ADDRESS")
+    if ray is not None and log_requests:
+        raise ValueError("--log-requests is of a server without --ray: Ray keeps the logs of its replicas")
     listening = run.bound_socket(host, port)
 
     import torch
 
     from idlm_kernels.generate import EngineOptions, Generator
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     options = EngineOptions(
         plan="quadratic" if plan == "branched" else plan,
         stride=stride_of(stride),
@@ -120,14 +132,26 @@ def serve(
         max_num_seqs=max_num_seqs,
         page_size=page_size,
     )
-    generator = Generator.from_pretrained(
-        model,
-        adapter={None: "default", "none": None}.get(adapter, adapter),
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        max_model_len=max_model_len,
-    )
+    load: dict[str, Any] = {
+        "adapter": {None: "default", "none": None}.get(adapter, adapter),
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "max_model_len": max_model_len,
+    }
+    if ray is not None:
+        load |= {"source": model, "gpu_memory_utilization": gpu_memory_utilization}
+        of_server = {"model_name": served_model_name or model, "max_waiting": max_waiting, "api_key": key}
+        of_server["max_body_size"] = max_body * _MEBIBYTE
+        address = listening.getsockname()[:2]
+        listening.close()  # for Ray's proxy; that it could be had is known now
+        _serve_on_ray(load, options, of_server, RayOptions(ray, ray_replicas, threads), address, drain_seconds)
+        return
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        load["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = Generator.from_pretrained(model, **load)
     engine = _engine(generator, options, gpu_memory_utilization)
     name = served_model_name or model
     server = Server(engine, name, max_waiting=max_waiting, max_body_size=max_body * _MEBIBYTE, api_key=key)
@@ -141,6 +165,35 @@ def serve(
     except run.MachineFailed as failed:
         print(f"idlm: stopped: the machine failed: {failed}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from failed
+
+
+def _serve_on_ray(
+    load: dict[str, Any],
+    sizes: EngineOptions,
+    of_server: dict[str, Any],
+    on: RayOptions,
+    address: tuple[str, int],
+    drain_seconds: int,
+) -> None:
+    try:
+        from idlm_kernels.generate import ray_cluster
+        from idlm_kernels.serve import ray_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs the package {error.name}: pip install 'idlm_kernels[ray,serve]'") from None
+    ray_cluster.connect(on.address)
+    load["device"], threads, most = ray_cluster.room(load["device"], on.threads, on.workers)
+    replica = ray_app.Replica(with_whole_paths(load), sizes, threads=threads, **of_server)
+
+    def say() -> None:
+        count = f"{most} replicas" if on.workers else f"1 to {most} replicas, by load"
+        where = f"listening on {address[0]} port {address[1]}"
+        print(f"idlm: {of_server['model_name']}: {count} on Ray, {where}; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    try:
+        ray_app.run(ray_app.deployment(replica, on.workers, most, drain_seconds), *address, say)
+    except RuntimeError as error:
+        print(f"idlm: stopped: no replica came up: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from error
 
 
 def _engine(generator: Generator, options: EngineOptions, memory_fraction: float) -> Engine:

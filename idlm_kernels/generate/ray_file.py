@@ -7,10 +7,9 @@ very bytes of a run without Ray, and either run goes on where the other was inte
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -25,7 +24,6 @@ from idlm_kernels.generate.generator import Generator
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.params import SamplingParams
 
-LOCAL = "local"  # the address that starts a Ray on this machine
 _DEATHS = 3  # of workers over one block, before the block is taken for the cause
 _BLOCKS_PER_WORKER = 4  # at least, where there are lines enough: the last ones of a file are then spread evenly
 _SEQUENCES_PER_BLOCK = 8  # times max_num_seqs: an engine is not full at the end of a block
@@ -35,8 +33,8 @@ _SEQUENCES_PER_BLOCK = 8  # times max_num_seqs: an engine is not full at the end
 class Job:
     """What a worker needs to answer lines.
 
-    load: the arguments of Generator.from_pretrained; its device may be "auto". threads: CPU threads of a worker, and
-    the CPUs that it takes from the cluster (on a GPU it takes that GPU). chat, system: as in `encoder`.
+    load: the arguments of Generator.from_pretrained. threads: of a worker on CPUs, and the CPUs that it takes from the
+    cluster; on a GPU it takes that GPU. chat, system: as in `encoder`.
     """
 
     load: dict[str, Any]
@@ -44,7 +42,7 @@ class Job:
     params: SamplingParams
     chat: bool
     system: str | None
-    threads: int | None
+    threads: int
     base_seed: int = 0
 
 
@@ -52,7 +50,7 @@ class Answerer:
     """A worker: loads the model once and answers blocks of lines."""
 
     def __init__(self, job: Job):
-        if job.threads is not None and job.load["device"] == "cpu":
+        if job.load["device"] == "cpu":
             torch.set_num_threads(job.threads)
         generator = Generator.from_pretrained(**job.load)
         assert generator.tokenizer is not None  # from_pretrained brings one
@@ -65,46 +63,6 @@ class Answerer:
         job = self._job
         blocks = list(answered(self._engine, lines, job.params, job.base_seed, self._encode))
         return pa.Table.from_pylist([answer._asdict() for answers in blocks for answer in answers])
-
-
-def connect(address: str) -> None:
-    """Use the Ray at an address, "auto" for the one that this machine belongs to, or start one here for "local".
-
-    Raises: ValueError where there is none.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
-    carried = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "IDLM_BACKEND") if name in os.environ}
-    try:
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": carried},
-            log_to_driver=False,
-            **({"include_dashboard": False} if address == LOCAL else {}),
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no Ray answers at {address!r} ({error}); `--ray local` starts one on this machine") from None
-
-
-def workers_of(job: Job, wanted: int | None) -> tuple[Job, int]:
-    """The job with its device and threads, and the number of workers: as many as fit where none is wanted.
-
-    Raises: ValueError where there is no room.
-    """
-    have = ray.cluster_resources()
-    if job.load["device"] == "auto":
-        job = replace(job, load=job.load | {"device": "cuda" if have.get("GPU", 0) >= 1 else "cpu"})
-    if job.load["device"] == "cuda":
-        room, each = int(have.get("GPU", 0)), "a GPU"
-    else:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-        threads = job.threads or min(cores, default=1)
-        job, room, each = replace(job, threads=threads), sum(n // threads for n in cores), f"{threads} CPUs"
-    if room < 1 or (wanted or 1) > room:
-        raise ValueError(f"{wanted or 1} workers of {each} are wanted, but the cluster has room for {room}")
-    return job, wanted or room
 
 
 def answer_on_ray(job: Job, lines: Lines, progress: Progress, workers: int) -> Iterator[list[Answer]]:

@@ -5,7 +5,6 @@ Ray brings half a gigabyte along, so it is in no other extra: without it these t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -24,10 +23,9 @@ import typer
 from idlm_kernels.cli.batch import RayOptions, generate_file_on_ray
 from idlm_kernels.generate import DecodeOptions, EngineOptions, Generator, SamplingParams
 from idlm_kernels.generate.batch_file import encoder, run_file
+from tests.ray_support import HAS_RAY, actors, needs_ray
 from tests.tiny import save_tiny_model
 
-HAS_RAY = importlib.util.find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'idlm_kernels[ray]'")
 PARAMS = SamplingParams(temperature=0.9, max_tokens=12, seed=11)
 OPTIONS = DecodeOptions("quadratic", 3)
 
@@ -81,28 +79,6 @@ def on_ray(folder: Path, source: Path, target: Path, **other: Any) -> Any:
     )
 
 
-def workers() -> list[int]:
-    """The processes of the actors that this process has started, through Ray's own ones."""
-    parents: dict[int, int] = {}
-    names: dict[int, bytes] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                names[int(entry.name)] = (entry / "cmdline").read_bytes()
-            except OSError:  # it has ended
-                continue
-
-    def is_ours(pid: int) -> bool:
-        while pid in parents:
-            if pid == os.getpid():
-                return True
-            pid = parents[pid]
-        return False
-
-    return [pid for pid, name in names.items() if name.startswith(b"ray::") and b"Answerer" in name and is_ours(pid)]
-
-
 @needs_ray
 def test_two_workers_write_the_bytes_of_one(cluster: Any, folder: Path, tmp_path: Path) -> None:
     source = prompts(tmp_path / "in.jsonl", 60)
@@ -120,7 +96,7 @@ def test_a_killed_worker_costs_only_time(cluster: Any, folder: Path, tmp_path: P
     def kill_once_answers_are_there() -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
-            if target.exists() and target.stat().st_size and (pids := workers()):
+            if target.exists() and target.stat().st_size and (pids := actors("Answerer", os.getpid())):
                 os.kill(pids[0], signal.SIGKILL)
                 killed.append(pids[0])
             time.sleep(0.01)
@@ -179,7 +155,7 @@ def test_more_workers_than_fit_are_refused(cluster: Any, folder: Path, tmp_path:
     source = prompts(tmp_path / "in.jsonl", 10)
     on = RayOptions("local", 3, 1)
     how = {"options": OPTIONS, "chat": False, "system": None, "max_num_seqs": 2}
-    with pytest.raises(ValueError, match="3 workers of 1 CPUs are wanted, but the cluster has room for 2"):
+    with pytest.raises(ValueError, match="3 models on 1 CPUs each are wanted, but the Ray cluster has room for 2"):
         generate_file_on_ray(load(folder), source, tmp_path / "out.jsonl", PARAMS, on, **how)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="depends on the schedule"):
         how["options"] = DecodeOptions(rule="rejection")
