@@ -24,7 +24,7 @@ from idlm_kernels.generate.generator import Generator
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.params import SamplingParams
 
-_DEATHS = 3  # of workers over one block, before the block is taken for the cause
+_RETRIES = 3  # of a block whose worker died; then the block is taken for the cause
 _BLOCKS_PER_WORKER = 4  # at least, where there are lines enough: the last ones of a file are then spread evenly
 _SEQUENCES_PER_BLOCK = 8  # times max_num_seqs: an engine is not full at the end of a block
 
@@ -89,7 +89,7 @@ def answer_on_ray(job: Job, lines: Lines, progress: Progress, workers: int) -> I
             num_cpus=None if on_gpu else job.threads,
             num_gpus=1 if on_gpu else None,
             max_restarts=-1,
-            max_task_retries=_DEATHS,
+            max_task_retries=_RETRIES,
             udf_modifying_row_count=False,
         )
     expected = progress.lines

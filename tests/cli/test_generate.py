@@ -377,6 +377,9 @@ def test_input_and_output_belong_together(idlm: Idlm, tmp_path: Path) -> None:
         (["--input", str(source), "--output", "o", "-p", "x"], "goes without --prompt"),
         (["--input", str(source), "--output", "o", "--check"], "goes without --prompt, --json and --check"),
         (["-p", "x", "--check", "--synthetic-acceptance", "0.5"], "they are noise"),
+        (["-p", "x", "--ray", "local"], "go with --input and --output"),
+        (["--input", str(source), "--output", "o", "--ray-workers", "2"], "--ray-workers needs --ray"),
+        (["--input", str(source), "--output", "o", "--ray", "local", "--rule", "rejection"], "on the schedule"),
     ):
         done = idlm(*arguments)
         assert done.exit_code == 2 and message in done.stderr

@@ -151,6 +151,27 @@ def test_a_fault_of_a_worker_stops_the_run_and_loses_nothing(
 
 
 @needs_ray
+def test_a_block_that_kills_its_workers_ends_the_run(
+    cluster: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from idlm_kernels.generate import ray_file
+
+    class Killer:
+        def __init__(self, job: Any):
+            pass
+
+        def __call__(self, block: Any) -> Any:
+            os._exit(1)
+
+    monkeypatch.setattr(ray_file, "Answerer", Killer)
+    source, target = prompts(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
+    with pytest.raises(typer.Exit) as ended:
+        on_ray(folder, source, target)
+    assert ended.value.exit_code == 3 and "Ray gave up" in capsys.readouterr().err
+    assert target.read_bytes() == b""
+
+
+@needs_ray
 def test_more_workers_than_fit_are_refused(cluster: Any, folder: Path, tmp_path: Path) -> None:
     source = prompts(tmp_path / "in.jsonl", 10)
     on = RayOptions("local", 3, 1)

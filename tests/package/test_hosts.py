@@ -215,7 +215,7 @@ def test_vllm_register(monkeypatch: pytest.MonkeyPatch) -> None:
     speculator.load_model(SimpleNamespace(compute_logits=lambda hidden: hidden))
     # Places 6, 2, 4: a prompt of one row; a step whose drafts stood; one whose second draft fell.
     speculator.num_drafts[[2, 4]] = 2
-    best = [0] + [0, 0, 0, 11, 12] + [0, 0, 0, 21, 22]
+    best = [0, *[0, 0, 0, 11, 12], *[0, 0, 0, 21, 22]]
     hidden = torch.nn.functional.one_hot(torch.tensor(best), 61).float()
     batch = SimpleNamespace(
         idx_mapping=torch.tensor([6, 2, 4]), query_start_loc=torch.tensor([0, 1, 6, 11, 11]).int(), num_reqs=3
