@@ -8,16 +8,17 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from idlm_kernels.cli.batch import generate_file
+from idlm_kernels.cli.batch import RayOptions, generate_file, generate_file_on_ray
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
 from idlm_kernels.cli.options import DraftOptions, ModelOptions, Rule, SamplingOptions, renamed, with_groups
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import DecodeOptions, GenerationResult, Generator, SamplingParams
+    from idlm_kernels.generate.batch_file import Progress
     from idlm_kernels.model import Tokenizer
 
 Unsupported = Annotated[str | None, typer.Option(hidden=True)]
@@ -56,6 +57,17 @@ def generate(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="With --input: the most of the free memory that the KV cache takes.")
     ] = 0.5,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With --input: on the workers of a Ray cluster; `auto`: of this machine; `local`: one started here.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as many as fit"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
@@ -102,12 +114,29 @@ def generate(
         raise ValueError("--input and --output belong together")
     if source is not None and (prompt is not None or as_json or check):
         raise ValueError("--input answers a file: it goes without --prompt, --json and --check")
+    if source is None and (ray is not None or ray_workers is not None):
+        raise ValueError("--ray and --ray-workers answer a file: they go with --input and --output")
+    if ray is None and ray_workers is not None:
+        raise ValueError("--ray-workers needs --ray ADDRESS")
     text = "" if source is not None else _prompt_text(prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 
     params = sampling.params(max_tokens, tuple(stop or ()))
     options = drafts.checked(synthetic_acceptance)
+    if source is not None and target is not None and ray is not None:
+        answers = generate_file_on_ray(
+            models.arguments(gpu_memory_utilization=gpu_memory_utilization, random_weights=dummy_weights),
+            source,
+            target,
+            params,
+            RayOptions(ray, ray_workers, models.threads),
+            options=options,
+            chat=chat,
+            system=system,
+            max_num_seqs=max_num_seqs,
+        )
+        _end_of_file(answers, target)
     generator = models.load(random_weights=dummy_weights)
     assert generator.tokenizer is not None  # from_pretrained brings one
     if source is not None and target is not None:
@@ -124,10 +153,14 @@ def generate(
             gpu_memory_utilization=gpu_memory_utilization,
             model_name=models.model,
         )
-        print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
-        raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
+        _end_of_file(progress, target)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)
     _answer(generator, prompt_ids, params, options, as_json=as_json, check=check)
+
+
+def _end_of_file(progress: Progress, target: Path) -> NoReturn:
+    print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
+    raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
 
 
 def _answer(

@@ -68,11 +68,29 @@ class ModelOptions:
     ] = None
     page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")] = "auto"
+    activations: Annotated[
+        Literal["auto", "int8"],
+        typer.Option(help="int8: coarser and faster, with quantised weights on a CPU."),
+    ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a device.")
     ] = "auto"
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None
     backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None
+
+    def arguments(self, **further: Any) -> dict[str, Any]:
+        """Those of Generator.from_pretrained, but that device may be "auto"."""
+        return {
+            "source": self.model,
+            "adapter": {None: "default", "none": None}.get(self.adapter, self.adapter),
+            "device": self.device,
+            "dtype": self.dtype,
+            "activations": self.activations,
+            "backend": self.backend,
+            "max_model_len": self.max_model_len,
+            "page_size": self.page_size,
+            **further,
+        }
 
     def load(self, **further: Any) -> Generator:
         """The model. Sets the number of threads, and the backend, of the process. further: for from_pretrained."""
@@ -82,19 +100,10 @@ class ModelOptions:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        device: str = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Generator.from_pretrained(
-            self.model,
-            adapter={None: "default", "none": None}.get(self.adapter, self.adapter),
-            device=device,
-            dtype=self.dtype,
-            backend=self.backend,
-            max_model_len=self.max_model_len,
-            page_size=self.page_size,
-            **further,
-        )
+        arguments = self.arguments(**further)
+        if self.device == "auto":
+            arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return Generator.from_pretrained(arguments.pop("source"), **arguments)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ import ipaddress
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from idlm_kernels.cli.batch import RayOptions, with_whole_paths
 from idlm_kernels.cli.errors import EXIT_STOPPED, reported
 from idlm_kernels.cli.options import DraftOptions, ModelOptions, with_groups
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import Engine
+    from idlm_kernels.generate import Engine, EngineOptions
 
 _KEY_VARIABLE = "IDLM_API_KEY"
 _MEBIBYTE = 1 << 20
@@ -47,6 +48,17 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="After SIGTERM or Ctrl-C, the longest that running requests may take.")
     ] = 60,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="As replicas on a Ray cluster; `auto`: that of this machine; `local`: one started here.",
+        ),
+    ] = None,
+    ray_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as the load has it"),
+    ] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line on stderr for each request.")] = False,
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/completions, /v1/chat/completions and what belongs to them."""
@@ -60,14 +72,27 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(f"idlm serve needs the package {error.name}: pip install 'idlm_kernels[serve]'") from None
 
+    if ray is None and ray_replicas is not None:
+        raise ValueError("--ray-replicas needs --ray ADDRESS")
+    if ray is not None and log_requests:
+        raise ValueError("--log-requests is of a server without --ray: Ray keeps the logs of its replicas")
     listening = run.bound_socket(host, port)
 
     from idlm_kernels.generate import EngineOptions
 
     decoding = drafts.checked().changed(logprobs=logprobs)
+    sizes: dict[str, Any] = {"max_num_seqs": max_num_seqs, "page_size": models.page_size}
+    if ray is not None:
+        of_server = {"model_name": served_model_name or models.model, "max_waiting": max_waiting, "api_key": key}
+        of_server["max_body_size"] = max_body * _MEBIBYTE
+        address = listening.getsockname()[:2]
+        listening.close()  # for Ray's proxy; that it could be had is known now
+        load = models.arguments(gpu_memory_utilization=gpu_memory_utilization)
+        on = RayOptions(ray, ray_replicas, models.threads)
+        _serve_on_ray(load, EngineOptions.of(decoding, **sizes), of_server, on, address, drain_seconds)
+        return
     generator = models.load(gpu_memory_utilization=gpu_memory_utilization)
-    sizes = {"max_num_seqs": max_num_seqs, "max_model_len": generator.max_model_len, "page_size": models.page_size}
-    engine = generator.engine(EngineOptions.of(decoding, **sizes))
+    engine = generator.engine(EngineOptions.of(decoding, max_model_len=generator.max_model_len, **sizes))
     name = served_model_name or models.model
     server = Server(engine, name, max_waiting=max_waiting, max_body_size=max_body * _MEBIBYTE, api_key=key)
     bound_host, bound_port = listening.getsockname()[:2]
@@ -80,6 +105,35 @@ def serve(
     except run.MachineFailed as failed:
         print(f"idlm: stopped: the machine failed: {failed}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from failed
+
+
+def _serve_on_ray(
+    load: dict[str, Any],
+    sizes: EngineOptions,
+    of_server: dict[str, Any],
+    on: RayOptions,
+    address: tuple[str, int],
+    drain_seconds: int,
+) -> None:
+    try:
+        from idlm_kernels.generate import ray_cluster
+        from idlm_kernels.serve import ray_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs the package {error.name}: pip install 'idlm_kernels[ray,serve]'") from None
+    ray_cluster.connect(on.address)
+    load["device"], threads, most = ray_cluster.room(load["device"], on.threads, on.workers)
+    replica = ray_app.Replica(with_whole_paths(load), sizes, threads=threads, **of_server)
+
+    def say() -> None:
+        count = f"{most} replicas" if on.workers else f"1 to {most} replicas, by load"
+        where = f"listening on {address[0]} port {address[1]}"
+        print(f"idlm: {of_server['model_name']}: {count} on Ray, {where}; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    try:
+        ray_app.run(ray_app.deployment(replica, on.workers, most, drain_seconds), *address, say)
+    except RuntimeError as error:
+        print(f"idlm: stopped: no replica came up: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from error
 
 
 def _words(engine: Engine, name: str, host: str, port: int, has_key: bool) -> str:

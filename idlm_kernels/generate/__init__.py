@@ -12,6 +12,7 @@ from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
+from idlm_kernels.generate.score import Score
 
 __all__ = [
     "LLM",
@@ -25,6 +26,7 @@ __all__ = [
     "PlanPolicy",
     "Request",
     "SamplingParams",
+    "Score",
     "StepPlan",
     "Stream",
     "StreamEvent",

@@ -23,7 +23,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.params import SamplingParams, checked_seed, draw_seed, mixed_seed
@@ -50,6 +50,24 @@ class RunStopped(RuntimeError):
     """A fault of the machine ended a run. Nothing is lost: the same call goes on where it was."""
 
 
+class Answer(NamedTuple):
+    """A line of output, and what of it is counted."""
+
+    number: int
+    line: bytes
+    failed: bool
+    tokens: int
+
+
+class LineFailed(RuntimeError):
+    """The machine failed a line, which so has no answer."""
+
+
+# Number and text of each line, in order; and what answers them with a base seed, in order too and block by block.
+Lines = Iterator[tuple[int, bytes]]
+Answering = Callable[[Lines, int, Progress], Iterator[list[Answer]]]
+
+
 def run_file(
     engine: Engine,
     source: Path,
@@ -69,28 +87,56 @@ def run_file(
     (what is there stays whole, and the run can be resumed). A line that cannot run is answered with an "error", and the
     others go on.
     """
+
+    def answering(lines: Lines, base_seed: int, progress: Progress) -> Iterator[list[Answer]]:
+        def count(tokens: int) -> None:
+            progress.tokens += tokens
+
+        return answered(engine, lines, params, base_seed, encode, count)
+
+    return answer_file(source, target, params.seed, settings, answering, report)
+
+
+def answer_file(
+    source: Path,
+    target: Path,
+    seed: int | None,
+    settings: dict[str, Any],
+    answering: Answering,
+    report: Callable[[Progress], None],
+) -> Progress:
+    """`run_file` with lines that are answered elsewhere: answering gets those that are still open."""
     with _Input(source) as lines, _Output(target) as output:
-        base_seed, done, failed = _open_run(output, {**settings, "input_sha256": lines.sha256}, params.seed)
+        base_seed, done, failed = _open_run(output, {**settings, "input_sha256": lines.sha256}, seed)
         progress = Progress(done, lines.total, failed, 0)
-        _answer_lines(engine, lines, output, params, base_seed, encode, progress, report)
+        try:
+            for answers in answering(lines.lines(skip=done), base_seed, progress):
+                lines.check()
+                _write_answers(output, answers, progress)
+                report(progress)
+        except LineFailed as error:
+            raise RunStopped(
+                f"{error}; {progress.lines} lines are answered and safe, run the same again for the others"
+            ) from error.__cause__
         output.check()
         _run_path(target).unlink()
     return progress
 
 
-def _answer_lines(
+def answered(
     engine: Engine,
-    source: _Input,
-    output: _Output,
+    lines: Lines,
     params: SamplingParams,
     base_seed: int,
     encode: Callable[[dict[str, Any]], list[int]],
-    progress: Progress,
-    report: Callable[[Progress], None],
-) -> None:
+    count: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[list[Answer]]:
+    """The answers to lines, in order; after each epoch those that are there, possibly none. count: of new tokens.
+
+    Raises: LineFailed after the answers before that line; RunStopped where a prompt could not be made.
+    """
     waiting: dict[int, Request | dict[str, Any]] = {}  # by line number: running, or answered with an error
     window = 4 * engine.options.max_num_seqs  # lines between the oldest unanswered one and the last one read
-    lines = source.lines(skip=progress.lines)
     exhausted = False
     while not exhausted or waiting:
         while not exhausted and len(waiting) < window:
@@ -100,16 +146,11 @@ def _answer_lines(
             else:
                 waiting[number] = _submit(engine, number, line, params, base_seed, encode)
         for _, event in engine.epoch():
-            progress.tokens += len(event.token_ids)
-        source.check()
-        _write_answers(output, waiting, progress)
-        report(progress)
+            count(len(event.token_ids))
+        yield _at_the_head(waiting)
         for number, request in sorted(waiting.items()):
             if isinstance(request, Request) and request.output.fault is not None:
-                raise RunStopped(
-                    f"line {number}: {request.output.error}; {progress.lines} lines are answered and safe, run the "
-                    "same again for the others"
-                ) from request.output.fault
+                raise LineFailed(f"line {number}: {request.output.error}") from request.output.fault
 
 
 def _submit(
@@ -186,28 +227,32 @@ def _encoded(answer: dict[str, Any]) -> bytes:
         return json.dumps(answer, allow_nan=False).encode() + b"\n"
 
 
-def _write_answers(output: _Output, waiting: dict[int, Request | dict[str, Any]], progress: Progress) -> None:
-    """Write the answers at the head of the queue and see them to the disk."""
-    block, answers = b"", []
+def _at_the_head(waiting: dict[int, Request | dict[str, Any]]) -> list[Answer]:
+    """Take the answers from the head of the queue."""
+    answers = []
     for number in sorted(waiting):
         request = waiting[number]
         answer = _answer(request) if isinstance(request, Request) else request
         if answer is None:
             break
-        block += _encoded({"index": number, **answer})
-        answers.append((number, answer))
+        del waiting[number]
+        line = _encoded({"index": number, **answer})
+        answers.append(Answer(number, line, "error" in answer, answer.get("tokens", 0)))
+    return answers
+
+
+def _write_answers(output: _Output, answers: list[Answer], progress: Progress) -> None:
+    """Write answers and see them to the disk."""
     try:
-        output.append(block)
+        output.append(b"".join(answer.line for answer in answers))
     except OSError as error:
         raise OSError(
             error.errno,
             f"{error.strerror}; {progress.lines} lines are safe: make room and run the same again",
             str(output.path),
         ) from None
-    for number, answer in answers:
-        del waiting[number]
-        progress.lines += 1
-        progress.failed += "error" in answer
+    progress.lines += len(answers)
+    progress.failed += sum(answer.failed for answer in answers)
 
 
 class _Output:

@@ -21,8 +21,10 @@ from idlm_kernels.generate.engine import Engine, Request
 from idlm_kernels.generate.memory import pages_in_memory
 from idlm_kernels.generate.options import DecodeOptions, EngineOptions, Plan, Stride
 from idlm_kernels.generate.output import GenerationResult, StreamEvent
+from idlm_kernels.generate.pages import page_size_for
 from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
 from idlm_kernels.generate.policy import PlanPolicy
+from idlm_kernels.generate.score import Score, Scorer
 from idlm_kernels.model.adapter import DEFAULT_ADAPTER, load_adapter
 from idlm_kernels.model.checkpoint import load_checkpoint
 from idlm_kernels.model.random_weights import RandomCheckpoint
@@ -180,6 +182,60 @@ class Generator:
         engine = self._engine([prompt], [one], (options or DecodeOptions()).changed(**changes))
         return Stream(engine, engine.submit(prompt, one, seed), engine.policy)
 
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Score]:
+        """How probable a continuation is after a context, for pairs of the two (token ids); in the order of the pairs.
+
+        A context has at least one token. Pairs with the same context are cheap, and so are those whose continuations
+        differ in the last token alone. A pair may have one token more than max_model_len: nothing is computed for its
+        last one. progress is called with the number of pairs that are done, whenever it grows.
+
+        Raises: TypeError, ValueError naming the pair that cannot run; nothing is computed then.
+        """
+        listed = [self._checked_pair(i, *pair) for i, pair in enumerate(pairs)]
+        longest = max((len(context) + len(continuation) - 1 for context, continuation in listed), default=0)
+        if longest < 1:
+            return [Score([], True) for _ in listed]
+        sizes = EngineOptions(
+            plan="ar", max_num_seqs=self.max_num_seqs, max_model_len=max(2, longest), page_size=self.page_size
+        )
+        policy, page_size = self.policy("ar"), page_size_for(self.page_size, sizes.max_model_len)
+        self._kept = None  # its steps may refer to the rotary table, and its cache takes the memory
+        pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
+        needed = sum(-(-(len(a) + len(b)) // page_size) for a, b in listed)
+        self.model.reserve_positions(longest)
+        id_limit = self.config.vocab_size
+        if self.tokenizer is not None:
+            id_limit = min(id_limit, self.tokenizer.vocab_size)
+        scorer = Scorer(
+            self.model, min(pages, needed), page_size, id_limit, self.max_num_seqs, self.max_num_batched_tokens
+        )
+        return scorer.score(listed, progress)
+
+    def _checked_pair(
+        self, index: int, context: Sequence[int], continuation: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        context, continuation = list(context), list(continuation)
+        if not context:
+            raise ValueError(f"the context of pair {index} is empty, wanted at least one token")
+        for token in (*context, *continuation):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"pair {index} holds a {type(token).__name__}, wanted token ids (int)")
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"pair {index} holds the id {token}, outside the vocabulary of {self.config.vocab_size}"
+                )
+        if len(context) + len(continuation) - 1 > self.max_model_len:
+            raise ValueError(
+                f"pair {index} has {len(context) + len(continuation)} tokens, wanted at most {self.max_model_len + 1} "
+                "(max_model_len, and the last one)"
+            )
+        return context, continuation
+
     def _size(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> tuple[int, int]:
         """How many of these prompts are decoded together, and the most tokens of one."""
         longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True))
@@ -212,6 +268,10 @@ class Generator:
             with contextlib.suppress(ValueError):  # too little memory
                 return self._engine_of(policy, dataclasses.replace(sizes, max_model_len=longer))
         return self._engine_of(policy, sizes)
+
+    def new_engine(self, sizes: EngineOptions) -> Engine:
+        """An engine of these sizes, whose cache takes no more than gpu_memory_utilization of the free memory."""
+        return self._engine_of(PlanPolicy.of(self.model, sizes, self._costs), sizes)
 
     def _engine_of(self, policy: PlanPolicy, sizes: EngineOptions) -> Engine:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from idlm_kernels import ops
 from idlm_kernels._deprecated import warn_renamed
@@ -112,6 +113,11 @@ def plans_up_to(kind: PlanKind | Literal["auto"], stride: int, row_budget: int |
     return [StepPlan("ar", 1), *fitting] if kind == "auto" or not fitting else fitting
 
 
+def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) -> Tensor:
+    """Slot (page * page_size + offset), int64, of the index-th token of a request."""
+    return page_table[request, index // page_size].long() * page_size + index % page_size
+
+
 def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
     ids, is_mask, positions, slots, tail_mask, seq_lens, query_start_loc = ops.plan_rows(
@@ -147,7 +153,7 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
         ids=torch.where(is_mask, state.mask_id, token),
         is_mask=is_mask,
         positions=index,
-        slot_mapping=state.page_table[request, index // page_size].long() * page_size + index % page_size,
+        slot_mapping=slot_of(state.page_table, request, index, page_size),
         page_table=state.page_table,
         seq_lens=(stop + num_masks).to(torch.int32),
         query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),

@@ -82,6 +82,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, if there is one."""
+        return None if self._chat_template is None else self._chat_template.source
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it count as such, as everywhere in the field;
         `add_special_tokens` adds those that the model wants around a text (a BOS, where it has one).

@@ -147,7 +147,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
 
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
     idlm("-p", "x")
-    options = {"adapter": "default", "device": "cpu", "dtype": "auto", "backend": None, "random_weights": False}
+    options = {"adapter": "default", "device": "cpu", "dtype": "auto", "activations": "auto", "backend": None}
+    options["random_weights"] = False
     assert fake.calls[0] == ("load", "default", {**options, "max_model_len": None, "page_size": 64})
     assert streamed(fake)[1:] == (Params(), DecodeOptions())
     idlm("-p", "x", "--adapter", "none")
@@ -377,6 +378,9 @@ def test_input_and_output_belong_together(idlm: Idlm, tmp_path: Path) -> None:
         (["--input", str(source), "--output", "o", "-p", "x"], "goes without --prompt"),
         (["--input", str(source), "--output", "o", "--check"], "goes without --prompt, --json and --check"),
         (["-p", "x", "--check", "--synthetic-acceptance", "0.5"], "they are noise"),
+        (["-p", "x", "--ray", "local"], "go with --input and --output"),
+        (["--input", str(source), "--output", "o", "--ray-workers", "2"], "--ray-workers needs --ray"),
+        (["--input", str(source), "--output", "o", "--ray", "local", "--rule", "rejection"], "on the schedule"),
     ):
         done = idlm(*arguments)
         assert done.exit_code == 2 and message in done.stderr
