@@ -19,7 +19,7 @@ _UNSUPPORTED = {
     "skip_special_tokens": True,
 }
 _LARGEST_INT32 = 2**31 - 1
-_LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
+LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
 _ZERO_IN_FP32 = 2.0**-150  # this and less are rounded to 0 there
 
 
@@ -67,7 +67,7 @@ class SamplingParams:
         if self.logprobs is not None:
             _int("logprobs", self.logprobs, 0, 0, "None or 0 (those of the tokens themselves)")
         for name, low, high, wanted in (
-            ("temperature", 0.0, _LARGEST_FP32, "a number >= 0 that fits fp32"),
+            ("temperature", 0.0, LARGEST_FP32, "a number >= 0 that fits fp32"),
             ("top_p", 0.0, 1.0, "a number above 0, in fp32 too, and at most 1 (1 is off)"),
             ("min_p", 0.0, 1.0, "a number from 0 (off) to 1"),
         ):

@@ -27,6 +27,7 @@ from idlm_kernels.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ErrorBody,
     Message,
     TokenizeRequest,
 )
@@ -72,6 +73,16 @@ class Server:
         add_handlers(app, self.metrics)
         app.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_size)
         app.add_middleware(Gate, api_key=api_key, max_body_size=max_body_size, metrics=self.metrics)
+        # What the description says of them; answers are made by the functions themselves.
+        sent: dict[str, list[str]] = {
+            "/": ["text/html"],
+            "/metrics": [CONTENT_TYPE_LATEST.partition(";")[0]],
+            "/v1/completions": ["application/json", "text/event-stream"],
+            "/v1/chat/completions": ["application/json", "text/event-stream"],
+        }
+        errors: dict[int | str, dict[str, Any]] = {
+            status: {"description": "an error", "model": ErrorBody} for status in ("4XX", "5XX")
+        }
         get: dict[str, Callable[..., Any]] = {
             "/": self.page,
             "/health": self.health,
@@ -88,7 +99,15 @@ class Server:
         }
         for method, routes in (("GET", get), ("POST", post)):
             for path, function in routes.items():
-                app.add_api_route(path, function, methods=[method], response_model=None)
+                kinds: dict[str, Any] = {kind: {} for kind in sent.get(path, ["application/json"])}
+                app.add_api_route(
+                    path,
+                    function,
+                    methods=[method],
+                    response_model=None,
+                    response_class=Response if path in sent else JSONResponse,  # the first has no type to describe
+                    responses={**errors, 200: {"description": "OK", "content": kinds}},
+                )
         return app
 
     async def page(self) -> Response:

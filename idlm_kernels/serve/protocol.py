@@ -7,12 +7,13 @@ out runs; anything else is refused, and so are fields that nobody knows. Nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from idlm_kernels.generate.params import SamplingParams
+from idlm_kernels.generate.params import LARGEST_FP32, SamplingParams
 
+_T = TypeVar("_T")
 MAX_DEPTH = 32  # of lists and objects in a body
 MAX_CHOICES = 128  # OpenAI's bound
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
@@ -63,6 +64,16 @@ _Number = Annotated[float, Field(strict=True)]
 _Flag = Annotated[bool, Field(strict=True)]
 
 
+def _within(least: float, most: float | None = None) -> Any:
+    """The range of a number, for the description alone: SamplingParams checks it, and says better what is wrong."""
+    return Field(json_schema_extra={"minimum": least, **({} if most is None else {"maximum": most})})
+
+
+_Text = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+_Some = Annotated[_T, Field(json_schema_extra={"minItems": 1})]
+_Limit = Annotated[_Integer | None, _within(1)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -91,13 +102,15 @@ class StreamOptions(BaseModel):
 
 
 class _Generation(_Body):
-    temperature: _Number | None = None
-    top_p: _Number | None = None
-    top_k: _Integer | None = Field(None, description="0 or -1 is off.")
-    min_p: _Number | None = None
-    seed: _Integer | None = Field(None, description="0 to 2^64 - 1; drawn and reported where not given.")
-    stop: str | list[str] | None = None
-    stop_token_ids: list[_Integer] | None = None
+    temperature: Annotated[_Number | None, _within(0, LARGEST_FP32)] = None
+    top_p: Annotated[_Number | None, _within(1e-6, 1)] = None
+    top_k: Annotated[_Integer | None, _within(-1, 2**31 - 1)] = Field(None, description="0 or -1 is off.")
+    min_p: Annotated[_Number | None, _within(0, 1)] = None
+    seed: Annotated[_Integer | None, _within(0, 2**64 - 1)] = Field(
+        None, description="Drawn and reported where not given."
+    )
+    stop: str | list[_Text] | None = None
+    stop_token_ids: list[Annotated[_Integer, _within(0)]] | None = None
     ignore_eos: _Flag = False
     plan: Literal["auto", "ar"] = Field("auto", description="ar: without drafts, a token per forward.")
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
@@ -131,8 +144,8 @@ class _Generation(_Body):
 class CompletionRequest(_Generation):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[_Integer] | list[list[_Integer]]
-    max_tokens: _Integer | None = 16
+    prompt: _Text | _Some[list[_Text]] | _Some[list[_Integer]] | _Some[list[_Some[list[_Integer]]]]
+    max_tokens: _Limit = 16
     logprobs: Annotated[int, Field(strict=True, ge=0, le=0)] | None = Field(
         None, description="0 reports those of the tokens; there are none of others."
     )
@@ -150,7 +163,7 @@ class CompletionRequest(_Generation):
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    type: str
+    type: Literal["text"]
     text: str
 
 
@@ -190,8 +203,8 @@ class ChatRequest(_Generation):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: _Integer | None = None
-    max_tokens: _Integer | None = Field(None, description="The older name of max_completion_tokens.")
+    max_completion_tokens: _Limit = None
+    max_tokens: _Limit = Field(None, description="The older name of max_completion_tokens.")
     logprobs: _Flag | None = None
     add_generation_prompt: _Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -207,7 +220,7 @@ class TokenizeRequest(_Body):
     """POST /tokenize"""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: _Some[list[Message]] | None = None
     add_special_tokens: _Flag = True
     add_generation_prompt: _Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -223,6 +236,19 @@ class DetokenizeRequest(_Body):
     """POST /detokenize"""
 
     tokens: list[_Integer]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every error says."""
+
+    error: ErrorDetail
 
 
 BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, StreamOptions)

@@ -186,8 +186,27 @@ def test_what_the_server_says_of_itself(served: Running) -> None:
     client.completions.create(model="tiny", prompt="a", max_tokens=7, seed=1, extra_body={"ignore_eos": True})
     assert metric(served, "idlm_generated_tokens_total") == before + 7
     assert metric(served, "idlm_free_pages") == metric(served, "idlm_pages") > 0 == metric(served, "idlm_running")
-    paths = served.web.get("/openapi.json").json()["paths"]
+
+
+def test_the_description_says_what_is_sent_and_taken(served: Running) -> None:
+    """Tools that try a server by its description had 422, JSON from every path, and numbers without a range."""
+    described = served.web.get("/openapi.json").json()
+    paths, bodies = described["paths"], described["components"]["schemas"]
     assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/health"} <= set(paths)
+    answers = {path: what["responses"] for methods in paths.values() for path, what in methods.items()}
+    assert all(set(responses) == {"200", "4XX", "5XX"} for responses in answers.values())
+    for path, kinds in {
+        "/": {"text/html"},
+        "/metrics": {"text/plain"},
+        "/version": {"application/json"},
+    }.items():
+        assert set(paths[path]["get"]["responses"]["200"]["content"]) == kinds
+        assert served.web.get(path).headers["content-type"].split(";")[0] in kinds
+    streamed = paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert set(streamed) == {"application/json", "text/event-stream"}
+    assert bodies["ErrorBody"]["properties"].keys() == {"error"}
+    ranges = bodies["CompletionRequest"]["properties"]
+    assert ranges["max_tokens"]["minimum"] == 1 and ranges["top_p"]["maximum"] == 1
 
 
 def metric(served: Running, name: str) -> float:

@@ -1,23 +1,26 @@
-"""Sixteen clients at once, some of which leave, dawdle or talk nonsense: every finished text is its lone AR run."""
+"""Many clients at once, some of which leave, dawdle or talk nonsense: every finished text is its lone AR run."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import pytest
 
 from idlm_kernels.generate import Engine, Generator, SamplingParams
 from idlm_kernels.generate.params import mixed_seed
 from tests.serve.conftest import Running, running
-
-CLIENTS, REQUESTS = 16, 10
 
 
 @dataclass
@@ -41,11 +44,13 @@ def request(chance: random.Random) -> dict[str, Any]:
     }
 
 
-async def client(port: int, number: int, texts: list[Text], counts: dict[str, int]) -> None:
-    chance = random.Random(number)
-    api = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
-    async with api, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as web:
-        for _ in range(REQUESTS):
+async def client(port: int, seed: int, least: float, texts: list[Text], counts: dict[str, int]) -> None:
+    """Ten requests, and more until `least`, a time of the clock."""
+    chance = random.Random(seed)
+    api = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=40)
+    async with api, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as web:
+        number = 0
+        while (number := number + 1) <= 10 or time.monotonic() < least:
             kind = chance.choice(["whole", "stream", "n", "leaves", "gives up", "dawdles", "nonsense"])
             counts[kind] = counts.get(kind, 0) + 1
             params, seed = request(chance), chance.getrandbits(64)
@@ -104,8 +109,11 @@ async def dawdle(port: int, asked: dict[str, Any], chance: random.Random) -> str
     return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2] if line)
 
 
+@pytest.mark.parametrize(
+    ("number_of_clients", "seconds"), [(16, 0), pytest.param(32, 60, marks=pytest.mark.slow)], ids=["16", "32"]
+)
 def test_every_finished_text_is_its_lone_run_and_nothing_is_left(
-    make_engine: Callable[..., Engine], generator: Generator
+    make_engine: Callable[..., Engine], generator: Generator, number_of_clients: int, seconds: float
 ) -> None:
     """Few pages and few places, so that requests wait, are refused, and are preempted."""
     threads = set(threading.enumerate())
@@ -114,10 +122,16 @@ def test_every_finished_text_is_its_lone_run_and_nothing_is_left(
     with running(make_engine(max_num_seqs=5, num_pages=60, max_num_batched_tokens=24), max_waiting=6) as server:
         tasks = number_of_tasks(server)
 
-        async def clients() -> None:
-            await asyncio.gather(*(client(server.port, number, texts, counts) for number in range(CLIENTS)))
+        async def clients(first_seed: int, least: float) -> None:
+            seeds = range(first_seed, first_seed + number_of_clients)
+            await asyncio.gather(*(client(server.port, seed, least, texts, counts) for seed in seeds))
 
-        asyncio.run(asyncio.wait_for(clients(), 60))
+        asyncio.run(asyncio.wait_for(clients(0, 0), 120))
+        if seconds:  # the first round has filled what is filled once
+            server.wait_until_idle()
+            before = resident_bytes()
+            asyncio.run(asyncio.wait_for(clients(1000, time.monotonic() + seconds), seconds + 120))
+            assert resident_bytes() - before < 64 << 20
         server.wait_until_idle()
         assert number_of_tasks(server) == tasks
         worker = server.server.worker
@@ -134,6 +148,11 @@ def alone(generator: Generator, one: Text) -> str:
     assert generator.tokenizer is not None
     params = SamplingParams(**{k: v for k, v in one.params.items() if k != "prompt"}, seed=one.seed)
     return generator.generate([generator.tokenizer.encode(one.prompt)], [params], plan="ar")[0].text
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def number_of_tasks(server: Running) -> int:
