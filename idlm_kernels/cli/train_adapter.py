@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from idlm_kernels.model import Tokenizer
+    from idlm_kernels.model.adapter import Adapter
     from idlm_kernels.training.acceptance import Predictions
     from idlm_kernels.training.data import DataSettings, Sample
     from idlm_kernels.training.dense import DenseModel
@@ -42,6 +43,22 @@ def train_adapter(
     max_tokens: Annotated[int, typer.Option(min=8, help="The longest continuation.")] = 160,
     stride: Annotated[int, typer.Option("--stride", "-n", min=2, max=32, help="N: drafts reach N - 1 tokens.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA pairs.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(min=1e-3, help="The pairs are scaled by alpha / rank.", show_default="the rank")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="An adapter to start from; it decides rank, alpha and the head.", show_default="none"
+        ),
+    ] = None,
+    loss: Annotated[
+        Literal["ce", "tv"],
+        typer.Option(
+            help="Cross-entropy, or total variation: what acceptance falls by; wants a start that knows some."
+        ),
+    ] = "ce",
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence beside total variation.")] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the learning rate falls to the end.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Continuations per step.")] = 12,
     learning_rate: Annotated[float, typer.Option("--lr", help="The highest.")] = 2e-3,
@@ -68,6 +85,7 @@ def train_adapter(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from idlm_kernels.model import load_checkpoint
+    from idlm_kernels.model.adapter import load_adapter
     from idlm_kernels.model.download import DEFAULT_MODEL_HUB_ID
     from idlm_kernels.training.acceptance import Predictions
     from idlm_kernels.training.data import DataSettings
@@ -81,17 +99,23 @@ def train_adapter(
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = load_checkpoint(model)
+    begun = load_adapter(start, checkpoint.config) if start is not None else None
+    if begun is not None:
+        rank, alpha = begun.rank, begun.scale * begun.rank
     settings = TrainSettings(
         stride=stride,
         rank=rank,
-        alpha=float(rank),
+        alpha=float(rank) if alpha is None else alpha,
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
-        rerank_width=256 if rerank else 0,
+        loss=loss,
+        kl=kl if loss == "tv" else 0.0,
+        rerank_width=_width_of(begun) if rerank else 0,
         seed=seed,
+        start="" if start is None else file_sha256(start),
     )
-    checkpoint = load_checkpoint(model)
     weights = torch.float32 if dtype == "fp32" or (dtype == "auto" and not _fast_bf16(device)) else torch.bfloat16
     base = DenseModel.load(checkpoint, torch.device(device), weights)
     if (longest := max_tokens + stride) >= checkpoint.config.max_position_embeddings:
@@ -123,7 +147,7 @@ def train_adapter(
 
         saved = work / "checkpoint.safetensors"
         if not saved.exists():
-            untrained = Trainee.new(base, settings)
+            untrained = Trainee.new(base, settings, begun)
             before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k)
             bar.console.print(f"step 0: {_figures(before)}", highlight=False, soft_wrap=True)
         train(
@@ -132,11 +156,17 @@ def train_adapter(
             held,
             settings,
             saved,
+            start=begun,
             evaluate_every=max(1, min(50, steps // 4)),
             save_every=max(1, min(25, steps // 10)),
             report=report,
         )
     print(f"done; try: idlm generate --adapter {output} -p 'Why is the sky blue?'", file=sys.stderr)
+
+
+def _width_of(start: Adapter | None) -> int:
+    """Of the re-ranking head: that of the adapter to start from, where it has one."""
+    return 256 if start is None or start.rerank_head is None else len(start.rerank_head.from_hidden)
 
 
 def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:

@@ -283,4 +283,3 @@ class PackedWeight:
             self.kind, self.address, self.n, self.k, ids.data_ptr(), len(ids), out.data_ptr()
         )
         return out
-

@@ -192,9 +192,7 @@ class Transformer:
                 lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
         return Projection(weight, bias, widths, lora, scale)
 
-    def _cpu_stack(
-        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype
-    ) -> CpuStack | None:
+    def _cpu_stack(self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype) -> CpuStack | None:
         """The layers in the compiled CPU kernels; None where there are none, or they do not take this model."""
         if self.device.type != "cpu" or native.library() is None or ops.current_backend() not in ("auto", "cpu"):
             return None

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from idlm_kernels.model.adapter import load_adapter
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.training import train as module
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
+from idlm_kernels.training.export import export
 from idlm_kernels.training.train import (
     Order,
     Trainee,
@@ -31,7 +33,7 @@ from idlm_kernels.training.train import (
 from python_ref.rerank import NUM_CANDIDATES
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Trained
-from tests.training.support import CPU, dense, greedy_samples, random_samples
+from tests.training.support import CPU, PROVENANCE, dense, greedy_samples, random_samples
 
 SMALL = TrainSettings(rank=2, steps=6, batch=4, learning_rate=1e-2, warmup=2, rerank_width=8)
 
@@ -128,15 +130,17 @@ def test_nothing_to_train_on() -> None:
         Order(random_samples([(3, 1), (5, 1)]), 4, 0)
 
 
+@pytest.mark.parametrize("loss_name", ["ce", "tv"])
 @pytest.mark.parametrize("answers", [[1, 1], [2, 2], [1, 2, 3], [3]])
-def test_the_shortest_answers(answers: list[int], model: DenseModel) -> None:
+def test_the_shortest_answers(answers: list[int], loss_name: Any, model: DenseModel) -> None:
     """At an offset that leaves no label the loss is 0, not NaN, and so is the gradient."""
     samples = random_samples([(3, n) for n in answers])
-    trainee, vocabulary = Trainee.new(model, SMALL), Vocabulary(model, samples)
+    settings = dataclasses.replace(SMALL, loss=loss_name)
+    trainee, vocabulary = Trainee.new(model, settings), Vocabulary(model, samples)
     unlabelled = 0
     for seed in range(12):
         batch = make_batch(samples, 3, 3, torch.Generator().manual_seed(seed), CPU)
-        loss = loss_of(model, trainee, batch, vocabulary, SMALL)
+        loss = loss_of(model, trainee, batch, vocabulary, settings)
         trainee.optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainee.parameters())
@@ -227,7 +231,77 @@ def test_the_head_does_not_teach_the_adapter(model: DenseModel, samples: list[Sa
     assert all(weight.grad is None for weight in model.weights.values())
 
 
+def test_total_variation_counts_plain_and_re_ranked_drafts(model: DenseModel, samples: list[Sample]) -> None:
+    settings = dataclasses.replace(SMALL, loss="tv", hard=0.25, soft=0.75, offset_decay=0.6)
+    trainee, vocabulary = with_random_head(model), Vocabulary(model, samples)
+    assert trainee.rerank is not None
+    batch = make_batch(samples[:3], 3, 2, noise(), CPU)
+    found = float(loss_of(model, trainee, batch, vocabulary, settings).detach())
+    head, total, weights = model.head[vocabulary.ids], 0.0, 0.0
+    with torch.no_grad():
+        clean = model.clean(batch.ids)
+        hidden = model.masked(clean, batch.anchors, 3, trainee.lora.mask_embedding, trainee.lora)
+        for b, block in itertools.product(range(3), range(batch.anchors.shape[1])):
+            anchor, state = int(batch.anchors[b, block]), None
+            for j, label in enumerate(batch.labels[b, block].tolist()):
+                if label < 0:
+                    break
+                p = 0.75 * (head @ clean.hidden[b, anchor + 1 + j]).softmax(0)
+                p[vocabulary.ids == label] += 0.25
+                x = hidden[b, block, j]
+                query, state = trainee.rerank.query(x, model.embedding[batch.ids[b, anchor + 1 + j]], state)
+                far = [float((p - (head @ y).softmax(0)).abs().sum()) for y in (x, x + query)]
+                total, weights = total + 0.6**j * sum(far), weights + 0.6**j
+    assert found == pytest.approx(total / weights, rel=1e-4)
+
+
 # Runs
+
+
+def test_a_run_may_start_from_an_adapter(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    first = train(model, samples, [], SMALL, tmp_path / "first")
+    export(tmp_path / "adapter", first, SMALL, PROVENANCE, 6, None, torch.float32)
+    adapter = load_adapter(tmp_path / "adapter", model.config)
+    settings = dataclasses.replace(SMALL, loss="tv", start="its hash")
+    assert same(Trainee.new(model, settings, adapter), first)
+    second = train(model, samples, [], settings, tmp_path / "second", start=adapter)
+    assert not same(second, first)
+    assert same(second, train(model, samples, [], settings, tmp_path / "again", start=adapter))
+
+
+def test_total_variation_falls_from_a_start(trained: Trained, tmp_path: Path) -> None:
+    """The mean over all steps of a run that begins where cross-entropy ended is below what it began with."""
+    settings = dataclasses.replace(trained.settings, loss="tv", steps=20, learning_rate=3e-3, start="its hash")
+    export(tmp_path / "adapter", trained.trainee, settings, PROVENANCE, 1, None, torch.float32)
+    adapter = load_adapter(tmp_path / "adapter", trained.model.config)
+    losses: list[float] = []
+    train(
+        trained.model,
+        trained.samples,
+        [],
+        settings,
+        tmp_path / "run",
+        start=adapter,
+        report=lambda trainee, step, loss, _: losses.append(loss),
+    )
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rank": 3, "alpha": 24.0}, r"its pair of q_proj in layer 0 has shape \[2, 32\], wanted \[3, 32\]"),
+        ({"alpha": 4.0}, "14 pairs of scale 8, wanted 14 of scale 2"),
+        ({"rerank_width": 4}, r"its re-ranking head has shape \[8, 32\], wanted \[4, 32\]"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(
+    changes: dict[str, Any], reason: str, model: DenseModel, tmp_path: Path
+) -> None:
+    export(tmp_path / "adapter", Trainee.new(model, SMALL), SMALL, PROVENANCE, 1, None)
+    adapter = load_adapter(tmp_path / "adapter", model.config)
+    with pytest.raises(ValueError, match=f"adapter.* {reason}"):
+        Trainee.new(model, dataclasses.replace(SMALL, **changes), adapter)
 
 
 def test_it_learns(trained: Trained) -> None:
@@ -345,8 +419,16 @@ def test_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("stride", 1), ("rank", 0), ("steps", 0), ("batch", 0), ("spacing", 0), ("warmup", -1)]
+    ("name", "value"),
+    [("stride", 1), ("rank", 0), ("steps", 0), ("batch", 0), ("spacing", 0), ("warmup", -1), ("kl", -0.1)],
 )
 def test_settings_out_of_range(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}, wanted at least"):
         TrainSettings(**{name: value})
+
+
+def test_losses_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="loss is 'mse', wanted 'ce' or 'tv'"):
+        TrainSettings(loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hard \+ soft is 1.25, wanted 1: total variation"):
+        TrainSettings(loss="tv", hard=0.75)
