@@ -8,6 +8,24 @@
 
 using namespace idlm_cpu;
 
+namespace {
+
+// The first word of Philox4x32-10 at a counter (c0, c1, c2, 0).
+uint32_t philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2) {
+  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32), c3 = 0;
+  for (int round = 0; round < 10; round++) {
+    const uint64_t p = (uint64_t)c0 * 0xD2511F53u, q = (uint64_t)c2 * 0xCD9E8D57u;
+    c0 = (uint32_t)(q >> 32) ^ c1 ^ k0, c1 = (uint32_t)q;
+    c2 = (uint32_t)(p >> 32) ^ c3 ^ k1, c3 = (uint32_t)p;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+constexpr uint32_t kStreamInput = 3;
+
+}  // namespace
+
 extern "C" {
 
 void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
@@ -23,9 +41,15 @@ void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
       const int index = r - 1 - n, branch = p.branched && p.num_k ? index / p.num_k : n;
       const int j = p.branched && p.num_k ? index % p.num_k : index;
       const int64_t at = length - 1 + r;
-      p.ids[t] = !is_clean ? p.mask_id : r == 0 ? p.text[b * p.text_stride + length - 1] : p.drafts[b * p.drafts_stride + r - 1];
+      const int64_t position = length - 1 + (is_clean ? r : 1 + branch + j);
+      int64_t mask_id = p.mask_id;
+      if (!is_clean && p.noise_below) {
+        const uint64_t word = philox((uint64_t)p.seed[b], (uint32_t)at, (uint32_t)position, kStreamInput);
+        mask_id = 1 + (int64_t)(word * (uint64_t)(p.noise_below - 1) >> 32);
+      }
+      p.ids[t] = !is_clean ? mask_id : r == 0 ? p.text[b * p.text_stride + length - 1] : p.drafts[b * p.drafts_stride + r - 1];
       p.is_mask[t] = !is_clean;
-      p.positions[t] = length - 1 + (is_clean ? r : 1 + branch + j);
+      p.positions[t] = position;
       // Beyond its pages: not kept, and the forward refuses the request.
       const bool has_page = at / p.page_size < p.page_table_stride;
       p.slots[t] = has_page ? (int64_t)p.page_table[b * p.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;

@@ -49,9 +49,15 @@ def generate(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a LoRA adapter for the MASK rows, or `none`.", show_default="the one of the default model"
+            help="Folder of a LoRA adapter for the MASK rows, or `none`.",
+            show_default="the default model's, or the folder `adapter` inside the model's",
         ),
     ] = None,
+    mask_input: Annotated[
+        Literal["vector", "token", "mean", "uniform"] | None,
+        typer.Option(help="What MASK rows embed; uniform: random ids, as Uno.", show_default="what the adapter says"),
+    ] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="The MASK id for it.", show_default="the model's")] = None,
     stride: Annotated[
         str,
         typer.Option(
@@ -185,6 +191,8 @@ def generate(
     generator = Generator.from_pretrained(
         model,
         adapter={None: "default", "none": None}.get(adapter, adapter),
+        mask_input=mask_input,
+        mask_token_id=mask_token_id,
         device=device,
         dtype=dtype,
         backend=backend,

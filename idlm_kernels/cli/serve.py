@@ -33,9 +33,15 @@ def serve(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a LoRA adapter for the MASK rows, or `none`.", show_default="the one of the default model"
+            help="Folder of a LoRA adapter for the MASK rows, or `none`.",
+            show_default="the default model's, or the folder `adapter` inside the model's",
         ),
     ] = None,
+    mask_input: Annotated[
+        Literal["vector", "token", "mean", "uniform"] | None,
+        typer.Option(help="What MASK rows embed; uniform: random ids, as Uno.", show_default="what the adapter says"),
+    ] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="The MASK id for it.", show_default="the model's")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -123,6 +129,8 @@ def serve(
     generator = Generator.from_pretrained(
         model,
         adapter={None: "default", "none": None}.get(adapter, adapter),
+        mask_input=mask_input,
+        mask_token_id=mask_token_id,
         device=device,
         dtype=dtype,
         backend=backend,

@@ -103,8 +103,8 @@ class Rows(Structure):
 
 class Plan(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "page_table")),
-        *((name, c_int64) for name in ("text_stride", "drafts_stride", "page_table_stride", "mask_id")),
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "page_table", "seed")),
+        *((name, c_int64) for name in ("text_stride", "drafts_stride", "page_table_stride", "mask_id", "noise_below")),
         *((name, c_int32) for name in ("batch", "num_k", "branched", "page_size")),
         *((name, c_void_p) for name in ("ids", "positions", "slots", "tail_mask", "is_mask", "seq_lens")),
         ("query_start_loc", c_void_p),

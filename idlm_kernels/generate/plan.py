@@ -18,6 +18,7 @@ from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.cpu import native
 from idlm_kernels.generate.state import RUNNING, DecodeState
 from idlm_kernels.model.transformer import Rows
+from python_ref.noise import noise_ids
 
 PlanKind = Literal["ar", "chain", "quadratic"]
 MAX_STRIDE = {"ar": 1, "chain": 32, "quadratic": 8}
@@ -147,14 +148,15 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     if num_k:
         clean_id = torch.where(r == 0, pending, state.drafts[request, (r - 1).clamp(0, num_k - 1)])
     is_mask = is_row & ~is_clean
-    ids = torch.where(is_mask, state.mask_id, clean_id)
+    place = row_length - 1 + r
+    ids = torch.where(is_mask, _mask_ids(state, request, place, position), clean_id)
 
     tail_mask = None
     if plan.branched:
         own = ((2 << j) - 1) << (1 + row_n + branch * num_k).clamp(max=63)
         tail_mask = torch.where(is_clean, (2 << r) - 1, ((2 << branch) - 1) | own)
 
-    slot = slot_of(state.page_table, request, row_length - 1 + r, page_size)
+    slot = slot_of(state.page_table, request, place, page_size)
     return Rows(
         ids=torch.where(is_row, ids, 0),
         is_mask=is_mask,
@@ -168,6 +170,13 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     )
 
 
+def _mask_ids(state: DecodeState, request: Tensor, place: Tensor, position: Tensor) -> Tensor | int:
+    """What MASK rows carry as their id; place: of the row among the request's keys."""
+    if not state.noise_below:
+        return state.mask_id
+    return noise_ids(state.seed[request], place, position, state.noise_below)
+
+
 def _plan_rows_natively(library: ctypes.CDLL, plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """`plan_rows` in one call."""
     batch, most = state.batch, plan.max_rows
@@ -178,7 +187,8 @@ def _plan_rows_natively(library: ctypes.CDLL, plan: StepPlan, state: DecodeState
     table = state.page_table
     struct = native.Plan(
         *(x.data_ptr() for x in (state.text, state.drafts, state.lengths, state.num_drafts, state.finish, table)),
-        *(state.text.stride(0), state.drafts.stride(0), table.stride(0), state.mask_id),
+        state.seed.data_ptr(),
+        *(state.text.stride(0), state.drafts.stride(0), table.stride(0), state.mask_id, state.noise_below),
         *(batch, plan.num_drafts, plan.branched, page_size),
         *(ids.data_ptr(), positions.data_ptr(), slots.data_ptr()),
         None if tail_mask is None else tail_mask.data_ptr(),
@@ -202,7 +212,7 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
     is_mask = index >= stop[request]
     token = state.text[request, torch.minimum(index, stop[request] - 1)]
     return Rows(
-        ids=torch.where(is_mask, state.mask_id, token),
+        ids=torch.where(is_mask, _mask_ids(state, request, index, index), token),
         is_mask=is_mask,
         positions=index,
         slot_mapping=slot_of(state.page_table, request, index, page_size),

@@ -20,6 +20,7 @@ from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, slots_of_keys, unsupported
 from idlm_kernels.model.errors import CheckpointError
+from idlm_kernels.model.mask_input import MaskInput
 from python_ref import rotary_table
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,8 @@ class Transformer:
     """A causal transformer on one device.
 
     Attributes: config; device; dtype: of activations, logits and KV; weight_dtype; max_positions: rows of the rotary
-    table; has_adapter; acceptance: of drafts, as the adapter tells; rerank_head, and with one head_rows [V, H], the
-    rows of the LM head.
+    table; has_adapter; mask_input: what MASK rows embed; acceptance: of drafts, as the adapter tells; rerank_head, and
+    with one head_rows [V, H], the rows of the LM head.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class Transformer:
         device: torch.device | str = "cpu",
         dtype: str | torch.dtype = "auto",
         adapter: Adapter | None = None,
+        mask_input: MaskInput | None = None,
     ):
+        """mask_input: what MASK rows embed; what the adapter says, or what is left (`MaskInput`), when None."""
         self.config = config = checkpoint.config
         self.device = torch.device(device)
         self.weight_dtype = _weight_dtype(dtype, checkpoint, self.device)
@@ -140,7 +143,7 @@ class Transformer:
             self.layers = [self._layer(i) for i in range(config.num_layers)]
             self.norm = self._vector("model.norm.weight")
             self.head = ops.prepare_weight(head)
-        self.mask_embedding = self._mask_embedding()
+        self.mask_input, self.mask_embedding = self._mask_input(mask_input)
         self.rerank_head = None
         if adapter is not None and adapter.rerank_head is not None:
             self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
@@ -218,13 +221,20 @@ class Transformer:
             return self.embedding
         return self.stack.table(self.stack.head, self.weight_dtype)
 
-    def _mask_embedding(self) -> Tensor | None:
-        """What MASK rows embed: the adapter's vector, else the model's own MASK token (None), else the mean token."""
-        if self._adapter is not None and self._adapter.mask_embedding is not None:
-            return self._adapter.mask_embedding.to(self.device, self.dtype)
-        if self.config.mask_token_id is not None:
-            return None
-        return self.embedding.float().mean(0).to(self.dtype)
+    def _mask_input(self, wanted: MaskInput | None) -> tuple[MaskInput, Tensor | None]:
+        """What MASK rows embed, and the vector for it; None where they embed the ids that they carry."""
+        adapter = self._adapter
+        if wanted is None and adapter is not None:
+            wanted = MaskInput("vector") if adapter.mask_embedding is not None else adapter.mask_input
+        if wanted is None:
+            wanted = MaskInput("mean" if self.config.mask_token_id is None else "token")
+        wanted = wanted.within(self.config)
+        if wanted.kind == "vector":
+            vector = None if adapter is None else adapter.mask_embedding
+            if vector is None:
+                raise ValueError("mask_input 'vector' needs an adapter with a mask_embedding.safetensors")
+            return wanted, vector.to(self.device, self.dtype)
+        return wanted, self.embedding.float().mean(0).to(self.dtype) if wanted.kind == "mean" else None
 
     def reserve_positions(self, count: int) -> None:
         """Let the rotary table cover positions 0 .. count - 1. Not to be called while a graph refers to it."""

@@ -103,8 +103,10 @@ typedef struct {
   const int32_t* num_drafts;
   const int32_t* finish;      // 0: running
   const int32_t* page_table;  // [batch][page_table_stride]
+  const int64_t* seed;        // [batch]
   int64_t text_stride, drafts_stride, page_table_stride;
   int64_t mask_id;            // the id that MASK rows are given
+  int64_t noise_below;        // if not 0: ids drawn from 1 .. noise_below - 1 instead (python_ref/noise.py, noise_ids)
   int32_t batch, num_k, branched, page_size;
   int64_t *ids, *positions, *slots, *tail_mask;  // out [batch * most rows]; tail_mask is null for a chain
   uint8_t* is_mask;
