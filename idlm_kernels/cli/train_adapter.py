@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from idlm_kernels.model import Tokenizer
     from idlm_kernels.model.adapter import Adapter
+    from idlm_kernels.model.config import ModelConfig
     from idlm_kernels.training.acceptance import Predictions
     from idlm_kernels.training.data import DataSettings, Sample
     from idlm_kernels.training.dense import DenseModel
@@ -59,6 +60,10 @@ def train_adapter(
         ),
     ] = "ce",
     kl: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence beside total variation.")] = 0.01,
+    mask_input: Annotated[
+        Literal["vector", "uniform"],
+        typer.Option(help="What MASK rows embed: a vector that is learned too, or random ids, as Uno."),
+    ] = "vector",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the learning rate falls to the end.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Continuations per step.")] = 12,
     learning_rate: Annotated[float, typer.Option("--lr", help="The highest.")] = 2e-3,
@@ -113,6 +118,7 @@ def train_adapter(
         loss=loss,
         kl=kl if loss == "tv" else 0.0,
         rerank_width=_width_of(begun) if rerank else 0,
+        noise_below=_noise_bound(checkpoint.config) if mask_input == "uniform" else 0,
         seed=seed,
         start="" if start is None else file_sha256(start),
     )
@@ -148,7 +154,7 @@ def train_adapter(
         saved = work / "checkpoint.safetensors"
         if not saved.exists():
             untrained = Trainee.new(base, settings, begun)
-            before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k)
+            before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k, settings.noise_below)
             bar.console.print(f"step 0: {_figures(before)}", highlight=False, soft_wrap=True)
         train(
             base,
@@ -167,6 +173,11 @@ def train_adapter(
 def _width_of(start: Adapter | None) -> int:
     """Of the re-ranking head: that of the adapter to start from, where it has one."""
     return 256 if start is None or start.rerank_head is None else len(start.rerank_head.from_hidden)
+
+
+def _noise_bound(config: ModelConfig) -> int:
+    """Ids are drawn below the MASK token; a model without one has only ids of texts."""
+    return config.vocab_size if config.mask_token_id is None else config.mask_token_id
 
 
 def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:

@@ -25,6 +25,7 @@ from .rerank import RerankHead, load_rerank_head
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINING_FILE = "idlm_training.json"  # how the adapter was trained, and the acceptance that it reached
+MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 MAX_TRAINED_STRIDE = 32
 DEFAULT_ADAPTER = Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct"  # of the default model
 _BLOCK_OF = {module: "self_attn" if module in MODULES[:4] else "mlp" for module in MODULES}
@@ -177,7 +178,7 @@ def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
     if (said is not None and said.kind == "vector") != (mask_embedding is not None):
         raise CheckpointError(
             f"{record}: mask_input is {short(said and said.kind)}, which does not go"
-            f" {'with' if mask_embedding is not None else 'without'} a mask_embedding.safetensors"
+            f" {'with' if mask_embedding is not None else 'without'} a {MASK_EMBEDDING_FILE}"
         )
     return Adapter(
         path.resolve().name,
@@ -261,7 +262,7 @@ def _alpha(value: Any, name: str) -> float:
 
 
 def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
-    location = path / "mask_embedding.safetensors"
+    location = path / MASK_EMBEDDING_FILE
     if not is_there(location):
         return None
     file = SafetensorsFile(location)

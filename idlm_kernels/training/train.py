@@ -33,7 +33,8 @@ class TrainSettings:
     spacing: a block starts every so many tokens, at a random offset. loss: "ce", cross-entropy, or "tv", total
     variation (`training.distance`) with `kl` times the Kullback-Leibler divergence. hard, soft: weights of the base
     model's own token and of its distribution, as targets. offset_decay: weight of MASK row j is offset_decay^j.
-    rerank_width: of the re-ranking head, 0 for none. start: what the run began with, if not with nothing (a hash).
+    rerank_width: of the re-ranking head, 0 for none. noise_below: 0, and MASK rows embed a vector that is trained too;
+    else they embed ids drawn from 1 .. noise_below - 1. start: what the run began with, if not with nothing (a hash).
     """
 
     stride: int = 4
@@ -50,6 +51,7 @@ class TrainSettings:
     soft: float = 0.5
     offset_decay: float = 0.7
     rerank_width: int = 256
+    noise_below: int = 0
     seed: int = 0
     start: str = ""
 
@@ -68,6 +70,8 @@ class TrainSettings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least {low}")
+        if self.noise_below < 0 or self.noise_below == 1:
+            raise ValueError(f"noise_below is {self.noise_below}, wanted 0 or at least 2")
         if self.loss not in ("ce", "tv"):
             raise ValueError(f"loss is {self.loss!r}, wanted 'ce' or 'tv'")
         if self.loss == "tv" and abs(self.hard + self.soft - 1) > 1e-6:
@@ -95,13 +99,15 @@ class Batch:
     """Right-padded sequences and the blocks of MASK rows that are trained on them.
 
     ids int64 [B, T]; next_ids int64 [B, T]: what clean rows predict, -1 outside of the answers; anchors int64 [B, A]:
-    the clean row before each block; labels int64 [B, A, K]: what MASK rows predict, -1 where the answer ends before.
+    the clean row before each block; labels int64 [B, A, K]: what MASK rows predict, -1 where the answer ends before;
+    noise int64 [B, A * K]: ids that MASK rows embed, None where that is the adapter's vector.
     """
 
     ids: Tensor
     next_ids: Tensor
     anchors: Tensor
     labels: Tensor
+    noise: Tensor | None = None
 
 
 def make_batch(
@@ -220,7 +226,8 @@ def loss_of(
     with torch.no_grad():
         clean = model.clean(batch.ids)
     lora = trainee.lora
-    hidden = model.masked(clean, batch.anchors, settings.num_k, lora.mask_embedding, lora)
+    embedded = lora.mask_embedding if batch.noise is None else F.embedding(batch.noise, model.embedding)
+    hidden = model.masked(clean, batch.anchors, settings.num_k, embedded, lora)
     rows = batch.labels >= 0
     weight = settings.offset_decay ** torch.arange(settings.num_k, device=model.device, dtype=torch.float32)
     weight = weight.expand(rows.shape)[rows]
@@ -321,6 +328,9 @@ def train(
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = [samples[i] for i in order.batch(step)]
         batch = make_batch(chosen, settings.num_k, settings.spacing, generator, model.device)
+        if settings.noise_below:
+            shape = len(chosen), batch.labels[0].numel()
+            batch.noise = torch.randint(1, settings.noise_below, shape, generator=generator).to(model.device)
         loss = loss_of(model, trainee, batch, vocabulary, settings)
         trainee.optimizer.zero_grad()
         loss.backward()
@@ -334,7 +344,8 @@ def train(
             trainee.save(checkpoint, step, identity)
         predictions = None
         if held_out and (last or step % evaluate_every == 0):
-            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_k)
+            below = settings.noise_below
+            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_k, below)
         report(trainee, step, float(loss.detach()), predictions)
     return trainee
 

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
 from idlm_kernels.cli.train_adapter import WORK
+from idlm_kernels.generate import Generator
+from idlm_kernels.model.mask_input import MaskInput
 from idlm_kernels.training import train as training
 from idlm_kernels.training.export import file_sha256
 from tests.tiny import save_tiny_model
@@ -100,6 +102,20 @@ def test_total_variation_from_an_adapter(model: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "b" / "idlm_training.json").read_text())["settings"]
     assert (record["loss"], record["kl"], record["alpha"]) == ("tv", 0.01, 8.0), "rank and alpha are those of the start"
     assert record["start"] == file_sha256(tmp_path / "a")
+
+
+def test_uniform_noise_is_written_into_the_adapter_and_drawn_when_it_decodes(model: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "a").exit_code == 0  # whose vector must not stay
+    (tmp_path / "a" / WORK / "checkpoint.safetensors").unlink()
+    done = run(model, tmp_path / "a", "--mask-input", "uniform")
+    assert done.exit_code == 0, done.stderr
+    record = json.loads((tmp_path / "a" / "idlm_training.json").read_text())
+    assert record["mask_input"] == {"kind": "uniform", "mask_token_id": 256}
+    assert "mask_embedding.safetensors" not in files(tmp_path / "a")
+    generator = Generator.from_pretrained(model, adapter=tmp_path / "a")
+    assert generator.model.mask_input == MaskInput("uniform", 256)
+    done = run(model, tmp_path / "b", "--mask-input", "uniform")
+    assert files(tmp_path / "a") == files(tmp_path / "b"), "the same seed gives the same noise"
 
 
 def lines(*records: object) -> str:

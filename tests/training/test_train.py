@@ -177,6 +177,27 @@ def test_the_loss_is_that_of_a_plain_loop(model: DenseModel, samples: list[Sampl
     assert found == pytest.approx(total / weights, rel=1e-4)
 
 
+def test_noise_takes_the_place_of_the_vector(model: DenseModel, samples: list[Sample]) -> None:
+    trainee, vocabulary = Trainee.new(model, SMALL), Vocabulary(model, samples)
+    batch = make_batch(samples[:4], 3, 2, noise(), CPU)
+    batch.noise = torch.full((4, batch.labels[0].numel()), 7)
+    found = loss_of(model, trainee, batch, vocabulary, SMALL)
+    found.backward()
+    assert trainee.lora.mask_embedding.grad is None
+    batch.noise = None
+    with torch.no_grad():
+        trainee.lora.mask_embedding.copy_(model.embedding[7])
+        assert torch.equal(found, loss_of(model, trainee, batch, vocabulary, SMALL)), "one id: its embedding everywhere"
+
+
+def test_a_run_draws_its_noise(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, noise_below=50)
+    one, two = (train(model, samples, samples[:2], settings, tmp_path / name) for name in ("one", "two"))
+    assert same(one, two)
+    assert not same(one, train(model, samples, [], dataclasses.replace(settings, noise_below=9), tmp_path / "three"))
+    assert torch.equal(one.lora.mask_embedding, Trainee.new(model, settings).lora.mask_embedding)
+
+
 def with_random_head(model: DenseModel) -> Trainee:
     trainee = Trainee.new(model, SMALL)
     assert trainee.rerank is not None
@@ -432,3 +453,5 @@ def test_losses_that_make_no_sense() -> None:
         TrainSettings(loss="mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"hard \+ soft is 1.25, wanted 1: total variation"):
         TrainSettings(loss="tv", hard=0.75)
+    with pytest.raises(ValueError, match="noise_below is 1, wanted 0 or at least 2"):
+        TrainSettings(noise_below=1)
