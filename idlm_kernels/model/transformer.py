@@ -146,6 +146,8 @@ class Transformer:
         self.mask_input, self.mask_embedding = self._mask_input(mask_input)
         self.rerank_head = None
         if adapter is not None and adapter.rerank_head is not None:
+            for tensor in adapter.rerank_head.parameters():
+                self._require_fits("the re-ranking head", tensor)
             self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
         elif self.stack is None:
             del self.head_rows
@@ -188,12 +190,23 @@ class Transformer:
                 # The slices share one rank: those of a lower one are padded with zeros.
                 a = torch.zeros(len(parts), rank, in_features)
                 b = torch.zeros(sum(widths), rank)
-                for part, rows, pair in zip(a, b.split(widths), pairs, strict=True):
+                for name, part, rows, pair in zip(names, a, b.split(widths), pairs, strict=True):
                     if pair is not None:
+                        self._require_fits(f"lora_A of {name}", pair[0])
+                        self._require_fits(f"lora_B of {name}", pair[1])
                         part[: len(pair[0])], rows[:, : len(pair[0])] = pair
                 a = a.flatten(0, 1)
                 lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
         return Projection(weight, bias, widths, lora, scale)
+
+    def _require_fits(self, what: str, tensor: Tensor) -> None:
+        """Refuses a finite tensor of the adapter that the dtype of the activations would make infinite."""
+        if self.dtype != torch.float32 and not tensor.to(self.dtype).isfinite().all():
+            assert self._adapter is not None
+            raise CheckpointError(
+                f"{self._adapter.name}: {what} holds numbers up to {float(tensor.abs().max()):g}, which {self.dtype}"
+                " does not; choose another --dtype"
+            )
 
     def _cpu_stack(self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype) -> CpuStack | None:
         """The layers in the compiled CPU kernels; None where there are none, or they do not take this model."""
@@ -233,6 +246,7 @@ class Transformer:
             vector = None if adapter is None else adapter.mask_embedding
             if vector is None:
                 raise ValueError("mask_input 'vector' needs an adapter with a mask_embedding.safetensors")
+            self._require_fits("the MASK embedding", vector)
             return wanted, vector.to(self.device, self.dtype)
         return wanted, self.embedding.float().mean(0).to(self.dtype) if wanted.kind == "mean" else None
 
