@@ -83,17 +83,22 @@ class Predictions:
 
     def tpf(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> float:
         """Committed tokens per forward of the plan's steps, over all samples together."""
-        tokens = forwards = 0
+        steps = self.steps(branched=branched, reranked=reranked, stride=stride)
+        return sum(steps) / max(1, len(steps))
+
+    def steps(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> list[int]:
+        """Tokens that each step of the plan commits, from sample to sample."""
+        committed = []
         for stands in self.reranked if reranked else self.plain:
             width = stands.shape[1] if stride is None else stride - 1
             accepted = stands[:, :width].long().cumprod(1).sum(1).tolist()
             i, drafted = 0, True  # the prefill samples token 0 and drafts from there
             while i + 1 < len(accepted):
                 a = accepted[i] if drafted else 0
-                step = min(a + 1, len(accepted) - 1 - i)
-                tokens, forwards, i = tokens + step, forwards + 1, i + step
+                committed.append(min(a + 1, len(accepted) - 1 - i))
+                i += committed[-1]
                 drafted = branched or not drafted or a == width
-        return tokens / max(1, forwards)
+        return committed
 
 
 def mask_rows(model: DenseModel, vector: Tensor, anchors: Tensor, num_k: int, noise_below: int, seed: int) -> Tensor:
