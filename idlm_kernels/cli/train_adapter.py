@@ -126,7 +126,7 @@ def train_adapter(
     base = DenseModel.load(checkpoint, torch.device(device), weights)
     if (longest := max_tokens + stride) >= checkpoint.config.max_position_embeddings:
         raise ValueError(f"{longest} tokens do not fit the context of {checkpoint.config.max_position_embeddings}")
-    texts = _prompts(checkpoint.tokenizer, data, prompts, seed)
+    texts = prompts_of(checkpoint.tokenizer, data, prompts, seed)
     if len(texts) <= held_out:
         raise ValueError(f"{len(texts)} prompts, of which {held_out} are held out: nothing is left to train on")
     sha256 = file_sha256(checkpoint.path)
@@ -136,8 +136,8 @@ def train_adapter(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        held = _continued(bar, "held-out prompts", base, texts[:held_out], work / "held_out.jsonl", greedy)
-        samples = _continued(bar, "continuing prompts", base, texts[held_out:], work / "data.jsonl", made)
+        held = continued(bar, "held-out prompts", base, texts[:held_out], work / "held_out.jsonl", greedy)
+        samples = continued(bar, "continuing prompts", base, texts[held_out:], work / "data.jsonl", made)
         name = DEFAULT_MODEL_HUB_ID if model == "default" else checkpoint.name
         provenance = Provenance(name, sha256, len(samples), sum(len(s.answer) for s in samples))
         task = bar.add_task("training", total=steps, note="")
@@ -147,7 +147,7 @@ def train_adapter(
             nonlocal figures
             if predictions is not None:
                 export(output, trainee, settings, provenance, step, predictions)
-                figures = _figures(predictions)
+                figures = figures_of(predictions)
                 bar.console.print(f"step {step}: loss {loss:.3f}, {figures}", highlight=False, soft_wrap=True)
             bar.update(task, completed=step, note=f"loss {loss:.3f} {figures}")
 
@@ -155,7 +155,7 @@ def train_adapter(
         if not saved.exists():
             untrained = Trainee.new(base, settings, begun)
             before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k, settings.noise_below)
-            bar.console.print(f"step 0: {_figures(before)}", highlight=False, soft_wrap=True)
+            bar.console.print(f"step 0: {figures_of(before)}", highlight=False, soft_wrap=True)
         train(
             base,
             samples,
@@ -180,7 +180,7 @@ def _noise_bound(config: ModelConfig) -> int:
     return config.vocab_size if config.mask_token_id is None else config.mask_token_id
 
 
-def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:
+def prompts_of(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:
     """Prompt ids, wrapped in the chat template where there is one, and their domains."""
     from idlm_kernels.generate.batch_file import encoder
     from idlm_kernels.training.prompts import prompts
@@ -203,7 +203,7 @@ def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> 
     return found
 
 
-def _continued(
+def continued(
     bar: Progress,
     title: str,
     base: DenseModel,
@@ -225,7 +225,7 @@ def _continued(
     return read_samples(path)
 
 
-def _figures(predictions: Predictions) -> str:
+def figures_of(predictions: Predictions) -> str:
     shares = "/".join(f"{share:.2f}" for share in predictions.acceptance())
     again = "/".join(f"{share:.2f}" for share in predictions.acceptance(reranked=True))
     tpf = predictions.tpf(branched=True, reranked=True)

@@ -160,36 +160,46 @@ class Trainee:
                 copy_all(f"{start.name}: its re-ranking head", head.parameters(), start.rerank_head.parameters())
         return cls(lora, head)
 
-    def save(self, path: Path, step: int, settings: dict[str, object]) -> None:
-        """Write a checkpoint in one piece: there is always a whole one, whatever happens."""
-        tensors = {}
-        for i, p in enumerate(self.parameters()):
-            tensors[f"{i}.value"] = p.detach()
-            if state := self.optimizer.state.get(p):  # at stride 2 the re-ranking head carries nothing on
-                tensors |= {f"{i}.mean": state["exp_avg"], f"{i}.square": state["exp_avg_sq"]}
-        part = path.with_suffix(".part")
-        save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
-        part.replace(path)
 
-    def load(self, path: Path, settings: dict[str, object]) -> int:
-        """Continue from a checkpoint of the same settings; returns the number of steps that were taken."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            _require_same(path, json.loads(metadata.get("settings", "{}")), settings)
-            step, names = int(metadata["step"]), set(file.keys())
-            for i, p in enumerate(self.parameters()):
-                value = file.get_tensor(f"{i}.value")
-                if value.shape != p.shape:
-                    raise CheckpointError(
-                        f"{path}: tensor {i} has shape {list(value.shape)}, this model asks for {list(p.shape)}"
-                    )
-                with torch.no_grad():
-                    p.copy_(value)
-                if f"{i}.mean" in names:
-                    mean, square = (file.get_tensor(f"{i}.{name}").to(p.device) for name in ("mean", "square"))
-                    state = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
-                    self.optimizer.state[p] = state
-        return step
+def save_run(
+    path: Path,
+    step: int,
+    settings: dict[str, object],
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint in one piece: there is always a whole one, whatever happens."""
+    tensors = {}
+    for i, p in enumerate(parameters):
+        tensors[f"{i}.value"] = p.detach()
+        if state := optimizer.state.get(p):  # at stride 2 the re-ranking head carries nothing on
+            tensors |= {f"{i}.mean": state["exp_avg"], f"{i}.square": state["exp_avg_sq"]}
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
+    part.replace(path)
+
+
+def load_run(
+    path: Path, settings: dict[str, object], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Continue from a checkpoint of the same settings; returns the number of steps that were taken."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        _require_same(path, json.loads(metadata.get("settings", "{}")), settings)
+        step, names = int(metadata["step"]), set(file.keys())
+        for i, p in enumerate(parameters):
+            value = file.get_tensor(f"{i}.value")
+            if value.shape != p.shape:
+                raise CheckpointError(
+                    f"{path}: tensor {i} has shape {list(value.shape)}, this model asks for {list(p.shape)}"
+                )
+            with torch.no_grad():
+                p.copy_(value)
+            if f"{i}.mean" in names:
+                mean, square = (file.get_tensor(f"{i}.{name}").to(p.device) for name in ("mean", "square"))
+                state = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
+                optimizer.state[p] = state
+    return step
 
 
 def _require_same(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
@@ -321,7 +331,7 @@ def train(
     """
     trainee = Trainee.new(model, settings, start)
     identity = {**asdict(settings), "samples": len(samples)}
-    step = trainee.load(checkpoint, identity) if checkpoint.exists() else 0
+    step = load_run(checkpoint, identity, trainee.parameters(), trainee.optimizer) if checkpoint.exists() else 0
     vocabulary = Vocabulary(model, samples)
     order = Order(samples, settings.batch, settings.seed)
     while step < settings.steps:
@@ -341,7 +351,7 @@ def train(
         step += 1
         last = step == settings.steps
         if last or step % save_every == 0:
-            trainee.save(checkpoint, step, identity)
+            save_run(checkpoint, step, identity, trainee.parameters(), trainee.optimizer)
         predictions = None
         if held_out and (last or step % evaluate_every == 0):
             below = settings.noise_below

@@ -28,6 +28,7 @@ from idlm_kernels.training.train import (
     Vocabulary,
     loss_of,
     make_batch,
+    save_run,
     train,
 )
 from python_ref.rerank import NUM_CANDIDATES
@@ -414,7 +415,7 @@ def test_a_checkpoint_is_never_half_written(
     monkeypatch.setattr(module, "save_file", full)
     trainee = Trainee.new(model, SMALL)
     with pytest.raises(OSError, match="no space"):
-        trainee.save(tmp_path / "run", 7, {})
+        save_run(tmp_path / "run", 7, {}, trainee.parameters(), trainee.optimizer)
     assert (tmp_path / "run").read_bytes() == before
 
 
