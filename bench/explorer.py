@@ -52,38 +52,46 @@ def two_pass_tpf(stride: int, acceptance: Sequence[float]) -> float:
 
 
 def budgeted_tpf(widths: Tensor, acceptance: Sequence[float]) -> Tensor:
-    """Of quadratic plans [P, M + 1] whose branch b has widths[:, b] <= M MASK rows, M the most drafts: fp64 [P].
+    """Of quadratic plans [P, M] whose branch b has widths[:, b] <= M MASK rows, M the most drafts: fp64 [P].
 
-    A step with n drafts that accepts a of them commits a + 1 tokens and leaves widths[a] drafts to the next: a Markov
-    chain over n, whose mean is taken over its stationary law. With all widths alike it is the quadratic plan.
+    The last branch of a step, after its last draft, has M whatever the budget: it is the one that is taken where all
+    drafts stand. So no widths at all make the chain, and all widths M the quadratic plan. A step with n drafts that
+    accepts a of them commits a + 1 tokens and leaves widths[a] drafts to the next, M if a = n: a Markov chain over n,
+    whose mean is taken over its stationary law.
     """
-    size = widths.shape[1]
-    chances = torch.tensor(accepted_chances(acceptance, size), dtype=torch.float64)
-    ends = (chances[:-1] - chances[1:]).expand(size, size).tril(-1) + chances[:-1].diag()  # [n, a]: a of n accepted
-    move = torch.zeros(len(widths), size, size, dtype=torch.float64)
-    move.scatter_add_(2, widths.unsqueeze(1).expand_as(move), ends.expand_as(move))
+    most = widths.shape[1]
+    chances = torch.tensor(accepted_chances(acceptance, most), dtype=torch.float64)
+    move = torch.zeros(len(widths), most + 1, most + 1, dtype=torch.float64)
+    stopped = (chances[:-1] - chances[1:]).expand(most + 1, most).tril(-1)  # [n, a]: a drafts of n stand, and no more
+    index = widths.unsqueeze(1).expand(-1, most + 1, -1)
+    move.scatter_add_(2, index, stopped.expand(len(widths), -1, -1))
+    move[:, :, most] += chances
     # law (move - 1) = 0, of whose equations one says nothing new: the law sums to 1 instead.
-    system = move.mT - torch.eye(size, dtype=torch.float64)
+    system = move.mT - torch.eye(most + 1, dtype=torch.float64)
     system[:, -1] = 1.0
-    law = torch.linalg.solve(system, torch.eye(size, dtype=torch.float64)[-1].expand(len(widths), -1))
-    return law @ chances[:-1].cumsum(0)
+    law = torch.linalg.solve(system, torch.eye(most + 1, dtype=torch.float64)[-1].expand(len(widths), -1))
+    return law @ chances.cumsum(0)
 
 
 def budgeted_points(acceptance: Sequence[float]) -> list[Point]:
-    """Good budgeted plans by rows, found greedily: each quadratic plan loses rows where they are missed least."""
+    """Good budgeted plans by rows, found greedily: from each chain on, rows are added where they gain most, and from
+    each quadratic plan on, they are taken away where they are missed least."""
     found = []
     for most in range(1, MAX_STRIDE):
-        one = torch.eye(most + 1, dtype=torch.int64)
-        widths = torch.full((1, most + 1), most)
-        while True:
-            if (rows := most + 1 + int(widths.sum())) <= MAX_ROWS:
-                name = "-".join(map(str, widths[0].tolist()))
-                found.append(Point(f"budgeted {name}", rows, float(budgeted_tpf(widths, acceptance))))
-            left = (widths - one)[widths[0] > 0]
-            left = left[left.amax(1) == most]  # or it is a plan of fewer drafts, which comes too
-            if len(left) == 0:
-                break
-            widths = left[budgeted_tpf(left, acceptance).argmax()].unsqueeze(0)
+        one = torch.eye(most, dtype=torch.int64)
+        ends = ((0, 1), (most, -1)) if (most + 1) ** 2 <= 2 * MAX_ROWS else ((0, 1),)
+        for start, step in ends:
+            widths = torch.full((1, most), start)
+            while True:
+                if (rows := 1 + 2 * most + int(widths.sum())) <= MAX_ROWS:
+                    name = "-".join(map(str, [*widths[0].tolist(), most]))
+                    found.append(Point(f"budgeted {name}", rows, float(budgeted_tpf(widths, acceptance))))
+                elif step > 0:
+                    break
+                next_widths = (widths + step * one)[widths[0] != (most if step > 0 else 0)]
+                if len(next_widths) == 0:
+                    break
+                widths = next_widths[budgeted_tpf(next_widths, acceptance).argmax()].unsqueeze(0)
     return _frontier(found)
 
 

@@ -31,14 +31,14 @@ class MaskInput:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"mask_input is {self.kind!r}, wanted one of {', '.join(KINDS)}")
+            raise ValueError(f"mask_input is {short(self.kind)}, wanted one of {', '.join(KINDS)}")
         token = self.mask_token_id
         if token is None:
             return
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"mask_token_id must be an int, got {type(token).__name__}")
         if self.kind in ("vector", "mean"):
-            raise ValueError(f"mask_token_id is {token}, but mask_input {self.kind!r} has no use for one")
+            raise ValueError(f"mask_token_id is {short(token)}, but mask_input {self.kind!r} has no use for one")
 
     @property
     def row_id(self) -> int:
@@ -64,8 +64,8 @@ class MaskInput:
         low, high = (2, config.vocab_size) if self.kind == "uniform" else (0, config.vocab_size - 1)
         if not low <= token <= high:
             raise ValueError(
-                f"{where}mask_token_id is {token}, wanted {low} to {high} for mask_input {self.kind!r} of a model with"
-                f" {config.vocab_size} ids"
+                f"{where}mask_token_id is {short(token)}, wanted {low} to {high} for mask_input {self.kind!r} of a"
+                f" model with {config.vocab_size} ids"
             )
         return MaskInput(self.kind, token)
 

@@ -22,11 +22,11 @@ def simulated(widths: list[int], acceptance: list[float], steps: int = 60_000) -
         a = 0
         while a < n and rng.random() < acceptance[min(a, len(acceptance) - 1)]:
             a += 1
-        tokens, n = tokens + a + 1, widths[a]
+        tokens, n = tokens + a + 1, widths[a] if a < n else len(widths)
     return tokens / steps
 
 
-@pytest.mark.parametrize("widths", [[1, 1], [1, 2, 0], [3, 0, 0, 3], [2, 2, 3, 1], [4, 3, 3, 2, 1]])
+@pytest.mark.parametrize("widths", [[1], [0], [1, 0], [3, 0, 0], [2, 0, 3], [4, 3, 2, 1]])
 def test_budgeted_plans_commit_what_their_steps_commit(widths: list[int]) -> None:
     for acceptance in ([0.8], [0.7, 0.5, 0.9]):
         found = float(budgeted_tpf(torch.tensor([widths]), acceptance))
@@ -34,11 +34,12 @@ def test_budgeted_plans_commit_what_their_steps_commit(widths: list[int]) -> Non
 
 
 @pytest.mark.parametrize("stride", range(2, 9))
-def test_a_budget_that_is_spent_evenly_is_the_quadratic_plan(stride: int) -> None:
+def test_budgets_lie_between_the_chain_and_the_quadratic_plan(stride: int) -> None:
     acceptance = [0.8, 0.6, 0.7]
-    found = float(budgeted_tpf(torch.full((1, stride), stride - 1), acceptance))
-    assert found == pytest.approx(StepPlan("quadratic", stride).expected_tpf(acceptance))
-    assert float(budgeted_tpf(torch.full((1, stride), stride - 1), [1.0])) == pytest.approx(stride)
+    for kind, width in (("chain", 0), ("quadratic", stride - 1)):
+        found = float(budgeted_tpf(torch.full((1, stride - 1), width), acceptance))
+        assert found == pytest.approx(StepPlan(kind, stride).expected_tpf(acceptance))  # type: ignore[arg-type]
+    assert float(budgeted_tpf(torch.full((1, stride - 1), stride - 1), [1.0])) == pytest.approx(stride)
 
 
 def test_two_passes_are_those_of_the_paper() -> None:
@@ -55,11 +56,12 @@ def test_what_is_drawn() -> None:
     assert all(p.forwards == 2 for p in found["two passes"])
     for of_budget, above in zip(found["budgeted"], found["budgeted"][1:], strict=False):
         assert of_budget.rows < above.rows <= 64 and of_budget.tpf < above.tpf, "each is the best of its rows"
-    for plan in found["quadratic"]:
+    for plan in found["quadratic"] + found["chain"]:
         assert any(p.rows <= plan.rows and p.tpf >= plan.tpf - 1e-9 for p in found["budgeted"])
 
 
-def test_the_page_holds_the_figures_and_asks_no_network() -> None:
+def test_the_page_holds_the_figures_and_asks_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explorer, "EVEN", (0.7,))
     record: dict[str, Any] = {
         "machine": "</script>",
         "threads": 2,
