@@ -65,6 +65,9 @@ def train_adapter(
         typer.Option(help="What MASK rows embed: a vector that is learned too, or random ids, as Uno."),
     ] = "vector",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the learning rate falls to the end.")] = 1000,
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many of the --steps; a later call may go on.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Continuations per step.")] = 12,
     learning_rate: Annotated[float, typer.Option("--lr", help="The highest.")] = 2e-3,
     rerank: Annotated[bool, typer.Option(help="Train a re-ranking head too.")] = True,
@@ -163,6 +166,7 @@ def train_adapter(
             settings,
             saved,
             start=begun,
+            until=until,
             evaluate_every=max(1, min(50, steps // 4)),
             save_every=max(1, min(25, steps // 10)),
             report=report,

@@ -320,11 +320,14 @@ def train(
     checkpoint: Path,
     *,
     start: Adapter | None = None,
+    until: int | None = None,
     evaluate_every: int = 50,
     save_every: int = 25,
     report: Callable[[Trainee, int, float, Predictions | None], None] = lambda trainee, step, loss, predictions: None,
 ) -> Trainee:
     """Train, from `start` where it is given, or go on from `checkpoint` where it exists, until settings.steps.
+
+    until: stop after so many steps already; what was learned is that of a longer run that was stopped there.
 
     report(trainee, steps taken, loss, predictions on held_out or None) is called after each step. The same seed gives
     the same adapter, whether or not the run was interrupted.
@@ -334,7 +337,8 @@ def train(
     step = load_run(checkpoint, identity, trainee.parameters(), trainee.optimizer) if checkpoint.exists() else 0
     vocabulary = Vocabulary(model, samples)
     order = Order(samples, settings.batch, settings.seed)
-    while step < settings.steps:
+    end = settings.steps if until is None else min(until, settings.steps)
+    while step < end:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = [samples[i] for i in order.batch(step)]
         batch = make_batch(chosen, settings.num_k, settings.spacing, generator, model.device)
@@ -349,7 +353,7 @@ def train(
             group["lr"] = settings.rate(step)
         trainee.optimizer.step()
         step += 1
-        last = step == settings.steps
+        last = step == end
         if last or step % save_every == 0:
             save_run(checkpoint, step, identity, trainee.parameters(), trainee.optimizer)
         predictions = None

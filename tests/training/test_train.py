@@ -366,6 +366,14 @@ def test_an_interruption_leaves_no_trace(stop: int, model: DenseModel, samples: 
     assert all(torch.equal(calm_state[name], again_state[name]) for name in calm_state)
 
 
+def test_a_run_may_be_told_where_to_stop(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    calm = train(model, samples, [], SMALL, tmp_path / "calm")
+    part = train(model, samples, [], SMALL, tmp_path / "run", until=4)
+    assert not same(part, calm)
+    assert same(part, train(model, samples, [], SMALL, tmp_path / "run", until=4)), "it is only loaded"
+    assert same(calm, train(model, samples, [], SMALL, tmp_path / "run"))
+
+
 def test_a_finished_run_is_only_loaded(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
     done = train(model, samples, [], SMALL, tmp_path / "run")
     assert same(done, train(model, samples, [], SMALL, tmp_path / "run", report=lambda *_: pytest.fail("a step")))
