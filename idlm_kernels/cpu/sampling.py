@@ -244,7 +244,9 @@ def verify_accept(
             out=out,
         )
     if mode == "match" and logit_bias is None:
-        decided = verify_greedy(logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, branched)
+        decided = verify_greedy(
+            logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, branched
+        )
         if decided is not None:
             if out is None:
                 return decided

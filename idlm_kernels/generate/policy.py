@@ -15,7 +15,6 @@ _ACCEPTANCE_OF_MASK_MODELS = (0.8,)
 _ACCEPTANCE_UNTRAINED = (0.15, 0.05)
 _AUTO_STRIDE = 4
 
-
 @dataclass
 class PlanPolicy:
     """Chooses among plans by batch size, costs and the acceptance seen so far.

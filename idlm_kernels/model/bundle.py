@@ -37,7 +37,8 @@ def load_with_input(
     """
     config = checkpoint.config
     adapter = None if folder is None else load_adapter(folder, config)
-    if adapter is None and config.mask_token_id is None and (kind is not None or mask_token_id is not None):
+    is_asked = kind is not None or mask_token_id is not None
+    if adapter is None and config.mask_token_id is None and is_asked:
         raise ValueError(
             f"{checkpoint.path}: mask_input and mask_token_id need an adapter, or a model with a MASK token: there is"
             f" no folder {BUNDLED!r} with one inside the model's own, and no other (--adapter) was given"
@@ -47,11 +48,10 @@ def load_with_input(
         said = MaskInput("uniform")
     if said is None:
         said = MaskInput("mean" if config.mask_token_id is None else "token")
-    where = "" if kind is not None or mask_token_id is not None or folder is None else f"{folder}: "
-    if kind is not None or mask_token_id is not None:
+    if is_asked:
         own = said.mask_token_id if mask_token_id is None and kind == said.kind else mask_token_id
         said = MaskInput(kind or said.kind, own)
-    chosen = said.within(config, where)
+    chosen = said.within(config, "" if is_asked or folder is None else f"{folder}: ")
     if adapter is not None:
         logger.info("MASK rows of %s embed: %s", adapter.name, chosen)
     return adapter, chosen

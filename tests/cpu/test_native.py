@@ -71,7 +71,7 @@ class BlockCheckpoint(MemoryCheckpoint):
 def random_adapter(config: ModelConfig, rank: int = 5, dtype: torch.dtype = torch.bfloat16) -> Adapter:
     random = torch.Generator().manual_seed(7)
     shapes, pairs = config.tensor_shapes(), {}
-    for layer, module in [(i, m) for i in range(config.num_layers) for m in MODULES]:
+    for (layer, module) in [(i, m) for i in range(config.num_layers) for m in MODULES]:
         if (layer, module) == (1, "k_proj"):
             continue  # a module that the adapter leaves alone
         block = "self_attn" if module[0] in "qkvo" else "mlp"

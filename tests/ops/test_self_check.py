@@ -357,7 +357,9 @@ def test_versions_of_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(_dispatch, "_DRIVER", tmp_path / "version")
     _dispatch.versions.cache_clear()
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX  550.54.15  Tue\nGCC version: 12\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX  550.54.15  Tue\nGCC version: 12\n"
+    )
     found = _dispatch.versions(torch.device("cuda", 0))
     assert found["card"] == "a card" and found["driver"] == "NVIDIA UNIX 550.54.15 Tue"
     (tmp_path / "version").unlink()

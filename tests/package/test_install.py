@@ -37,7 +37,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     junk = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=junk)
     out = tmp_path_factory.mktemp("dist")
-    build = f"from setuptools import build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
+    build = (
+        f"from setuptools import build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
+    )
     pure = {**os.environ, "IDLM_SKIP_CUDA_BUILD": "1", "IDLM_SKIP_CPU_BUILD": "1"}
     done = subprocess.run([sys.executable, "-c", build], cwd=source, env=pure, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -145,7 +147,9 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
         for requirement in wanted:
             if requirement.name != project["name"]:
                 name = requirement.name.lower().replace("_", "-")
-                assert requirement.specifier.contains(pins[name]), f"{requirement} against {name}=={pins[name]}"
+                assert requirement.specifier.contains(pins[name]), (
+                    f"{requirement} against {name}=={pins[name]}"
+                )
 
 
 def test_importing_touches_no_device_and_needs_neither_triton_nor_nvcc() -> None:
@@ -184,14 +188,18 @@ class TestMakefile:
         # The tests may themselves run under make, which hands its variables down.
         ours = ("MAKE", "MFLAGS", "ARGS", "PROMPT", "PYTHON", "IDLM_TORCH_INDEX")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        return subprocess.run(["make", *arguments], cwd=tree, env={**env, **settings}, capture_output=True, text=True)
+        return subprocess.run(
+            ["make", *arguments], cwd=tree, env={**env, **settings}, capture_output=True, text=True
+        )
 
     PROMPT = """it's "quoted" $HOME ${HOME} $$ $(shell touch made) `touch made` \\ # % ;ü
 second line"""
 
     def test_the_prompt_arrives_as_it_was_written(self, tree: Path) -> None:
         done = self.make(tree, "generate", f"PROMPT={self.PROMPT}", "ARGS=--stop 'a b'")
-        assert done.stdout == ascii(["generate", f"--prompt={self.PROMPT}", "--stop", "a b"]) + "\n", done.stderr
+        assert done.stdout == ascii(["generate", f"--prompt={self.PROMPT}", "--stop", "a b"]) + "\n", (
+            done.stderr
+        )
         assert not (tree / "made").exists()
 
     def test_the_prompt_may_come_from_the_environment(self, tree: Path) -> None:
