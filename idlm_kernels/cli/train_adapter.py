@@ -61,9 +61,12 @@ def train_adapter(
     ] = "ce",
     kl: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence beside total variation.")] = 0.01,
     mask_input: Annotated[
-        Literal["vector", "uniform"],
-        typer.Option(help="What MASK rows embed: a vector that is learned too, or random ids, as Uno."),
-    ] = "vector",
+        Literal["vector", "uniform"] | None,
+        typer.Option(
+            help="What MASK rows embed: a vector that is learned too, or random ids, as Uno.",
+            show_default="vector, or what --from was trained on",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the learning rate falls to the end.")] = 1000,
     until: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many of the --steps; a later call may go on.")
@@ -121,7 +124,7 @@ def train_adapter(
         loss=loss,
         kl=kl if loss == "tv" else 0.0,
         rerank_width=_width_of(begun) if rerank else 0,
-        noise_below=_noise_bound(checkpoint.config) if mask_input == "uniform" else 0,
+        noise_below=_noise_bound(checkpoint.config, begun, mask_input),
         seed=seed,
         start="" if start is None else file_sha256(start),
     )
@@ -179,9 +182,14 @@ def _width_of(start: Adapter | None) -> int:
     return 256 if start is None or start.rerank_head is None else len(start.rerank_head.from_hidden)
 
 
-def _noise_bound(config: ModelConfig) -> int:
-    """Ids are drawn below the MASK token; a model without one has only ids of texts."""
-    return config.vocab_size if config.mask_token_id is None else config.mask_token_id
+def _noise_bound(config: ModelConfig, start: Adapter | None, wanted: str | None) -> int:
+    """0 where MASK rows embed a vector. Else ids are drawn below the bound that the start was trained with, or the MASK
+    token; a model without one has only ids of texts."""
+    said = None if start is None else start.mask_input
+    bound = said.mask_token_id if said is not None and said.kind == "uniform" else None
+    if wanted == "vector" or (wanted is None and (said is None or said.kind != "uniform")):
+        return 0
+    return bound or config.mask_token_id or config.vocab_size
 
 
 def prompts_of(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:

@@ -114,6 +114,8 @@ def test_uniform_noise_is_written_into_the_adapter_and_drawn_when_it_decodes(mod
     assert "mask_embedding.safetensors" not in files(tmp_path / "a")
     generator = Generator.from_pretrained(model, adapter=tmp_path / "a")
     assert generator.model.mask_input == MaskInput("uniform", 256)
+    done = run(model, tmp_path / "c", "--from", str(tmp_path / "a"))
+    assert json.loads((tmp_path / "c" / "idlm_training.json").read_text())["mask_input"] == record["mask_input"]
     done = run(model, tmp_path / "b", "--mask-input", "uniform")
     assert files(tmp_path / "a") == files(tmp_path / "b"), "the same seed gives the same noise"
 
