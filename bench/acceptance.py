@@ -1,12 +1,14 @@
 """How far the drafts of an adapter stand on prompts that it has not seen, and what that is worth on this machine.
 
-    python -m bench.acceptance [--adapter FOLDER] [--prompts 48] [--tokens 128] [--speed 16] [--rejection 12] [--json]
+    python -m bench.acceptance [--adapter FOLDER] [--prompts 48] [--tokens 128] [--speed 16] [--rejection 12]
+                               [--json] [--html FILE]
 
 (1) acceptance by draft index and domain, greedy, with and without re-ranking; (2) tokens per forward (TPF) of chain and
 branched plans, greedy and at T = 0.7, `match`: the output is the AR text whatever is drafted, so one forward over each
 AR text gives the drafts of every step of every plan, and the steps are walked; (3) --rejection: TPF of as many prompts
 decoded with `rule="rejection"`, whose text is another with every plan; (4) --speed: tokens/s of as many prompts in
-each plan, one prompt at a time, the plans taking turns. Figures of a CPU say nothing about a GPU.
+each plan, one prompt at a time, the plans taking turns. Figures of a CPU say nothing about a GPU. --html: a page that
+shows all of it beside the formulas (`bench.explorer`).
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.explorer import page
 from idlm_kernels import ops
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.rerank import rerank_drafts
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model import load_checkpoint
 from idlm_kernels.model.adapter import DEFAULT_ADAPTER, load_adapter
-from idlm_kernels.training.acceptance import Predictions
+from idlm_kernels.training.acceptance import Predictions, mask_rows
 from idlm_kernels.training.dense import DenseModel
 from idlm_kernels.training.lora import GatedLora
 
@@ -91,7 +94,9 @@ def predictions(
     for text in texts:
         ids = torch.tensor([text.prompt + text.answer])
         anchors = torch.arange(len(text.answer)) + len(text.prompt) - 1
-        hidden = dense.masked(dense.clean(ids), anchors[None], num_k, lora.mask_embedding, lora)[0]
+        below = model.mask_input.noise_below
+        embedded = mask_rows(dense, lora.mask_embedding, anchors, num_k, below, text.seed)
+        hidden = dense.masked(dense.clean(ids), anchors[None], num_k, embedded, lora)[0]
         logits = F.linear(hidden, dense.head).flatten(0, 1)
         state = _state_at(generator, anchors + 1, text.seed, temperature, num_k)
         positions = (state.lengths.unsqueeze(1) + 1 + torch.arange(num_k)).flatten().to(torch.int32)
@@ -156,6 +161,24 @@ def tpf_rows(found: Predictions) -> list[dict[str, Any]]:
     ]
 
 
+def curve(name: str, found: Predictions, again: bool) -> dict[str, Any]:
+    """What the explorer draws: acceptance by draft, TPF of each plan, and how many tokens its steps commit."""
+    kinds = {"chain": False, "quadratic": True}
+    return {
+        "name": name,
+        "acceptance": found.acceptance(reranked=again),
+        "tpf": {
+            kind: {str(n): found.tpf(branched=branched, reranked=again, stride=n) for n in STRIDES}
+            for kind, branched in kinds.items()
+        },
+        "committed": {
+            kind: [steps.count(i) / len(steps) for i in range(1, 5)]
+            for kind, branched in kinds.items()
+            for steps in [found.steps(branched=branched, reranked=again, stride=4)]
+        },
+    }
+
+
 def rejection_rows(generator: Generator, prompts: list[tuple[str, list[int]]], tokens: int) -> list[dict[str, Any]]:
     """TPF at N = 4 of real decodes."""
     rows = []
@@ -218,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rejection", type=int, default=12, metavar="PROMPTS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the explorer page too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -231,6 +255,8 @@ def main() -> None:
         texts = ar_texts(generator, prompts, options.tokens, temperature)
         found = predictions(generator, dense, lora, texts, temperature, max(STRIDES) - 1)
         record[f"tpf {name}"] = tpf_rows(found)
+        for again in (False, True):
+            record.setdefault("curves", []).append(curve(f"{name}{', re-ranked' * again}", found, again))
         if temperature == 0:
             record["acceptance"] = [
                 {
@@ -246,12 +272,14 @@ def main() -> None:
         record[f"rejection, N=4, T={TEMPERATURE}"] = rejection_rows(generator, chosen, options.tokens)
     if options.speed:
         record["speed, greedy"] = speed_rows(generator, held_out(generator, options.speed), options.tokens)
+    if options.html is not None:
+        options.html.write_text(page(record), encoding="utf-8")
     if options.json:
         print(json.dumps(record))
         return
     console = Console()
     for title, rows in record.items():
-        if isinstance(rows, list):
+        if isinstance(rows, list) and title != "curves":
             console.print(table(title, rows))
 
 

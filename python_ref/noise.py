@@ -15,6 +15,7 @@ from torch import Tensor
 STREAM_TARGET = 0  # target, bonus and residual samples, every AR sample, and the drafts of `match`
 STREAM_DRAFT = 1  # drafts of `rejection`
 STREAM_ACCEPT = 2  # the acceptance uniform of `rejection`, at id 0
+STREAM_INPUT = 3  # what MASK rows embed, where that is noise
 
 _MASK32 = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,6 +54,19 @@ def noise_words(seed: Tensor, position: Tensor, vocab_size: int, stream: int) ->
     c2, c3 = torch.full_like(c1, stream), torch.zeros_like(c1)
     words = torch.stack(philox4x32((c0, c1, c2, c3), (k0, k1)), dim=-1)
     return words.flatten(-2)[..., :vocab_size]
+
+
+def noise_ids(seed: Tensor, place: Tensor, position: Tensor, below: int) -> Tensor:
+    """Ids int64 [...], uniform on 1 .. below - 1, that MASK rows embed. seed int64 [...]: of the request; place and
+    position int64 [...]: where the row lies among the request's keys, and its position.
+
+    Two rows of a step differ in their place; a row of a later step that has the same place has another position.
+    Counter (place, position, stream 3, 0), word 0; id = 1 + floor(word * (below - 1) / 2^32).
+    """
+    c0, c1 = place & _MASK32, position & _MASK32
+    key = seed & _MASK32, (seed >> 32) & _MASK32
+    word = philox4x32((c0, c1, torch.full_like(c1, STREAM_INPUT), torch.zeros_like(c1)), key)[0]
+    return 1 + ((word * (below - 1)) >> 32)
 
 
 def word_to_uniform(word: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from python_ref.noise import uniform
+from python_ref.noise import noise_ids, uniform
 from python_ref.sampling import STATUS_EMPTY_ROW, STATUS_NAN
 from python_ref.state import FAILED, RUNNING, advance
 
@@ -51,13 +51,14 @@ Planned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last.
 
     Returns ids int64 [T] (mask_id on MASK rows), is_mask bool [T], positions int64 [T], slot_mapping int64 [T],
     tail_mask int64 [T], seq_lens int32 [B], query_start_loc int32 [B + 1]. R is (K + 1)^2 if branched, else 2K + 1.
-    Padding has slot -1 and zeros.
+    Padding has slot -1 and zeros. noise_below: if not 0, MASK rows have ids drawn from 1 .. noise_below - 1
+    (`noise_ids`).
     """
     (batch, num_k), device = state.drafts.shape, state.lengths.device
     most = (num_k + 1) ** 2 if branched else 2 * num_k + 1
@@ -84,14 +85,15 @@ def plan_rows(
     if num_k:
         clean_id = torch.where(r == 0, clean_id, state.drafts[request, (r - 1).clamp(0, num_k - 1)])
     is_mask = is_row & ~is_clean
-    ids = torch.where(is_mask, mask_id, clean_id)
+    index = row_length - 1 + r
+    mask_ids = noise_ids(state.seed[request], index, position, noise_below) if noise_below else mask_id
+    ids = torch.where(is_mask, mask_ids, clean_id)
 
     tail_mask = (2 << r) - 1  # the rows before it, and itself
     if branched:
         own = ((2 << j) - 1) << (1 + row_n + branch * num_k).clamp(max=63)
         tail_mask = torch.where(is_clean, tail_mask, ((2 << branch) - 1) | own)
 
-    index = row_length - 1 + r
     page, max_pages = index // page_size, state.page_table.shape[1]
     slot = state.page_table[request, page.clamp(max=max_pages - 1)].long() * page_size + index % page_size
     planned = (

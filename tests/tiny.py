@@ -97,9 +97,9 @@ def tiny_state(prompts: list[list[int]], max_pages: int, num_drafts: int = 0, vo
     return state
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """A folder with a random Llama over bytes, with no end token and room for long texts."""
-    config = {
+def save_tiny_model(folder: Path, **changes: object) -> Path:
+    """A folder with a random Llama over bytes, with no end token and room for long texts; changes: to its config."""
+    config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 256,
@@ -114,7 +114,7 @@ def save_tiny_model(folder: Path) -> Path:
         "rope_theta": 10000.0,
         "max_position_embeddings": 100_000,
         "tie_word_embeddings": False,
-    }
+    } | changes
     (folder / "config.json").write_text(json.dumps(config))
     random = torch.Generator().manual_seed(5)
     shapes = ModelConfig.from_hf(config).tensor_shapes()
@@ -124,4 +124,21 @@ def save_tiny_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def save_tiny_bundle(folder: Path, **changes: object) -> Path:
+    """A model as `save_tiny_model` writes it with, in Uno's layout, a LoRA of PEFT's in the folder `adapter` inside."""
+    save_tiny_model(folder, **changes)
+    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    random, rank, tensors = torch.Generator().manual_seed(9), 4, {}
+    for name, shape in config.tensor_shapes().items():
+        if name.endswith("_proj.weight"):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, shape[1], generator=random) / 8
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(shape[0], rank, generator=random) / 32
+    (folder / "adapter").mkdir()
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 16 * rank, "bias": "none", "task_type": "CAUSAL_LM"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     return folder

@@ -50,16 +50,23 @@ std::pair<int, int> last_occurrence(const int64_t* text, int length) {
   return {best, matched};
 }
 
-// The acceptance uniform of a seed at a position: word 0 of Philox4x32-10 with the counter (0, position, 2, 0).
-float uniform(int64_t seed, int64_t position) {
-  uint32_t c[4] = {0, (uint32_t)position, 2, 0}, key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
+enum { kStreamAccept = 2, kStreamInput = 3 };
+
+// Word 0 of Philox4x32-10 with the counter (c0, c1, stream, 0), keyed by a request's seed.
+uint32_t philox(int64_t seed, uint32_t c0, uint32_t c1, uint32_t stream) {
+  uint32_t c[4] = {c0, c1, stream, 0}, key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
   for (int round = 0; round < 10; round++) {
     const uint64_t x = 0xD2511F53ull * c[0], y = 0xCD9E8D57ull * c[2];
     const uint32_t next[4] = {(uint32_t)(y >> 32) ^ c[1] ^ key[0], (uint32_t)y, (uint32_t)(x >> 32) ^ c[3] ^ key[1], (uint32_t)x};
     std::copy_n(next, 4, c);
     key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
   }
-  return std::min((float)c[0] * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
+  return c[0];
+}
+
+// The acceptance uniform of a seed at a position.
+float uniform(int64_t seed, int64_t position) {
+  return std::min((float)philox(seed, 0, (uint32_t)position, kStreamAccept) * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
 }
 
 }  // namespace
@@ -80,9 +87,12 @@ void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) 
       const int index = r - 1 - n, branch = p.branched && s.num_k ? index / s.num_k : n;
       const int j = p.branched && s.num_k ? index % s.num_k : index;
       const int64_t at = length - 1 + r;
-      p.ids[t] = !is_clean ? p.mask_id : r == 0 ? s.text[b * s.text_stride + length - 1] : s.drafts[b * s.drafts_stride + r - 1];
+      const int64_t position = length - 1 + (is_clean ? r : 1 + branch + j);
+      int64_t mask_id = p.mask_id;
+      if (p.noise_below) mask_id = 1 + (int64_t)((uint64_t)philox(s.seed[b], (uint32_t)at, (uint32_t)position, kStreamInput) * (uint64_t)(p.noise_below - 1) >> 32);
+      p.ids[t] = !is_clean ? mask_id : r == 0 ? s.text[b * s.text_stride + length - 1] : s.drafts[b * s.drafts_stride + r - 1];
       p.is_mask[t] = !is_clean;
-      p.positions[t] = length - 1 + (is_clean ? r : 1 + branch + j);
+      p.positions[t] = position;
       // Beyond its pages: not kept, and the forward refuses the request.
       const bool has_page = at / p.page_size < s.max_pages;
       p.slots[t] = has_page ? (int64_t)s.page_table[b * s.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;

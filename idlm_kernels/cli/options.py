@@ -60,9 +60,15 @@ class ModelOptions:
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Folder of a LoRA adapter for the MASK rows, or `none`.", show_default="the one of the default model"
+            help="Folder of a LoRA adapter for the MASK rows, or `none`.",
+            show_default="the default model's, or the folder `adapter` inside the model's",
         ),
     ] = None
+    mask_input: Annotated[
+        Literal["vector", "token", "mean", "uniform"] | None,
+        typer.Option(help="What MASK rows embed; uniform: random ids, as Uno.", show_default="what the adapter says"),
+    ] = None
+    mask_token_id: Annotated[int | None, typer.Option(help="The MASK id for it.", show_default="the model's")] = None
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and text together.", show_default="what the model has")
     ] = None
@@ -83,6 +89,8 @@ class ModelOptions:
         return {
             "source": self.model,
             "adapter": {None: "default", "none": None}.get(self.adapter, self.adapter),
+            "mask_input": self.mask_input,
+            "mask_token_id": self.mask_token_id,
             "device": self.device,
             "dtype": self.dtype,
             "activations": self.activations,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from idlm_kernels.model import Tokenizer
+    from idlm_kernels.model.adapter import Adapter
+    from idlm_kernels.model.config import ModelConfig
     from idlm_kernels.training.acceptance import Predictions
     from idlm_kernels.training.data import DataSettings, Sample
     from idlm_kernels.training.dense import DenseModel
@@ -42,7 +44,33 @@ def train_adapter(
     max_tokens: Annotated[int, typer.Option(min=8, help="The longest continuation.")] = 160,
     stride: Annotated[int, typer.Option("--stride", "-n", min=2, max=32, help="N: drafts reach N - 1 tokens.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA pairs.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(min=1e-3, help="The pairs are scaled by alpha / rank.", show_default="the rank")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="An adapter to start from; it decides rank, alpha and the head.", show_default="none"
+        ),
+    ] = None,
+    loss: Annotated[
+        Literal["ce", "tv"],
+        typer.Option(
+            help="Cross-entropy, or total variation: what acceptance falls by; wants a start that knows some."
+        ),
+    ] = "ce",
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence beside total variation.")] = 0.01,
+    mask_input: Annotated[
+        Literal["vector", "uniform"] | None,
+        typer.Option(
+            help="What MASK rows embed: a vector that is learned too, or random ids, as Uno.",
+            show_default="vector, or what --from was trained on",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; the learning rate falls to the end.")] = 1000,
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many of the --steps; a later call may go on.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Continuations per step.")] = 12,
     learning_rate: Annotated[float, typer.Option("--lr", help="The highest.")] = 2e-3,
     rerank: Annotated[bool, typer.Option(help="Train a re-ranking head too.")] = True,
@@ -68,6 +96,7 @@ def train_adapter(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from idlm_kernels.model import load_checkpoint
+    from idlm_kernels.model.adapter import load_adapter
     from idlm_kernels.model.download import DEFAULT_MODEL_HUB_ID
     from idlm_kernels.training.acceptance import Predictions
     from idlm_kernels.training.data import DataSettings
@@ -81,22 +110,29 @@ def train_adapter(
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = load_checkpoint(model)
+    begun = load_adapter(start, checkpoint.config) if start is not None else None
+    if begun is not None:
+        rank, alpha = begun.rank, begun.scale * begun.rank
     settings = TrainSettings(
         stride=stride,
         rank=rank,
-        alpha=float(rank),
+        alpha=float(rank) if alpha is None else alpha,
         steps=steps,
         batch=batch,
         learning_rate=learning_rate,
-        rerank_width=256 if rerank else 0,
+        loss=loss,
+        kl=kl if loss == "tv" else 0.0,
+        rerank_width=_width_of(begun) if rerank else 0,
+        noise_below=_noise_bound(checkpoint.config, begun, mask_input),
         seed=seed,
+        start="" if start is None else file_sha256(start),
     )
-    checkpoint = load_checkpoint(model)
     weights = torch.float32 if dtype == "fp32" or (dtype == "auto" and not _fast_bf16(device)) else torch.bfloat16
     base = DenseModel.load(checkpoint, torch.device(device), weights)
     if (longest := max_tokens + stride) >= checkpoint.config.max_position_embeddings:
         raise ValueError(f"{longest} tokens do not fit the context of {checkpoint.config.max_position_embeddings}")
-    texts = _prompts(checkpoint.tokenizer, data, prompts, seed)
+    texts = prompts_of(checkpoint.tokenizer, data, prompts, seed)
     if len(texts) <= held_out:
         raise ValueError(f"{len(texts)} prompts, of which {held_out} are held out: nothing is left to train on")
     sha256 = file_sha256(checkpoint.path)
@@ -106,8 +142,8 @@ def train_adapter(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        held = _continued(bar, "held-out prompts", base, texts[:held_out], work / "held_out.jsonl", greedy)
-        samples = _continued(bar, "continuing prompts", base, texts[held_out:], work / "data.jsonl", made)
+        held = continued(bar, "held-out prompts", base, texts[:held_out], work / "held_out.jsonl", greedy)
+        samples = continued(bar, "continuing prompts", base, texts[held_out:], work / "data.jsonl", made)
         name = DEFAULT_MODEL_HUB_ID if model == "default" else checkpoint.name
         provenance = Provenance(name, sha256, len(samples), sum(len(s.answer) for s in samples))
         task = bar.add_task("training", total=steps, note="")
@@ -117,21 +153,23 @@ def train_adapter(
             nonlocal figures
             if predictions is not None:
                 export(output, trainee, settings, provenance, step, predictions)
-                figures = _figures(predictions)
+                figures = figures_of(predictions)
                 bar.console.print(f"step {step}: loss {loss:.3f}, {figures}", highlight=False, soft_wrap=True)
             bar.update(task, completed=step, note=f"loss {loss:.3f} {figures}")
 
         saved = work / "checkpoint.safetensors"
         if not saved.exists():
-            untrained = Trainee.new(base, settings)
-            before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k)
-            bar.console.print(f"step 0: {_figures(before)}", highlight=False, soft_wrap=True)
+            untrained = Trainee.new(base, settings, begun)
+            before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k, settings.noise_below)
+            bar.console.print(f"step 0: {figures_of(before)}", highlight=False, soft_wrap=True)
         train(
             base,
             samples,
             held,
             settings,
             saved,
+            start=begun,
+            until=until,
             evaluate_every=max(1, min(50, steps // 4)),
             save_every=max(1, min(25, steps // 10)),
             report=report,
@@ -139,7 +177,22 @@ def train_adapter(
     print(f"done; try: idlm generate --adapter {output} -p 'Why is the sky blue?'", file=sys.stderr)
 
 
-def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:
+def _width_of(start: Adapter | None) -> int:
+    """Of the re-ranking head: that of the adapter to start from, where it has one."""
+    return 256 if start is None or start.rerank_head is None else len(start.rerank_head.from_hidden)
+
+
+def _noise_bound(config: ModelConfig, start: Adapter | None, wanted: str | None) -> int:
+    """0 where MASK rows embed a vector. Else ids are drawn below the bound that the start was trained with, or the MASK
+    token; a model without one has only ids of texts."""
+    said = None if start is None else start.mask_input
+    bound = said.mask_token_id if said is not None and said.kind == "uniform" else None
+    if wanted == "vector" or (wanted is None and (said is None or said.kind != "uniform")):
+        return 0
+    return bound or config.mask_token_id or config.vocab_size
+
+
+def prompts_of(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> list[tuple[list[int], str]]:
     """Prompt ids, wrapped in the chat template where there is one, and their domains."""
     from idlm_kernels.generate.batch_file import encoder
     from idlm_kernels.training.prompts import prompts
@@ -162,7 +215,7 @@ def _prompts(tokenizer: Tokenizer, data: Path | None, count: int, seed: int) -> 
     return found
 
 
-def _continued(
+def continued(
     bar: Progress,
     title: str,
     base: DenseModel,
@@ -184,7 +237,7 @@ def _continued(
     return read_samples(path)
 
 
-def _figures(predictions: Predictions) -> str:
+def figures_of(predictions: Predictions) -> str:
     shares = "/".join(f"{share:.2f}" for share in predictions.acceptance())
     again = "/".join(f"{share:.2f}" for share in predictions.acceptance(reranked=True))
     tpf = predictions.tpf(branched=True, reranked=True)

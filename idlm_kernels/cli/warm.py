@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -67,12 +68,12 @@ def warm(
             )
         target = "cuda:{}{}".format(*torch.cuda.get_device_capability())
     from idlm_kernels.generate.warm import gpu_target
-    from idlm_kernels.model.adapter import DEFAULT_ADAPTER
+    from idlm_kernels.model.bundle import adapter_folder
 
     gpu_target(target)
     folder = None if adapter == "none" else adapter
-    if adapter is None and model == "default":
-        folder = str(DEFAULT_ADAPTER)
+    if adapter is None and (own := adapter_folder(model, Path(model).expanduser())):
+        folder = str(own)
     wanted: dict[str, Any] = {
         "model": model,
         "adapter": folder,

@@ -113,7 +113,7 @@ class State(Structure):
 
 class Plan(Structure):
     _fields_ = (
-        ("mask_id", c_int64),
+        *((name, c_int64) for name in ("mask_id", "noise_below")),
         *((name, c_int32) for name in ("page_size", "branched", "rows")),
         *((name, c_void_p) for name in ("ids", "is_mask", "positions", "slots", "tail_mask", "seq_lens")),
         ("query_start_loc", c_void_p),
@@ -302,4 +302,3 @@ class PackedWeight:
             self.kind, self.address, self.n, self.k, ids.data_ptr(), len(ids), out.data_ptr()
         )
         return out
-

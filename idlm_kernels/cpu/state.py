@@ -85,19 +85,21 @@ def _struct(state: StepState) -> native.State:
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed; see the reference."""
     library = native.library()
     if library is None:
-        return python_ref.plan_rows(state, mask_id, page_size, branched=branched, out=out)
+        return python_ref.plan_rows(
+            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
+        )
     if out is None:
         batch, num_k = state.drafts.shape
         rows = batch * ((num_k + 1) ** 2 if branched else 2 * num_k + 1)
         ids, positions, slots, tail_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
         seq_lens, starts = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
         out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tail_mask, seq_lens, starts
-    plan = native.Plan(mask_id, page_size, branched, len(out[0]), *(x.data_ptr() for x in out))
+    plan = native.Plan(mask_id, noise_below, page_size, branched, len(out[0]), *(x.data_ptr() for x in out))
     library.idlm_cpu_plan_rows(ctypes.byref(_struct(state)), ctypes.byref(plan))
     return out
 

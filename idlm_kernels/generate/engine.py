@@ -152,6 +152,7 @@ class Engine:
             policy.num_drafts,
             MAX_STOP_IDS,
             mask_token_id=model.config.mask_token_id,
+            mask_input=model.mask_input,
             id_limit=self._id_limit,
             device=model.device,
         )

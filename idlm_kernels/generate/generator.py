@@ -25,8 +25,9 @@ from idlm_kernels.generate.pages import page_size_for
 from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.score import Score, Scorer
-from idlm_kernels.model.adapter import DEFAULT_ADAPTER, load_adapter
+from idlm_kernels.model.bundle import adapter_folder, load_with_input
 from idlm_kernels.model.checkpoint import load_checkpoint
+from idlm_kernels.model.mask_input import MaskInputKind
 from idlm_kernels.model.random_weights import RandomCheckpoint
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
@@ -84,6 +85,8 @@ class Generator:
         source: str | Path = "default",
         *,
         adapter: str | Path | None = "default",
+        mask_input: MaskInputKind | None = None,
+        mask_token_id: int | None = None,
         revision: str | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
@@ -98,7 +101,9 @@ class Generator:
     ) -> Generator:
         """Load a checkpoint (Hugging Face folder, GGUF file, hub id, or "default") and an optional adapter folder.
 
-        The adapter "default" is the one that comes with the default model, and none for any other; None is none.
+        The adapter "default" is the one that comes with the default model, or the one in the folder "adapter" inside
+        the model's own, where there is one; None is none. mask_input and mask_token_id: what MASK rows embed
+        (`MaskInput`), where the adapter does not say it or says it wrongly.
         dtype is that of the weights: auto, fp32, fp16 or bf16. activations: "auto", or "int8" as LLM explains it.
         backend forces one for every op, process-wide.
         random_weights: make the weights up, for measurements; `source` then gives the shape only and may be
@@ -113,9 +118,11 @@ class Generator:
             raise ValueError("device is cuda, but torch sees no CUDA device here; use device='cpu'")
         checkpoint = RandomCheckpoint.of(source) if random_weights else load_checkpoint(source, revision=revision)
         if adapter == "default":
-            adapter = DEFAULT_ADAPTER if source == "default" and not random_weights else None
-        loaded = None if adapter is None else load_adapter(adapter, checkpoint.config)
-        model = Transformer(checkpoint, device=device, dtype=dtype, activations=activations, adapter=loaded)
+            adapter = None if random_weights else adapter_folder(source, checkpoint.path)
+        loaded, chosen = load_with_input(checkpoint, adapter, mask_input, mask_token_id)
+        model = Transformer(
+            checkpoint, device=device, dtype=dtype, activations=activations, adapter=loaded, mask_input=chosen
+        )
         return cls(
             model,
             checkpoint.tokenizer,

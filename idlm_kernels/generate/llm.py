@@ -14,6 +14,7 @@ from idlm_kernels.generate.generator import Generator
 from idlm_kernels.generate.options import DecodeOptions
 from idlm_kernels.generate.output import GenerationResult
 from idlm_kernels.generate.params import SamplingParams, checked_seed, mixed_seed
+from idlm_kernels.model.mask_input import MaskInputKind
 from idlm_kernels.model.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -47,8 +48,10 @@ class LLM:
 
     Args:
         model: a Hugging Face folder or hub id, a GGUF file, or "default" (SmolLM2-135M-Instruct, fetched once).
-        adapter: folder of the LoRA adapter for MASK rows. "default" is the one of the default model, and none for
-            others; None is none.
+        adapter: folder of the LoRA adapter for MASK rows. "default" is the one of the default model, or the one in
+            the folder "adapter" inside the model's own; None is none.
+        mask_input, mask_token_id: what MASK rows embed ("vector", "token", "mean", "uniform"), where the adapter does
+            not say it, and the MASK id for it, where the model does not.
         revision: of a hub id.
         dtype: of the weights: auto, float32, float16, bfloat16, or a torch.dtype.
         activations: "int8" computes a quantised model on a CPU with activations of 8 bits instead of 16: faster, and
@@ -75,6 +78,8 @@ class LLM:
         model: str | Path = "default",
         *,
         adapter: str | Path | None = "default",
+        mask_input: MaskInputKind | None = None,
+        mask_token_id: int | None = None,
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
         activations: str = "auto",
@@ -98,6 +103,8 @@ class LLM:
         self.generator = Generator.from_pretrained(
             model,
             adapter=adapter,
+            mask_input=mask_input,
+            mask_token_id=mask_token_id,
             revision=revision,
             device=device,
             dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,

@@ -17,6 +17,7 @@ from idlm_kernels import ops
 from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.transformer import Rows
+from python_ref.noise import noise_ids
 
 PlanKind = Literal["ar", "chain", "quadratic"]
 MAX_STRIDE = {"ar": 1, "chain": 32, "quadratic": 8}
@@ -121,7 +122,11 @@ def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) 
 def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
     ids, is_mask, positions, slots, tail_mask, seq_lens, query_start_loc = ops.plan_rows(
-        state.with_drafts(plan.num_drafts), state.mask_id, page_size, branched=plan.branched
+        state.with_drafts(plan.num_drafts),
+        state.mask_id,
+        page_size,
+        branched=plan.branched,
+        noise_below=state.noise_below,
     )
     return Rows(
         ids=ids,
@@ -134,6 +139,13 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         tail_mask=tail_mask if plan.branched else None,
         max_query_len=plan.max_rows,
     )
+
+
+def _mask_ids(state: DecodeState, request: Tensor, place: Tensor, position: Tensor) -> Tensor | int:
+    """What MASK rows carry as their id; place: of the row among the request's keys."""
+    if not state.noise_below:
+        return state.mask_id
+    return noise_ids(state.seed[request], place, position, state.noise_below)
 
 
 def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_masks: int, page_size: int) -> Rows:
@@ -150,7 +162,7 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
     is_mask = index >= stop[request]
     token = state.text[request, torch.minimum(index, stop[request] - 1)]
     return Rows(
-        ids=torch.where(is_mask, state.mask_id, token),
+        ids=torch.where(is_mask, _mask_ids(state, request, index, index), token),
         is_mask=is_mask,
         positions=index,
         slot_mapping=slot_of(state.page_table, request, index, page_size),

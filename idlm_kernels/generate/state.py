@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.generate.params import SamplingParams, signed_seed
+from idlm_kernels.model.mask_input import MaskInput
 from python_ref import StepState
 from python_ref.state import FAILED, IDLE, LENGTH, RUNNING, STOPPED
 
@@ -21,8 +22,9 @@ class DecodeState(StepState):
     """B places for requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
     Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]. mask_id: the id given to MASK
-    rows (any valid one if the model has none); sampled_mask_id: the id that must never be sampled, -1 if none;
-    id_limit: ids from here on are never sampled.
+    rows (any valid one where a vector takes its place); noise_below: if not 0, MASK rows are given ids drawn from
+    1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be sampled, -1 if none; id_limit: ids from
+    here on are never sampled.
     """
 
     temperature: Tensor
@@ -32,6 +34,7 @@ class DecodeState(StepState):
     mask_id: int
     sampled_mask_id: int
     id_limit: int
+    noise_below: int = 0
 
     @property
     def batch(self) -> int:
@@ -49,8 +52,12 @@ class DecodeState(StepState):
         mask_token_id: int | None,
         id_limit: int,
         device: torch.device,
+        mask_input: MaskInput | None = None,
     ) -> DecodeState:
-        """Places without requests."""
+        """Places without requests. mask_token_id: of the model, never sampled; what MASK rows embed, too, when
+        mask_input is None."""
+        if mask_input is None:
+            mask_input = MaskInput("mean" if mask_token_id is None else "token", mask_token_id)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
@@ -72,9 +79,10 @@ class DecodeState(StepState):
             top_p=zeros(torch.float32) + 1,
             min_p=zeros(torch.float32),
             seed=zeros(torch.int64),
-            mask_id=0 if mask_token_id is None else mask_token_id,
+            mask_id=mask_input.row_id,
             sampled_mask_id=-1 if mask_token_id is None else mask_token_id,
             id_limit=id_limit,
+            noise_below=mask_input.noise_below,
         )
 
     def _tensors(self) -> dict[str, Tensor]:

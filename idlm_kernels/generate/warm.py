@@ -176,6 +176,7 @@ def calls(model: Transformer, wanted: Wanted) -> Iterator[tuple[str, Callable[[]
             widest,
             MAX_STOP_IDS,
             mask_token_id=model.config.mask_token_id,
+            mask_input=model.mask_input,
             id_limit=model.config.vocab_size,
             device=META,
         )

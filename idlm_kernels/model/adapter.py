@@ -20,10 +20,12 @@ from ._files import SafetensorsFile, is_there, naming, read_json_object, require
 from ._patterns import ModulePatterns
 from .config import ModelConfig
 from .errors import CheckpointError, cut, short
+from .mask_input import MaskInput
 from .rerank import RerankHead, load_rerank_head
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINING_FILE = "idlm_training.json"  # how the adapter was trained, and the acceptance that it reached
+MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 MAX_TRAINED_STRIDE = 32
 DEFAULT_ADAPTER = Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct"  # of the default model
 _BLOCK_OF = {module: "self_attn" if module in MODULES[:4] else "mlp" for module in MODULES}
@@ -88,6 +90,7 @@ class Adapter:
     pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
     rerank_head: RerankHead | None = field(default=None, repr=False)
     acceptance: list[float] | None = None  # measured after training, by draft index; a hint for choosing plans
+    mask_input: MaskInput | None = None  # what its MASK rows embed, where its folder says so
 
     def pair(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(A [r, in], B [out, r]) of one of the seven linears, r at most `rank`, or None when the adapter leaves it
@@ -166,8 +169,26 @@ def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
         require_finite(weights_file, name_b, lora_b)
         pairs[key] = lora_a, lora_b
     mask_embedding, rerank_head = _mask_embedding(path, config), load_rerank_head(path, config)
+    record = path / TRAINING_FILE
+    training = read_json_object(record) if is_there(record) else {}
+    with naming(record):
+        said = MaskInput.read(training.get("mask_input"), record)
+    if said is None and mask_embedding is not None:
+        said = MaskInput("vector")
+    if (said is not None and said.kind == "vector") != (mask_embedding is not None):
+        raise CheckpointError(
+            f"{record}: mask_input is {short(said and said.kind)}, which does not go"
+            f" {'with' if mask_embedding is not None else 'without'} a {MASK_EMBEDDING_FILE}"
+        )
     return Adapter(
-        path.resolve().name, rank, scales.default, mask_embedding, pairs, rerank_head, _acceptance(path, rerank_head)
+        path.resolve().name,
+        rank,
+        scales.default,
+        mask_embedding,
+        pairs,
+        rerank_head,
+        _acceptance(training, record, rerank_head),
+        said,
     )
 
 
@@ -241,7 +262,7 @@ def _alpha(value: Any, name: str) -> float:
 
 
 def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
-    location = path / "mask_embedding.safetensors"
+    location = path / MASK_EMBEDDING_FILE
     if not is_there(location):
         return None
     file = SafetensorsFile(location)
@@ -259,11 +280,8 @@ def _mask_embedding(path: Path, config: ModelConfig) -> torch.Tensor | None:
     return embedding
 
 
-def _acceptance(path: Path, rerank_head: RerankHead | None) -> list[float] | None:
-    location = path / TRAINING_FILE
-    if not is_there(location):
-        return None
-    shares = read_json_object(location).get("acceptance_reranked" if rerank_head else "acceptance")
+def _acceptance(training: Mapping[str, Any], location: Path, rerank_head: RerankHead | None) -> list[float] | None:
+    shares = training.get("acceptance_reranked" if rerank_head else "acceptance")
     if shares is None:
         return None
     if (

@@ -28,6 +28,7 @@ from .tokenizer import Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+_HUB_ADAPTER = ["adapter/*.json", "adapter/*.safetensors"]
 _ROTARY_LINEAR = re.compile(r"\.self_attn\.[qk]_proj\.")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -231,7 +232,11 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        root = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        # An adapter inside the model's folder (see `bundle`), of the same commit: it names the folder.
+        commit = root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else revision
+        snapshot_download(hub_id, revision=commit, allow_patterns=_HUB_ADAPTER, ignore_patterns=["*/*/*"])
+        return root
     except Exception as error:  # the errors of its HTTP library have no base in common
         where = f"{hub_id}@{revision}" if revision else hub_id
         raise FileNotFoundError(

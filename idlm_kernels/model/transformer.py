@@ -20,6 +20,7 @@ from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, slots_of_keys, unsupported
 from idlm_kernels.model.errors import CheckpointError
+from idlm_kernels.model.mask_input import MaskInput
 from python_ref import rotary_table
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,12 @@ class Transformer:
     """A causal transformer on one device.
 
     Arguments: dtype of the weights: auto, fp32, fp16, bf16 or a torch.dtype. activations "int8" lets clean rows enter
-    quantised matrices with 8 bits instead of 16, on a CPU: faster, and coarser (docs/cpu.md).
+    quantised matrices with 8 bits instead of 16, on a CPU: faster, and coarser (docs/cpu.md). mask_input: what MASK
+    rows embed; what the adapter says, or what is left (`MaskInput`), when None.
 
     Attributes: config; device; dtype: of activations, logits and KV; weight_dtype; max_positions: rows of the rotary
-    table; has_adapter; acceptance: of drafts, as the adapter tells; rerank_head, and with one head_rows [V, H], the
-    rows of the LM head.
+    table; has_adapter; mask_input: what MASK rows embed; acceptance: of drafts, as the adapter tells; rerank_head, and
+    with one head_rows [V, H], the rows of the LM head.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Transformer:
         dtype: str | torch.dtype = "auto",
         activations: str = "auto",
         adapter: Adapter | None = None,
+        mask_input: MaskInput | None = None,
     ):
         if activations not in ("auto", "int8"):
             raise ValueError(f"activations is {activations!r}, wanted auto or int8")
@@ -151,9 +154,11 @@ class Transformer:
             self.layers = [self._layer(i) for i in range(config.num_layers)]
             self.norm = self._vector("model.norm.weight")
             self.head = ops.prepare_weight(head)
-        self.mask_embedding = self._mask_embedding()
+        self.mask_input, self.mask_embedding = self._mask_input(mask_input)
         self.rerank_head = None
         if adapter is not None and adapter.rerank_head is not None:
+            for tensor in adapter.rerank_head.parameters():
+                self._require_fits("the re-ranking head", tensor)
             self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
         elif self.stack is None:
             del self.head_rows
@@ -196,12 +201,23 @@ class Transformer:
                 # The slices share one rank: those of a lower one are padded with zeros.
                 a = torch.zeros(len(parts), rank, in_features)
                 b = torch.zeros(sum(widths), rank)
-                for part, rows, pair in zip(a, b.split(widths), pairs, strict=True):
+                for name, part, rows, pair in zip(names, a, b.split(widths), pairs, strict=True):
                     if pair is not None:
+                        self._require_fits(f"lora_A of {name}", pair[0])
+                        self._require_fits(f"lora_B of {name}", pair[1])
                         part[: len(pair[0])], rows[:, : len(pair[0])] = pair
                 a = a.flatten(0, 1)
                 lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
         return Projection(weight, bias, widths, lora, scale)
+
+    def _require_fits(self, what: str, tensor: Tensor) -> None:
+        """Refuses a finite tensor of the adapter that the dtype of the activations would make infinite."""
+        if self.dtype != torch.float32 and not tensor.to(self.dtype).isfinite().all():
+            assert self._adapter is not None
+            raise CheckpointError(
+                f"{self._adapter.name}: {what} holds numbers up to {float(tensor.abs().max()):g}, which {self.dtype}"
+                " does not; choose another --dtype"
+            )
 
     def _cpu_stack(
         self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype, int8_activations: bool
@@ -235,13 +251,21 @@ class Transformer:
             return self.embedding
         return self.stack.table(self.stack.head, self.weight_dtype)
 
-    def _mask_embedding(self) -> Tensor | None:
-        """What MASK rows embed: the adapter's vector, else the model's own MASK token (None), else the mean token."""
-        if self._adapter is not None and self._adapter.mask_embedding is not None:
-            return self._adapter.mask_embedding.to(self.device, self.dtype)
-        if self.config.mask_token_id is not None:
-            return None
-        return self.embedding.float().mean(0).to(self.dtype)
+    def _mask_input(self, wanted: MaskInput | None) -> tuple[MaskInput, Tensor | None]:
+        """What MASK rows embed, and the vector for it; None where they embed the ids that they carry."""
+        adapter = self._adapter
+        if wanted is None and adapter is not None:
+            wanted = MaskInput("vector") if adapter.mask_embedding is not None else adapter.mask_input
+        if wanted is None:
+            wanted = MaskInput("mean" if self.config.mask_token_id is None else "token")
+        wanted = wanted.within(self.config)
+        if wanted.kind == "vector":
+            vector = None if adapter is None else adapter.mask_embedding
+            if vector is None:
+                raise ValueError("mask_input 'vector' needs an adapter with a mask_embedding.safetensors")
+            self._require_fits("the MASK embedding", vector)
+            return wanted, vector.to(self.device, self.dtype)
+        return wanted, self.embedding.float().mean(0).to(self.dtype) if wanted.kind == "mean" else None
 
     def reserve_positions(self, count: int) -> None:
         """Let the rotary table cover positions 0 .. count - 1. Not to be called while a graph refers to it."""

@@ -53,7 +53,7 @@ def _check_state(op: str, state: StepState) -> torch.device:
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed, with padding last.
 
@@ -66,6 +66,8 @@ def plan_rows(
         mask_id: the id of MASK rows.
         page_size: tokens of a page.
         branched: whether there is a branch after every draft (the quadratic plan).
+        noise_below: if not 0, MASK rows have ids drawn from 1 .. noise_below - 1 instead of mask_id, by the request's
+            seed, the row's place and its position.
         out: the seven results, to write into; allocated when None.
 
     Returns:
@@ -93,6 +95,9 @@ def plan_rows(
     device = _check_state(op, state)
     check.positive(op, "mask_id", mask_id, 0)
     check.positive(op, "page_size", page_size)
+    check.positive(op, "noise_below", noise_below, 0)
+    if noise_below == 1:
+        raise ValueError(f"{op}: noise_below is 1, which leaves no id to draw")
     if not isinstance(branched, bool):
         raise TypeError(f"{op}: branched must be a bool, got {type(branched).__name__}")
     batch, num_k = state.drafts.shape
@@ -108,10 +113,12 @@ def plan_rows(
             check.tensor(op, f"out[{i}]", x, (size,), dtype, device)
         check.all_writable(op, [(f"out[{i}]", x) for i, x in enumerate(out)], *_tensors(state))
     if not traced(state.lengths):
-        return implementation(op, device.type)(state, mask_id, page_size, branched=branched, out=out)
+        return implementation(op, device.type)(
+            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
+        )
     if out is None:
-        return torch.ops.idlm.plan_rows(*_tensors(state), mask_id, page_size, branched)
-    torch.ops.idlm.plan_rows_out(*_tensors(state), mask_id, page_size, branched, *out)
+        return torch.ops.idlm.plan_rows(*_tensors(state), mask_id, page_size, branched, noise_below)
+    torch.ops.idlm.plan_rows_out(*_tensors(state), mask_id, page_size, branched, noise_below, *out)
     return out
 
 
@@ -242,7 +249,7 @@ def _run_commit(**arguments: Any) -> Any:
 
 
 def _fake_plan(*arguments: Any) -> Planned:
-    lengths, drafts, branched = arguments[1], arguments[2], arguments[-1]
+    lengths, drafts, branched = arguments[1], arguments[2], arguments[-2]
     batch, num_k = drafts.shape
     rows = batch * _max_rows(num_k, branched)
     ids, positions, slots, tail_mask = (drafts.new_empty(rows) for _ in range(4))
@@ -257,7 +264,8 @@ def _fake_commit(*arguments: Any) -> Tensor:
 
 register(
     "plan_rows",
-    f"{', '.join(f'Tensor {name}' for name in _STATE)}, SymInt mask_id, SymInt page_size, *, bool branched",
+    f"{', '.join(f'Tensor {name}' for name in _STATE)}, SymInt mask_id, SymInt page_size, *, bool branched, "
+    "SymInt noise_below",
     _fake_plan,
     out=", ".join(f"Tensor! {name}" for name in _PLANNED),
     returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

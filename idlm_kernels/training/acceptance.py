@@ -17,6 +17,7 @@ from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
 from idlm_kernels.training.lora import GatedLora
+from python_ref.noise import noise_ids
 from python_ref.rerank import NUM_CANDIDATES
 
 
@@ -31,16 +32,24 @@ class Predictions:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: DenseModel, lora: GatedLora | None, head: RerankHead | None, samples: Sequence[Sample], num_k: int
+        cls,
+        model: DenseModel,
+        lora: GatedLora | None,
+        head: RerankHead | None,
+        samples: Sequence[Sample],
+        num_k: int,
+        noise_below: int = 0,
     ) -> Predictions:
-        """lora None: of a converted model, whose MASK is a token of its own."""
-        mask_embedding = model.own_mask if lora is None else lora.mask_embedding
+        """lora None: of a converted model, whose MASK is a token of its own. noise_below: MASK rows embed ids drawn
+        from 1 .. noise_below - 1, with the seed 0 as a decode would draw them for a chain."""
+        vector = model.own_mask if lora is None else lora.mask_embedding
         plain, reranked = [], []
         for sample in samples:
             ids = torch.tensor([sample.prompt + sample.answer], device=model.device)
             start, count = len(sample.prompt), len(sample.answer)
             anchors = torch.arange(start - 1, start - 1 + count, device=model.device)
-            hidden = model.masked(model.clean(ids), anchors[None], num_k, mask_embedding, lora)[0]
+            embedded = mask_rows(model, vector, anchors, num_k, noise_below, seed=0)
+            hidden = model.masked(model.clean(ids), anchors[None], num_k, embedded, lora)[0]
             logits = F.linear(hidden, model.head).float()
             if model.config.mask_token_id is not None:
                 logits[..., model.config.mask_token_id] = -torch.inf
@@ -74,17 +83,30 @@ class Predictions:
 
     def tpf(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> float:
         """Committed tokens per forward of the plan's steps, over all samples together."""
-        tokens = forwards = 0
+        steps = self.steps(branched=branched, reranked=reranked, stride=stride)
+        return sum(steps) / max(1, len(steps))
+
+    def steps(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> list[int]:
+        """Tokens that each step of the plan commits, from sample to sample."""
+        committed = []
         for stands in self.reranked if reranked else self.plain:
             width = stands.shape[1] if stride is None else stride - 1
             accepted = stands[:, :width].long().cumprod(1).sum(1).tolist()
             i, drafted = 0, True  # the prefill samples token 0 and drafts from there
             while i + 1 < len(accepted):
                 a = accepted[i] if drafted else 0
-                step = min(a + 1, len(accepted) - 1 - i)
-                tokens, forwards, i = tokens + step, forwards + 1, i + step
+                committed.append(min(a + 1, len(accepted) - 1 - i))
+                i += committed[-1]
                 drafted = branched or not drafted or a == width
-        return tokens / max(1, forwards)
+        return committed
+
+
+def mask_rows(model: DenseModel, vector: Tensor, anchors: Tensor, num_k: int, noise_below: int, seed: int) -> Tensor:
+    """What the MASK rows after clean rows `anchors` [A] of one sample embed: a vector [H], or noise [A * K, H]."""
+    if not noise_below:
+        return vector
+    position = (anchors.unsqueeze(1) + 1 + torch.arange(num_k, device=anchors.device)).flatten()
+    return F.embedding(noise_ids(torch.full_like(position, seed), position, position, noise_below), model.embedding)
 
 
 def _rerank(model: DenseModel, head: RerankHead, hidden: Tensor, logits: Tensor, previous: Tensor) -> Tensor:

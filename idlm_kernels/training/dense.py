@@ -83,7 +83,8 @@ class DenseModel:
     def masked(
         self, clean: CleanPass, anchors: Tensor, num_k: int, mask_embedding: Tensor, lora: GatedLora | None
     ) -> Tensor:
-        """Hidden states [B, A, K, H] of the MASK rows after clean rows `anchors` int64 [B, A]."""
+        """Hidden states [B, A, K, H] of the MASK rows after clean rows `anchors` int64 [B, A], which all embed
+        mask_embedding [H], or each its own row of [A * K, H] or [B, A * K, H]."""
         batch, count = anchors.shape
         positions = anchors.unsqueeze(2) + 1 + torch.arange(num_k, device=anchors.device)
         bias = _bias(visibility(anchors, clean.hidden.shape[1], num_k), self.dtype)

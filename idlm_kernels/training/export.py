@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from idlm_kernels.model.adapter import MODULES, TRAINING_FILE
+from idlm_kernels.model.adapter import MASK_EMBEDDING_FILE, MODULES, TRAINING_FILE
+from idlm_kernels.model.mask_input import MaskInput
 from idlm_kernels.model.rerank import FILE as RERANK_FILE
 from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.acceptance import Predictions
@@ -61,7 +62,10 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     lora, head = trainee.lora, trainee.rerank
     _save(folder / "adapter_model.safetensors", lora_tensors(lora), dtype)
-    _save(folder / "mask_embedding.safetensors", {"mask_embedding": lora.mask_embedding}, dtype)
+    if settings.noise_below:
+        (folder / MASK_EMBEDDING_FILE).unlink(missing_ok=True)
+    else:
+        _save(folder / MASK_EMBEDDING_FILE, {"mask_embedding": lora.mask_embedding}, dtype)
     if head is not None:
         _save(folder / RERANK_FILE, {f.name: getattr(head, f.name) for f in fields(RerankHead)}, dtype)
     else:
@@ -79,6 +83,8 @@ def export(
     }
     _write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     record = {**asdict(provenance), "steps": steps, "settings": asdict(settings)}
+    if settings.noise_below:  # a vector says it by being there
+        record["mask_input"] = MaskInput("uniform", settings.noise_below).record()
     if predictions is not None:
         record["acceptance"] = _rounded(predictions.acceptance())
         record["acceptance_reranked"] = _rounded(predictions.acceptance(reranked=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,18 @@ class GatedLora:
         a, b = self.pairs[layer, module]
         return F.linear(F.linear(x, a.to(x.dtype)), (b * self.scale).to(x.dtype))
 
+    def copy_(self, adapter: Adapter) -> None:
+        """Take the values of an adapter of the same rank, scale and linears. Raises ValueError for another one."""
+        if adapter.pairs.keys() != self.pairs.keys() or adapter.scale != self.scale:
+            raise ValueError(
+                f"{adapter.name} has {len(adapter.pairs)} pairs of scale {adapter.scale:g}, wanted {len(self.pairs)}"
+                f" of scale {self.scale:g} to start from"
+            )
+        if adapter.mask_embedding is not None:
+            copy_all(f"{adapter.name}: its MASK embedding", [self.mask_embedding], [adapter.mask_embedding])
+        for key, pair in self.pairs.items():
+            copy_all(f"{adapter.name}: its pair of {key[1]} in layer {key[0]}", pair, adapter.pairs[key])
+
     @classmethod
     def from_adapter(cls, adapter: Adapter, own_mask: Tensor | None = None) -> GatedLora:
         """A loaded adapter, frozen; own_mask [H]: what MASK rows embed where the adapter does not say."""
@@ -49,3 +62,12 @@ class GatedLora:
         lora.mask_embedding = mask_embedding.float()
         lora.pairs = {key: (a.float(), b.float()) for key, (a, b) in adapter.pairs.items()}
         return lora
+
+
+def copy_all(name: str, tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Take the values. Raises ValueError, with `name`, where the shapes differ."""
+    for tensor, value in zip(tensors, values, strict=True):
+        if tensor.shape != value.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, wanted {list(tensor.shape)}")
+        with torch.no_grad():
+            tensor.copy_(value)

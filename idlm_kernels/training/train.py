@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import CleanPass, DenseModel
-from idlm_kernels.training.lora import GatedLora
+from idlm_kernels.training.distance import total_variation
+from idlm_kernels.training.lora import GatedLora, copy_all
 from python_ref.rerank import NUM_CANDIDATES
 
 
@@ -27,9 +30,11 @@ from python_ref.rerank import NUM_CANDIDATES
 class TrainSettings:
     """What decides a training run. stride N trains N - 1 MASK rows per block.
 
-    spacing: a block starts every so many tokens, at a random offset. hard, soft: weights of the cross-entropy to the
-    base model's own token and to its distribution. offset_decay: weight of MASK row j is offset_decay^j.
-    rerank_width: of the re-ranking head, 0 for none.
+    spacing: a block starts every so many tokens, at a random offset. loss: "ce", cross-entropy, or "tv", total
+    variation (`training.distance`) with `kl` times the Kullback-Leibler divergence. hard, soft: weights of the base
+    model's own token and of its distribution, as targets. offset_decay: weight of MASK row j is offset_decay^j.
+    rerank_width: of the re-ranking head, 0 for none. noise_below: 0, and MASK rows embed a vector that is trained too;
+    else they embed ids drawn from 1 .. noise_below - 1. start: what the run began with, if not with nothing (a hash).
     """
 
     stride: int = 4
@@ -40,16 +45,37 @@ class TrainSettings:
     spacing: int = 3
     learning_rate: float = 2e-3
     warmup: int = 20
+    loss: Literal["ce", "tv"] = "ce"
+    kl: float = 0.0
     hard: float = 0.5
     soft: float = 0.5
     offset_decay: float = 0.7
     rerank_width: int = 256
+    noise_below: int = 0
     seed: int = 0
+    start: str = ""
 
     def __post_init__(self) -> None:
-        for name, low in (("stride", 2), ("rank", 1), ("steps", 1), ("batch", 1), ("spacing", 1), ("warmup", 0)):
+        least = {
+            "stride": 2,
+            "rank": 1,
+            "steps": 1,
+            "batch": 1,
+            "spacing": 1,
+            "warmup": 0,
+            "kl": 0,
+            "hard": 0,
+            "soft": 0,
+        }
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least {low}")
+        if self.noise_below < 0 or self.noise_below == 1:
+            raise ValueError(f"noise_below is {self.noise_below}, wanted 0 or at least 2")
+        if self.loss not in ("ce", "tv"):
+            raise ValueError(f"loss is {self.loss!r}, wanted 'ce' or 'tv'")
+        if self.loss == "tv" and abs(self.hard + self.soft - 1) > 1e-6:
+            raise ValueError(f"hard + soft is {self.hard + self.soft:g}, wanted 1: total variation is of distributions")
 
     @property
     def num_k(self) -> int:
@@ -73,13 +99,15 @@ class Batch:
     """Right-padded sequences and the blocks of MASK rows that are trained on them.
 
     ids int64 [B, T]; next_ids int64 [B, T]: what clean rows predict, -1 outside of the answers; anchors int64 [B, A]:
-    the clean row before each block; labels int64 [B, A, K]: what MASK rows predict, -1 where the answer ends before.
+    the clean row before each block; labels int64 [B, A, K]: what MASK rows predict, -1 where the answer ends before;
+    noise int64 [B, A * K]: ids that MASK rows embed, None where that is the adapter's vector.
     """
 
     ids: Tensor
     next_ids: Tensor
     anchors: Tensor
     labels: Tensor
+    noise: Tensor | None = None
 
 
 def make_batch(
@@ -120,43 +148,58 @@ class Trainee:
         return self.lora.parameters() + (self.rerank.parameters() if self.rerank else [])
 
     @classmethod
-    def new(cls, model: DenseModel, settings: TrainSettings) -> Trainee:
-        mask_id = model.config.mask_token_id
-        start = model.embedding.float().mean(0) if mask_id is None else model.embedding[mask_id].float()
-        lora = GatedLora(model.config, settings.rank, settings.alpha, start, settings.seed)
-        width = settings.rerank_width
-        return cls(lora, _new_head(model, width, settings.seed + 1) if width else None)
+    def new(cls, model: DenseModel, settings: TrainSettings, start: Adapter | None = None) -> Trainee:
+        """What a run begins with: nothing learned yet, or all that `start` holds, where it fits the settings."""
+        mask_id, width = model.config.mask_token_id, settings.rerank_width
+        mask = model.embedding.float().mean(0) if mask_id is None else model.embedding[mask_id].float()
+        lora = GatedLora(model.config, settings.rank, settings.alpha, mask, settings.seed)
+        head = _new_head(model, width, settings.seed + 1) if width else None
+        if start is not None:
+            lora.copy_(start)
+            if head is not None and start.rerank_head is not None:
+                copy_all(f"{start.name}: its re-ranking head", head.parameters(), start.rerank_head.parameters())
+        return cls(lora, head)
 
-    def save(self, path: Path, step: int, settings: dict[str, object]) -> None:
-        """Write a checkpoint in one piece: there is always a whole one, whatever happens."""
-        tensors = {}
-        for i, p in enumerate(self.parameters()):
-            tensors[f"{i}.value"] = p.detach()
-            if state := self.optimizer.state.get(p):  # at stride 2 the re-ranking head carries nothing on
-                tensors |= {f"{i}.mean": state["exp_avg"], f"{i}.square": state["exp_avg_sq"]}
-        part = path.with_suffix(".part")
-        save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
-        part.replace(path)
 
-    def load(self, path: Path, settings: dict[str, object]) -> int:
-        """Continue from a checkpoint of the same settings; returns the number of steps that were taken."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            _require_same(path, json.loads(metadata.get("settings", "{}")), settings)
-            step, names = int(metadata["step"]), set(file.keys())
-            for i, p in enumerate(self.parameters()):
-                value = file.get_tensor(f"{i}.value")
-                if value.shape != p.shape:
-                    raise CheckpointError(
-                        f"{path}: tensor {i} has shape {list(value.shape)}, this model asks for {list(p.shape)}"
-                    )
-                with torch.no_grad():
-                    p.copy_(value)
-                if f"{i}.mean" in names:
-                    mean, square = (file.get_tensor(f"{i}.{name}").to(p.device) for name in ("mean", "square"))
-                    state = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
-                    self.optimizer.state[p] = state
-        return step
+def save_run(
+    path: Path,
+    step: int,
+    settings: dict[str, object],
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a checkpoint in one piece: there is always a whole one, whatever happens."""
+    tensors = {}
+    for i, p in enumerate(parameters):
+        tensors[f"{i}.value"] = p.detach()
+        if state := optimizer.state.get(p):  # at stride 2 the re-ranking head carries nothing on
+            tensors |= {f"{i}.mean": state["exp_avg"], f"{i}.square": state["exp_avg_sq"]}
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
+    part.replace(path)
+
+
+def load_run(
+    path: Path, settings: dict[str, object], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Continue from a checkpoint of the same settings; returns the number of steps that were taken."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        _require_same(path, json.loads(metadata.get("settings", "{}")), settings)
+        step, names = int(metadata["step"]), set(file.keys())
+        for i, p in enumerate(parameters):
+            value = file.get_tensor(f"{i}.value")
+            if value.shape != p.shape:
+                raise CheckpointError(
+                    f"{path}: tensor {i} has shape {list(value.shape)}, this model asks for {list(p.shape)}"
+                )
+            with torch.no_grad():
+                p.copy_(value)
+            if f"{i}.mean" in names:
+                mean, square = (file.get_tensor(f"{i}.{name}").to(p.device) for name in ("mean", "square"))
+                state = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
+                optimizer.state[p] = state
+    return step
 
 
 def _require_same(path: Path, found: dict[str, object], wanted: dict[str, object]) -> None:
@@ -193,29 +236,39 @@ def loss_of(
     with torch.no_grad():
         clean = model.clean(batch.ids)
     lora = trainee.lora
-    hidden = model.masked(clean, batch.anchors, settings.num_k, lora.mask_embedding, lora)
+    embedded = lora.mask_embedding if batch.noise is None else F.embedding(batch.noise, model.embedding)
+    hidden = model.masked(clean, batch.anchors, settings.num_k, embedded, lora)
     rows = batch.labels >= 0
     weight = settings.offset_decay ** torch.arange(settings.num_k, device=model.device, dtype=torch.float32)
     weight = weight.expand(rows.shape)[rows]
     labels = vocabulary.index(batch.labels[rows])
+    teacher = _teacher(model, clean, batch)
+    # Short answers at an unlucky offset may leave no label at all: no gradient then, and no NaN.
+    weight = weight / weight.sum().clamp(min=1e-9)
+    if settings.loss == "tv":
+        read = [hidden[rows]]
+        if trainee.rerank is not None:
+            # The head adds u to what the LM head reads. Adapter and head are taught together what the two make.
+            queries = _queries(model, trainee.rerank, batch, hidden)[rows]
+            read.append((read[0].float() + queries).to(model.dtype))
+        far = [total_variation(x, vocabulary.head, teacher, labels, settings.hard, settings.kl) for x in read]
+        return sum(((part * weight).sum() for part in far), start=hidden.new_zeros((), dtype=torch.float32))
     logits = F.linear(hidden[rows], vocabulary.head).float()
     with torch.no_grad():
-        target = settings.soft * _teacher(model, clean, batch, vocabulary).softmax(-1)
+        target = settings.soft * F.linear(teacher, vocabulary.head).float().softmax(-1)
         target[torch.arange(len(labels)), labels] += settings.hard
-    # Short answers at an unlucky offset may leave no label at all: no gradient then, and no NaN.
-    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum().clamp(min=1e-9)
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum()
     if trainee.rerank is not None:
         loss = loss + _rerank_loss(model, trainee.rerank, batch, hidden.detach(), logits.detach(), labels, vocabulary)
     return loss
 
 
-def _teacher(model: DenseModel, clean: CleanPass, batch: Batch, vocabulary: Vocabulary) -> Tensor:
-    """The base model's own logits [R, V'] of the tokens that the trained MASK rows predict."""
+def _teacher(model: DenseModel, clean: CleanPass, batch: Batch) -> Tensor:
+    """Hidden states [R, H] of the base model's own rows that predict what the trained MASK rows predict."""
     num_k = batch.labels.shape[2]
     at = batch.anchors.unsqueeze(2) + 1 + torch.arange(num_k, device=model.device)
     at = at.clamp(max=clean.hidden.shape[1] - 1).flatten(1).unsqueeze(2).expand(-1, -1, clean.hidden.shape[2])
-    hidden = clean.hidden.gather(1, at).unflatten(1, batch.labels.shape[1:])
-    return F.linear(hidden[batch.labels >= 0], vocabulary.head).float()
+    return clean.hidden.gather(1, at).unflatten(1, batch.labels.shape[1:])[batch.labels >= 0]
 
 
 def _rerank_loss(
@@ -228,20 +281,23 @@ def _rerank_loss(
     vocabulary: Vocabulary,
 ) -> Tensor:
     """Cross-entropy among the candidates of each row, given the true token before it; rows without the label skip."""
-    rows = batch.labels >= 0
-    state = None
-    parts = []
-    for j in range(rows.shape[2]):
-        before = (batch.anchors + 1 + j).clamp(max=batch.ids.shape[1] - 1)
-        previous = F.embedding(batch.ids.gather(1, before), model.embedding).float()
-        query, state = head.query(hidden[:, :, j].float(), previous, state)
-        parts.append(query)
-    queries = torch.stack(parts, dim=2)[rows]
+    queries = _queries(model, head, batch, hidden)[batch.labels >= 0]
     values, places = logits.topk(min(NUM_CANDIDATES, logits.shape[1]), dim=1)
     scores = values + (vocabulary.head[places].float() @ queries.unsqueeze(2)).squeeze(2)
     hit = places == labels.unsqueeze(1)
     found = hit.any(1)
     return F.cross_entropy(scores[found], hit[found].long().argmax(1)) if bool(found.any()) else scores.sum() * 0
+
+
+def _queries(model: DenseModel, head: RerankHead, batch: Batch, hidden: Tensor) -> Tensor:
+    """u [B, A, K, H] of every MASK row, given the true token before what it predicts."""
+    state, parts = None, []
+    for j in range(hidden.shape[2]):
+        before = (batch.anchors + 1 + j).clamp(max=batch.ids.shape[1] - 1)
+        previous = F.embedding(batch.ids.gather(1, before), model.embedding).float()
+        query, state = head.query(hidden[:, :, j].float(), previous, state)
+        parts.append(query)
+    return torch.stack(parts, dim=2)
 
 
 def _new_head(model: DenseModel, width: int, seed: int) -> RerankHead:
@@ -263,24 +319,32 @@ def train(
     settings: TrainSettings,
     checkpoint: Path,
     *,
+    start: Adapter | None = None,
+    until: int | None = None,
     evaluate_every: int = 50,
     save_every: int = 25,
     report: Callable[[Trainee, int, float, Predictions | None], None] = lambda trainee, step, loss, predictions: None,
 ) -> Trainee:
-    """Train, or go on from `checkpoint` where it exists, until settings.steps.
+    """Train, from `start` where it is given, or go on from `checkpoint` where it exists, until settings.steps.
+
+    until: stop after so many steps already; what was learned is that of a longer run that was stopped there.
 
     report(trainee, steps taken, loss, predictions on held_out or None) is called after each step. The same seed gives
     the same adapter, whether or not the run was interrupted.
     """
-    trainee = Trainee.new(model, settings)
+    trainee = Trainee.new(model, settings, start)
     identity = {**asdict(settings), "samples": len(samples)}
-    step = trainee.load(checkpoint, identity) if checkpoint.exists() else 0
+    step = load_run(checkpoint, identity, trainee.parameters(), trainee.optimizer) if checkpoint.exists() else 0
     vocabulary = Vocabulary(model, samples)
     order = Order(samples, settings.batch, settings.seed)
-    while step < settings.steps:
+    end = settings.steps if until is None else min(until, settings.steps)
+    while step < end:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = [samples[i] for i in order.batch(step)]
         batch = make_batch(chosen, settings.num_k, settings.spacing, generator, model.device)
+        if settings.noise_below:
+            shape = len(chosen), batch.labels[0].numel()
+            batch.noise = torch.randint(1, settings.noise_below, shape, generator=generator).to(model.device)
         loss = loss_of(model, trainee, batch, vocabulary, settings)
         trainee.optimizer.zero_grad()
         loss.backward()
@@ -289,12 +353,13 @@ def train(
             group["lr"] = settings.rate(step)
         trainee.optimizer.step()
         step += 1
-        last = step == settings.steps
+        last = step == end
         if last or step % save_every == 0:
-            trainee.save(checkpoint, step, identity)
+            save_run(checkpoint, step, identity, trainee.parameters(), trainee.optimizer)
         predictions = None
         if held_out and (last or step % evaluate_every == 0):
-            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_k)
+            below = settings.noise_below
+            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_k, below)
         report(trainee, step, float(loss.detach()), predictions)
     return trainee
 

@@ -29,6 +29,7 @@ kNoDrafts, kMaskDrafts, kSuffixDrafts = tl.constexpr(0), tl.constexpr(1), tl.con
 kFillMatch, kOverrideMatch, kLongestMatch = tl.constexpr(2), tl.constexpr(6), tl.constexpr(8)
 kFigures = tl.constexpr(len(OUTCOME))
 kAcceptStream = tl.constexpr(python_ref.STREAM_ACCEPT)
+kInputStream = tl.constexpr(python_ref.noise.STREAM_INPUT)
 kRequests = tl.constexpr(128)  # that a CTA counts at a time
 kTokens = tl.constexpr(1024)  # of the text, at a time
 kIds = tl.constexpr(2048)  # of a row of logits, at a time
@@ -40,6 +41,7 @@ class PlanShape(NamedTuple):
     K: int
     R: int  # the most rows of a request
     BRANCHED: bool
+    NOISE: bool  # MASK rows have ids of their own
     BLOCK_R: int
 
 
@@ -75,8 +77,11 @@ def _rows_of(gNumDrafts, gFinish, request, batch, shape: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "mask_id", "page_size", "max_pages", "stride_text", "stride_drafts", "stride_table"],
-    do_not_specialize_on_alignment=["gText", "gLengths", "gDrafts", "gNumDrafts", "gFinish", "gPageTable"],
+    do_not_specialize=[
+        *("batch", "mask_id", "noise_below", "page_size", "max_pages"),
+        *("stride_text", "stride_drafts", "stride_table"),
+    ],
+    do_not_specialize_on_alignment=["gText", "gLengths", "gDrafts", "gNumDrafts", "gFinish", "gPageTable", "gSeed"],
 )
 def _plan_kernel(
     gText,  # [B, max_len]
@@ -85,6 +90,7 @@ def _plan_kernel(
     gNumDrafts,  # [B]
     gFinish,  # [B]
     gPageTable,  # [B, max_pages]
+    gSeed,  # [B]
     gIds,  # [B * R], as the next four
     gIsMask,
     gPositions,
@@ -94,6 +100,7 @@ def _plan_kernel(
     gQueryStart,  # [B + 1]
     batch,
     mask_id,
+    noise_below,
     page_size,
     max_pages,
     stride_text,
@@ -127,8 +134,12 @@ def _plan_kernel(
     if shape.K > 0:
         is_draft = is_row & is_clean & (r > 0)
         token = tl.where(r == 0, token, tl.load(gDrafts + b * stride_drafts + r - 1, mask=is_draft, other=0))
-    token = tl.where(is_clean, token, mask_id)
     position = length - 1 + tl.where(is_clean, r, 1 + branch + j)
+    if shape.NOISE:
+        seed, zero = tl.load(gSeed + b), tl.zeros_like(r)
+        word, _, _, _ = tl.philox(seed, (length - 1 + r).to(tl.int32), position.to(tl.int32), zero + kInputStream, zero)
+        mask_id = 1 + (word.to(tl.int64) * (noise_below - 1) >> 32)
+    token = tl.where(is_clean, token, mask_id)
 
     two = tl.full([shape.BLOCK_R], 2, tl.int64)
     seen = (two << r) - 1
@@ -153,13 +164,15 @@ def _plan_kernel(
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """See `idlm_kernels.plan_rows`."""
     (batch, num_k), device = state.drafts.shape, state.lengths.device
     most = (num_k + 1) ** 2 if branched else 2 * num_k + 1
     if batch == 0:
-        return python_ref.plan_rows(state, mask_id, page_size, branched=branched, out=out)
+        return python_ref.plan_rows(
+            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
+        )
     if out is None:
         rows = batch * most
         ids, positions, slots, tail_mask = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(4))
@@ -175,15 +188,17 @@ def plan_rows(
         state.num_drafts,
         state.finish,
         state.page_table,
+        state.seed,
         *out,
         batch,
         mask_id,
+        noise_below,
         page_size,
         state.page_table.shape[1],
         state.text.stride(0),
         state.drafts.stride(0),
         state.page_table.stride(0),
-        shape=PlanShape(K=num_k, R=most, BRANCHED=branched, BLOCK_R=next_power_of_2(most)),
+        shape=PlanShape(K=num_k, R=most, BRANCHED=branched, NOISE=noise_below > 0, BLOCK_R=next_power_of_2(most)),
         num_warps=1,
     )
     return out

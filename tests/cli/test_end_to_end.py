@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
 from idlm_kernels.generate import memory
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_bundle, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,17 @@ def test_check_passes_on_a_sampled_text(model: Path, plan: str) -> None:
     assert record["tokens"] == len(record["token_ids"]) == 40 and record["finish_reason"] == "length"
     assert record["forwards"] <= 40 and len(record["acceptance"]) == 2
     assert record["prompt_tokens"] == len("Once upon")
+
+
+def test_a_bundle_needs_one_command(tmp_path: Path) -> None:
+    """Base at the root, adapter inside, MASK rows of random ids."""
+    bundle = save_tiny_bundle(tmp_path, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    flags = ["--max-tokens", "20", "--plan", "quadratic", "--stride", "4", "--json", "--check"]
+    done = idlm(bundle, *flags, "--mask-input", "uniform", "--mask-token-id", "250")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["identical_to_ar"] is True
+    done = idlm(bundle, *flags)
+    assert done.exit_code == 2 and "--mask-token-id" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_streamed_text_is_the_text_of_json(model: Path) -> None:

@@ -147,8 +147,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(idlm: Idlm) -> None:
 
 def test_the_defaults_are_the_documented_ones(idlm: Idlm, fake: type[Generator]) -> None:
     idlm("-p", "x")
-    options = {"adapter": "default", "device": "cpu", "dtype": "auto", "activations": "auto", "backend": None}
-    options["random_weights"] = False
+    options = {"adapter": "default", "mask_input": None, "mask_token_id": None, "device": "cpu", "dtype": "auto"}
+    options |= {"activations": "auto", "backend": None, "random_weights": False}
     assert fake.calls[0] == ("load", "default", {**options, "max_model_len": None, "page_size": 64})
     assert streamed(fake)[1:] == (Params(), DecodeOptions())
     idlm("-p", "x", "--adapter", "none")
@@ -159,13 +159,15 @@ def test_every_flag_reaches_the_generator(idlm: Idlm, fake: type[Generator], mon
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = (
-        "--prompt x --raw --model m.gguf --adapter folder --stride 6 --plan chain --rule rejection"
+        "--prompt x --raw --model m.gguf --adapter folder --mask-input uniform --mask-token-id 9"
+        " --stride 6 --plan chain --rule rejection"
         " --temperature 0.8 --top-k 5 --top-p 0.9 --min-p 0.1 --seed 3 --max-tokens 9 --stop A --stop B"
         " --max-model-len 99 --page-size 3 --dtype fp16 --device cuda --threads 2 --backend torch"
-        " --row-budget 11 --no-rerank"
+        " --row-budget 11 --no-rerank --activations int8"
     )
     assert idlm(*flags.split()).exit_code == 0
-    options = {"adapter": "folder", "device": "cuda", "dtype": "fp16", "backend": "torch", "random_weights": False}
+    options = {"adapter": "folder", "mask_input": "uniform", "mask_token_id": 9}
+    options |= {"device": "cuda", "dtype": "fp16", "activations": "int8", "backend": "torch", "random_weights": False}
     assert fake.calls[0] == ("load", "m.gguf", {**options, "max_model_len": 99, "page_size": 3})
     assert streamed(fake) == (
         [1, ord("x")],

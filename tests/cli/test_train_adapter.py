@@ -11,7 +11,10 @@ from typer.testing import CliRunner, Result
 
 from idlm_kernels.cli import app
 from idlm_kernels.cli.train_adapter import WORK
+from idlm_kernels.generate import Generator
+from idlm_kernels.model.mask_input import MaskInput
 from idlm_kernels.training import train as training
+from idlm_kernels.training.export import file_sha256
 from tests.tiny import save_tiny_model
 
 SMALL = [
@@ -87,6 +90,34 @@ def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path, monkeypatch: py
     assert steps[0] == 5, "two steps, the one that was cut, and the two that were left"
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert "rerank_head.safetensors" not in files(tmp_path / "cut")
+
+
+def test_total_variation_from_an_adapter(model: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "a", "--alpha", "8").exit_code == 0
+    more = ["--loss", "tv", "--from", str(tmp_path / "a")]
+    for name in ("b", "c"):
+        done = run(model, tmp_path / name, *more)
+        assert done.exit_code == 0, done.stderr
+    assert files(tmp_path / "b") == files(tmp_path / "c") != files(tmp_path / "a")
+    record = json.loads((tmp_path / "b" / "idlm_training.json").read_text())["settings"]
+    assert (record["loss"], record["kl"], record["alpha"]) == ("tv", 0.01, 8.0), "rank and alpha are those of the start"
+    assert record["start"] == file_sha256(tmp_path / "a")
+
+
+def test_uniform_noise_is_written_into_the_adapter_and_drawn_when_it_decodes(model: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "a").exit_code == 0  # whose vector must not stay
+    (tmp_path / "a" / WORK / "checkpoint.safetensors").unlink()
+    done = run(model, tmp_path / "a", "--mask-input", "uniform")
+    assert done.exit_code == 0, done.stderr
+    record = json.loads((tmp_path / "a" / "idlm_training.json").read_text())
+    assert record["mask_input"] == {"kind": "uniform", "mask_token_id": 256}
+    assert "mask_embedding.safetensors" not in files(tmp_path / "a")
+    generator = Generator.from_pretrained(model, adapter=tmp_path / "a")
+    assert generator.model.mask_input == MaskInput("uniform", 256)
+    done = run(model, tmp_path / "c", "--from", str(tmp_path / "a"))
+    assert json.loads((tmp_path / "c" / "idlm_training.json").read_text())["mask_input"] == record["mask_input"]
+    done = run(model, tmp_path / "b", "--mask-input", "uniform")
+    assert files(tmp_path / "a") == files(tmp_path / "b"), "the same seed gives the same noise"
 
 
 def lines(*records: object) -> str:

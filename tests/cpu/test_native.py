@@ -529,10 +529,11 @@ def test_a_forward_keeps_the_rotary_table_that_it_began_with(monkeypatch: pytest
 def test_rows_of_a_plan(num_k: int, branched: bool, page_size: int) -> None:
     for seed in range(5):
         state = random_places(seed, num_k, page_size)
-        want = python_ref.plan_rows(state, 60, page_size, branched=branched)
+        how: dict[str, Any] = {"branched": branched, "noise_below": (0, 151_669)[seed % 2]}
+        want = python_ref.plan_rows(state, 60, page_size, **how)
         out = tuple(torch.full_like(x, 1) for x in want)
-        assert cpu_state.plan_rows(state, 60, page_size, branched=branched, out=out) is out  # type: ignore[arg-type]
-        for got in (out, cpu_state.plan_rows(state, 60, page_size, branched=branched)):
+        assert cpu_state.plan_rows(state, 60, page_size, out=out, **how) is out
+        for got in (out, cpu_state.plan_rows(state, 60, page_size, **how)):
             for x, y in zip(got, want, strict=True):
                 assert x.dtype == y.dtype and torch.equal(x, y)
 

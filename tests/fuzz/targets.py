@@ -381,7 +381,9 @@ def _adapter() -> dict[str, bytes]:
         "adapter_model.safetensors": save(tensors),
         "mask_embedding.safetensors": save({"mask_embedding": torch.ones(8)}),
         "rerank_head.safetensors": save({name: torch.ones(shape) for name, shape in head.items()}),
-        "idlm_training.json": json.dumps({"acceptance": [0.5], "acceptance_reranked": [0.6, 0.1]}).encode(),
+        "idlm_training.json": json.dumps(
+            {"acceptance": [0.5], "acceptance_reranked": [0.6, 0.1], "mask_input": {"kind": "vector"}}
+        ).encode(),
     }
 
 

@@ -16,6 +16,9 @@ from bench.peers import transformers_llama
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.plan import prefill_rows
 from idlm_kernels.model import Transformer, load_adapter, load_checkpoint
+from idlm_kernels.model.adapter import Adapter
+from idlm_kernels.model.errors import CheckpointError
+from idlm_kernels.model.rerank import RerankHead
 from tests.tiny import MemoryCheckpoint, oracle_checkpoint, tiny_config, tiny_state
 
 transformers = pytest.importorskip("transformers")
@@ -228,6 +231,24 @@ def test_adapter_rows_equal_a_merged_model(tmp_path: Path, ranks: dict[str, int]
     plain = Transformer(merged, dtype="fp32")  # type: ignore[arg-type]
     want, _ = plain.forward(rows, plain.new_cache(1, 8))
     torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("spoiled", ["lora_A", "lora_B", "mask", "rerank"])
+def test_an_adapter_that_the_dtype_makes_infinite_is_named(spoiled: str) -> None:
+    """Where activations have 16 bits, as on a GPU; nothing of a model on `meta` runs."""
+    config, large = tiny_config(), torch.full((3, 32), 1e5)
+    pair = (large if spoiled == "lora_A" else large * 0, large.T * (1.0 if spoiled == "lora_B" else 0.0))
+    head = RerankHead(*(torch.full(shape, 7e4) for shape in ((4, 32), (4, 32), (4, 4), (32, 4))))
+    mask = large[0] if spoiled == "mask" else None
+    adapter = Adapter("mine", 3, 1.0, mask, {(1, "q_proj"): pair}, head if spoiled == "rerank" else None)
+    what = {"mask": "the MASK embedding", "rerank": "the re-ranking head"}.get(
+        spoiled, f"{spoiled} of model.layers.1.self_attn.q_proj"
+    )
+    message = rf"mine: {what} holds numbers up to (1e\+05|100000|70000), which torch.float16 does not"
+    shapes: Any = MemoryCheckpoint(config)
+    with pytest.raises(CheckpointError, match=message):
+        Transformer(shapes, device="meta", dtype="fp16", adapter=adapter)
+    Transformer(shapes, device="meta", dtype="bf16", adapter=adapter)
 
 
 def test_positions_grow_without_changing(make_generator: Callable[..., Generator]) -> None:

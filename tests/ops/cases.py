@@ -171,7 +171,8 @@ def _state(variant: str) -> StepState:
 
 
 def _plan_rows(variant: str) -> Arguments:
-    return {"state": _state(variant), "mask_id": 9, "page_size": 4, "branched": variant == "branched"}
+    how = {"branched": variant == "branched", "noise_below": 7 if variant == "noise" else 0}
+    return {"state": _state(variant), "mask_id": 9, "page_size": 4, **how}
 
 
 def _commit_step(variant: str) -> Arguments:
@@ -260,7 +261,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
     "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),
-    "plan_rows": (_plan_rows, ("plain", "branched")),
+    "plan_rows": (_plan_rows, ("plain", "branched", "noise")),
     "commit_step": (_commit_step, ("plain", "full")),
     "linear": (_linear, ("plain", "full")),
     "gated_lora_linear": (_gated_lora_linear, ("plain", "full")),

@@ -41,7 +41,7 @@ def converted() -> Converted:
     start = dense(MemoryCheckpoint(tiny_config(vocab_size=48, mask_token_id=47), scale=0.1))
     settings = ConvertSettings(steps=100, batch=16, learning_rate=1e-2, warmup=5)
     report: list[tuple[int, int, ConvertLoss]] = []
-    model = convert(start, progressions(1000, 0), settings, report=lambda *figures: report.append(figures))
+    model = convert(start, progressions(1000, 0), settings, report=lambda _, *figures: report.append(figures))
     return Converted(start, model, report)
 
 

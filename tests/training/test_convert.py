@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import ModelConfig, RopeScaling, Transformer, load_checkpoint
+from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.training import convert as module
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.convert import ConvertLoss, ConvertSettings, convert, loss_of, save_checkpoint
+from idlm_kernels.training.dense import DenseModel
 from idlm_kernels.training.train import make_batch
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Converted
@@ -139,6 +141,35 @@ def test_the_halves_weigh_the_same_up_to_the_bound(bound: float, factor: float) 
     assert (float(masked.grad), float(clean.grad)) == (1.0, factor), "the balance is a constant"  # type: ignore[arg-type]
 
 
+def test_the_papers_recipe_balances_in_the_last_stage_alone() -> None:
+    settings = ConvertSettings(strides=(2, 3, 4), recipe="paper", clean_weight=0.2)
+    loss = ConvertLoss(torch.tensor(3.0), torch.tensor(0.5))
+    assert [float(settings.total(loss, stage)) for stage in range(3)] == pytest.approx([3.1, 3.1, 6.0])
+    balanced = ConvertSettings(strides=(2, 3, 4), max_balance=2.0)
+    assert [float(balanced.total(loss, stage)) for stage in range(3)] == [4.0] * 3
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_an_interruption_leaves_no_trace(stop: int, tmp_path: Path) -> None:
+    start = dense(MemoryCheckpoint(tiny_config(vocab_size=48, mask_token_id=47), scale=0.1))
+    samples = progressions(12, 0)
+    calm = convert(start, samples, BRIEF)
+
+    def interrupt(trained: DenseModel, step: int, stride: int, loss: ConvertLoss) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(start, samples, BRIEF, tmp_path / "run", save_every=1, report=interrupt)
+    taken: list[int] = []
+    again = convert(start, samples, BRIEF, tmp_path / "run", report=lambda _, step, *rest: taken.append(step))
+    assert taken == list(range(stop + 1, 5))
+    assert all(torch.equal(weight, again.weights[name]) for name, weight in calm.weights.items())
+    other = dataclasses.replace(BRIEF, recipe="paper")
+    with pytest.raises(CheckpointError, match="recipe 'balanced' and not 'paper'"):
+        convert(start, samples, other, tmp_path / "run")
+
+
 def test_the_gradient_reaches_every_weight_and_the_keys_of_clean_rows() -> None:
     config = tiny_config(architecture="qwen3", qk_norm=True, attention_bias=True, mask_token_id=60)
     model = dense(MemoryCheckpoint(config, seed=1, scale=0.2))
@@ -197,6 +228,8 @@ def test_models_that_cannot_be_converted() -> None:
         ({"batch": 0}, "batch is 0"),
         ({"warmup": -1}, "warmup is -1"),
         ({"max_balance": -1.0}, "max_balance is -1.0"),
+        ({"clean_weight": -1.0}, "clean_weight is -1.0"),
+        ({"recipe": "ours"}, "recipe is 'ours', wanted 'balanced' or 'paper'"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from idlm_kernels.model.adapter import load_adapter
 from idlm_kernels.model.errors import CheckpointError
 from idlm_kernels.training import train as module
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
+from idlm_kernels.training.export import export
 from idlm_kernels.training.train import (
     Order,
     Trainee,
@@ -26,12 +28,13 @@ from idlm_kernels.training.train import (
     Vocabulary,
     loss_of,
     make_batch,
+    save_run,
     train,
 )
 from python_ref.rerank import NUM_CANDIDATES
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Trained
-from tests.training.support import CPU, dense, greedy_samples, random_samples
+from tests.training.support import CPU, PROVENANCE, dense, greedy_samples, random_samples
 
 SMALL = TrainSettings(rank=2, steps=6, batch=4, learning_rate=1e-2, warmup=2, rerank_width=8)
 
@@ -128,15 +131,17 @@ def test_nothing_to_train_on() -> None:
         Order(random_samples([(3, 1), (5, 1)]), 4, 0)
 
 
+@pytest.mark.parametrize("loss_name", ["ce", "tv"])
 @pytest.mark.parametrize("answers", [[1, 1], [2, 2], [1, 2, 3], [3]])
-def test_the_shortest_answers(answers: list[int], model: DenseModel) -> None:
+def test_the_shortest_answers(answers: list[int], loss_name: Any, model: DenseModel) -> None:
     """At an offset that leaves no label the loss is 0, not NaN, and so is the gradient."""
     samples = random_samples([(3, n) for n in answers])
-    trainee, vocabulary = Trainee.new(model, SMALL), Vocabulary(model, samples)
+    settings = dataclasses.replace(SMALL, loss=loss_name)
+    trainee, vocabulary = Trainee.new(model, settings), Vocabulary(model, samples)
     unlabelled = 0
     for seed in range(12):
         batch = make_batch(samples, 3, 3, torch.Generator().manual_seed(seed), CPU)
-        loss = loss_of(model, trainee, batch, vocabulary, SMALL)
+        loss = loss_of(model, trainee, batch, vocabulary, settings)
         trainee.optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainee.parameters())
@@ -171,6 +176,27 @@ def test_the_loss_is_that_of_a_plain_loop(model: DenseModel, samples: list[Sampl
                     loss = -0.3 * log_p[known.index(label)] - 0.9 * (teacher * log_p).sum()
                     total, weights = total + 0.6**j * float(loss), weights + 0.6**j
     assert found == pytest.approx(total / weights, rel=1e-4)
+
+
+def test_noise_takes_the_place_of_the_vector(model: DenseModel, samples: list[Sample]) -> None:
+    trainee, vocabulary = Trainee.new(model, SMALL), Vocabulary(model, samples)
+    batch = make_batch(samples[:4], 3, 2, noise(), CPU)
+    batch.noise = torch.full((4, batch.labels[0].numel()), 7)
+    found = loss_of(model, trainee, batch, vocabulary, SMALL)
+    found.backward()
+    assert trainee.lora.mask_embedding.grad is None
+    batch.noise = None
+    with torch.no_grad():
+        trainee.lora.mask_embedding.copy_(model.embedding[7])
+        assert torch.equal(found, loss_of(model, trainee, batch, vocabulary, SMALL)), "one id: its embedding everywhere"
+
+
+def test_a_run_draws_its_noise(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, noise_below=50)
+    one, two = (train(model, samples, samples[:2], settings, tmp_path / name) for name in ("one", "two"))
+    assert same(one, two)
+    assert not same(one, train(model, samples, [], dataclasses.replace(settings, noise_below=9), tmp_path / "three"))
+    assert torch.equal(one.lora.mask_embedding, Trainee.new(model, settings).lora.mask_embedding)
 
 
 def with_random_head(model: DenseModel) -> Trainee:
@@ -227,7 +253,77 @@ def test_the_head_does_not_teach_the_adapter(model: DenseModel, samples: list[Sa
     assert all(weight.grad is None for weight in model.weights.values())
 
 
+def test_total_variation_counts_plain_and_re_ranked_drafts(model: DenseModel, samples: list[Sample]) -> None:
+    settings = dataclasses.replace(SMALL, loss="tv", hard=0.25, soft=0.75, offset_decay=0.6)
+    trainee, vocabulary = with_random_head(model), Vocabulary(model, samples)
+    assert trainee.rerank is not None
+    batch = make_batch(samples[:3], 3, 2, noise(), CPU)
+    found = float(loss_of(model, trainee, batch, vocabulary, settings).detach())
+    head, total, weights = model.head[vocabulary.ids], 0.0, 0.0
+    with torch.no_grad():
+        clean = model.clean(batch.ids)
+        hidden = model.masked(clean, batch.anchors, 3, trainee.lora.mask_embedding, trainee.lora)
+        for b, block in itertools.product(range(3), range(batch.anchors.shape[1])):
+            anchor, state = int(batch.anchors[b, block]), None
+            for j, label in enumerate(batch.labels[b, block].tolist()):
+                if label < 0:
+                    break
+                p = 0.75 * (head @ clean.hidden[b, anchor + 1 + j]).softmax(0)
+                p[vocabulary.ids == label] += 0.25
+                x = hidden[b, block, j]
+                query, state = trainee.rerank.query(x, model.embedding[batch.ids[b, anchor + 1 + j]], state)
+                far = [float((p - (head @ y).softmax(0)).abs().sum()) for y in (x, x + query)]
+                total, weights = total + 0.6**j * sum(far), weights + 0.6**j
+    assert found == pytest.approx(total / weights, rel=1e-4)
+
+
 # Runs
+
+
+def test_a_run_may_start_from_an_adapter(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    first = train(model, samples, [], SMALL, tmp_path / "first")
+    export(tmp_path / "adapter", first, SMALL, PROVENANCE, 6, None, torch.float32)
+    adapter = load_adapter(tmp_path / "adapter", model.config)
+    settings = dataclasses.replace(SMALL, loss="tv", start="its hash")
+    assert same(Trainee.new(model, settings, adapter), first)
+    second = train(model, samples, [], settings, tmp_path / "second", start=adapter)
+    assert not same(second, first)
+    assert same(second, train(model, samples, [], settings, tmp_path / "again", start=adapter))
+
+
+def test_total_variation_falls_from_a_start(trained: Trained, tmp_path: Path) -> None:
+    """The mean over all steps of a run that begins where cross-entropy ended is below what it began with."""
+    settings = dataclasses.replace(trained.settings, loss="tv", steps=20, learning_rate=3e-3, start="its hash")
+    export(tmp_path / "adapter", trained.trainee, settings, PROVENANCE, 1, None, torch.float32)
+    adapter = load_adapter(tmp_path / "adapter", trained.model.config)
+    losses: list[float] = []
+    train(
+        trained.model,
+        trained.samples,
+        [],
+        settings,
+        tmp_path / "run",
+        start=adapter,
+        report=lambda trainee, step, loss, _: losses.append(loss),
+    )
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rank": 3, "alpha": 24.0}, r"its pair of q_proj in layer 0 has shape \[2, 32\], wanted \[3, 32\]"),
+        ({"alpha": 4.0}, "14 pairs of scale 8, wanted 14 of scale 2"),
+        ({"rerank_width": 4}, r"its re-ranking head has shape \[8, 32\], wanted \[4, 32\]"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(
+    changes: dict[str, Any], reason: str, model: DenseModel, tmp_path: Path
+) -> None:
+    export(tmp_path / "adapter", Trainee.new(model, SMALL), SMALL, PROVENANCE, 1, None)
+    adapter = load_adapter(tmp_path / "adapter", model.config)
+    with pytest.raises(ValueError, match=f"adapter.* {reason}"):
+        Trainee.new(model, dataclasses.replace(SMALL, **changes), adapter)
 
 
 def test_it_learns(trained: Trained) -> None:
@@ -268,6 +364,14 @@ def test_an_interruption_leaves_no_trace(stop: int, model: DenseModel, samples: 
     calm_state, again_state = (load_file(tmp_path / name) for name in ("calm", "cut"))
     assert calm_state.keys() == again_state.keys()
     assert all(torch.equal(calm_state[name], again_state[name]) for name in calm_state)
+
+
+def test_a_run_may_be_told_where_to_stop(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
+    calm = train(model, samples, [], SMALL, tmp_path / "calm")
+    part = train(model, samples, [], SMALL, tmp_path / "run", until=4)
+    assert not same(part, calm)
+    assert same(part, train(model, samples, [], SMALL, tmp_path / "run", until=4)), "it is only loaded"
+    assert same(calm, train(model, samples, [], SMALL, tmp_path / "run"))
 
 
 def test_a_finished_run_is_only_loaded(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:
@@ -319,7 +423,7 @@ def test_a_checkpoint_is_never_half_written(
     monkeypatch.setattr(module, "save_file", full)
     trainee = Trainee.new(model, SMALL)
     with pytest.raises(OSError, match="no space"):
-        trainee.save(tmp_path / "run", 7, {})
+        save_run(tmp_path / "run", 7, {}, trainee.parameters(), trainee.optimizer)
     assert (tmp_path / "run").read_bytes() == before
 
 
@@ -345,8 +449,18 @@ def test_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("stride", 1), ("rank", 0), ("steps", 0), ("batch", 0), ("spacing", 0), ("warmup", -1)]
+    ("name", "value"),
+    [("stride", 1), ("rank", 0), ("steps", 0), ("batch", 0), ("spacing", 0), ("warmup", -1), ("kl", -0.1)],
 )
 def test_settings_out_of_range(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}, wanted at least"):
         TrainSettings(**{name: value})
+
+
+def test_losses_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="loss is 'mse', wanted 'ce' or 'tv'"):
+        TrainSettings(loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hard \+ soft is 1.25, wanted 1: total variation"):
+        TrainSettings(loss="tv", hard=0.75)
+    with pytest.raises(ValueError, match="noise_below is 1, wanted 0 or at least 2"):
+        TrainSettings(noise_below=1)

@@ -111,7 +111,8 @@ typedef struct {
 } idlm_cpu_state;
 
 typedef struct {
-  int64_t mask_id;  // the id that MASK rows are given
+  int64_t mask_id;      // the id that MASK rows are given
+  int64_t noise_below;  // if not 0: ids drawn from 1 .. noise_below - 1 instead (python_ref/noise.py, noise_ids)
   int32_t page_size, branched, rows;  // rows: batch times the most rows of a request
   int64_t* ids;     // out [rows], as the next four
   uint8_t* is_mask;
