@@ -107,16 +107,22 @@ def _next_of(finished: Iterator[pa.Table]) -> pa.Table | None:
     try:
         return next(finished, None)
     except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, LineFailed):
-            raise cause from error
-        raise RunStopped(f"Ray gave up: {cause}; run the same again for the lines that are not answered") from error
+        chain = list(_chain(error))
+        for cause in chain:
+            if isinstance(cause, LineFailed):
+                raise cause from error
+        told = next((text for cause in reversed(chain) if (text := _in_short(cause))), type(error).__name__)
+        raise RunStopped(f"Ray gave up: {told}; run the same again for the lines that are not answered") from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of what Ray wraps around it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from, as Python and as Ray keep it; the innermost last."""
+    while isinstance(error, BaseException):
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+def _in_short(error: BaseException) -> str:
+    """The first and the last line of an error: Ray has a worker's traceback in between."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " .. ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else ""
