@@ -17,7 +17,7 @@ from lm_eval.models.utils import has_bos_prefix, maybe_truncate, normalize_gen_k
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from idlm_kernels.generate import DecodeOptions, Generator, SamplingParams
+from idlm_kernels.generate import LLM, DecodeOptions, Generator, SamplingParams
 from idlm_kernels.generate.params import mixed_seed
 from idlm_kernels.model.tokenizer import Tokenizer
 
@@ -36,7 +36,8 @@ class IntrospectiveLM(TemplateLM):
     Args:
         pretrained: a Hugging Face folder or hub id, a GGUF file, or "default".
         adapter: folder of the LoRA adapter for MASK rows; "default" is the one of the default model, "none" is none.
-        revision, dtype, device, backend, gpu_memory_utilization, max_num_seqs, max_num_batched_tokens: as in `LLM`.
+        device: cuda, cuda:N or cpu; where there is no GPU it is the CPU, whatever is asked for.
+        revision, dtype, backend, gpu_memory_utilization, max_num_seqs, max_num_batched_tokens: as in `LLM`.
         max_length: the most tokens of a request, prompt included; the model's own limit when None.
         plan, stride, rule: as in DecodeOptions. With the rule `match` they change no answer.
         max_gen_toks: of tasks that do not say how many tokens an answer may have.
@@ -85,20 +86,23 @@ class IntrospectiveLM(TemplateLM):
         self.options = DecodeOptions(plan=plan, stride=stride, rule=rule)  # type: ignore[arg-type]
         if batch_size is not None and str(batch_size).isdigit() and int(batch_size) > 1:
             max_num_seqs = int(batch_size)
-        if device in (None, "auto"):
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.generator = generator or Generator.from_pretrained(
-            pretrained,
-            adapter=None if adapter == "none" else adapter,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            max_model_len=max_length,
-            max_num_seqs=min(max_num_seqs, max_batch_size or max_num_seqs),
-            max_num_batched_tokens=max_num_batched_tokens,
-            gpu_memory_utilization=gpu_memory_utilization,
-        )
+        if device is None or not torch.cuda.is_available():
+            device = "auto"  # where nobody chose the harness says "cuda:0"
+        if generator is None:
+            llm = LLM(
+                pretrained,
+                adapter=None if adapter == "none" else adapter,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                max_model_len=max_length,
+                max_num_seqs=min(max_num_seqs, max_batch_size or max_num_seqs),
+                max_num_batched_tokens=max_num_batched_tokens,
+                gpu_memory_utilization=gpu_memory_utilization,
+            )
+            generator = llm.generator
+        self.generator = generator
         if self.generator.tokenizer is None:
             raise ValueError("the generator has no tokenizer, which an evaluation needs for text")
         self.tokenizer = self.generator.tokenizer

@@ -117,8 +117,8 @@ def generate_file_on_ray(
 
 def with_whole_paths(load: dict[str, Any]) -> dict[str, Any]:
     """Arguments of Generator.from_pretrained for processes that start in folders of their own."""
-    paths = {k: load[k] for k in ("source", "adapter") if load[k] is not None and Path(load[k]).exists()}
-    return load | {k: str(Path(path).resolve()) for k, path in paths.items()}
+    named = {k: load[k] for k in ("source", "adapter") if load[k] not in (None, "default")}
+    return load | {k: str(Path(path).resolve()) for k, path in named.items() if Path(path).exists()}
 
 
 def _chat(tokenizer: Tokenizer, chat: bool | None, system: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import ray
@@ -25,6 +26,7 @@ def connect(address: str) -> None:
             address=address,
             runtime_env={"env_vars": carried},
             log_to_driver=False,
+            logging_level=logging.WARNING,
             **({"include_dashboard": False} if address == LOCAL else {}),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError
 
 from idlm_kernels.generate.batch_file import Answer, LineFailed, Lines, Progress, RunStopped, answered, encoder
 from idlm_kernels.generate.generator import Generator
@@ -92,26 +91,38 @@ def answer_on_ray(job: Job, lines: Lines, progress: Progress, workers: int) -> I
             max_task_retries=_RETRIES,
             udf_modifying_row_count=False,
         )
+    finished = iter(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     expected = progress.lines
+    while (block := _next_of(finished)) is not None:
+        rows = [Answer(**row) for row in block.to_pylist()]
+        if [answer.number for answer in rows] != list(range(expected, expected + len(rows))):
+            raise AssertionError(f"Ray gave lines out of order after line {expected - 1}")
+        expected += len(rows)
+        progress.tokens += sum(answer.tokens for answer in rows)
+        yield rows
+
+
+def _next_of(finished: Iterator[pa.Table]) -> pa.Table | None:
+    """The next block; None after the last. Whatever Ray raises is a worker's fault, or that of the cluster."""
     try:
-        for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            rows = [Answer(**row) for row in block.to_pylist()]
-            if [answer.number for answer in rows] != list(range(expected, expected + len(rows))):
-                raise AssertionError(f"Ray gave lines out of order after line {expected - 1}")
-            expected += len(rows)
-            progress.tokens += sum(answer.tokens for answer in rows)
-            yield rows
-    except RayError as error:
-        cause = _cause(error)
-        if isinstance(cause, LineFailed):
-            raise cause from error
-        raise RunStopped(f"Ray gave up: {cause}; run the same again for the lines that are not answered") from error
+        return next(finished, None)
+    except Exception as error:
+        chain = list(_chain(error))
+        for cause in chain:
+            if isinstance(cause, LineFailed):
+                raise cause from error
+        told = next((text for cause in reversed(chain) if (text := _in_short(cause))), type(error).__name__)
+        raise RunStopped(f"Ray gave up: {told}; run the same again for the lines that are not answered") from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of what Ray wraps around it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from, as Python and as Ray keep it; the innermost last."""
+    while isinstance(error, BaseException):
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+def _in_short(error: BaseException) -> str:
+    """The first and the last line of an error: Ray has a worker's traceback in between."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " .. ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else ""

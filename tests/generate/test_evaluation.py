@@ -236,8 +236,8 @@ def test_the_command_runs_tasks_of_a_folder_without_a_network(folder: Path, tmp_
         "--include_path",
         str(tmp_path),
     ]
-    command += ["--model_args", f"pretrained={folder},plan=quadratic,stride=3", "--apply_chat_template"]
-    command += ["--output_path", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--model_args", f"pretrained={folder},plan=quadratic,stride=3,dtype=float32", "--apply_chat_template"]
+    command += ["--output_path", str(tmp_path / "out")]
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr

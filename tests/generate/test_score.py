@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from idlm_kernels.generate import Generator, SamplingParams
+from idlm_kernels.generate.score import Scorer
 from idlm_kernels.model import Transformer
+from idlm_kernels.model.transformer import Rows
 from tests.tiny import MemoryCheckpoint, tiny_config
 
 MakeGenerator = Callable[..., Generator]
@@ -77,6 +79,49 @@ def test_what_else_is_scored_changes_no_bit(make_generator: MakeGenerator, sizes
     small = make_generator(page_size=4, **sizes)
     small.max_num_seqs, small.max_num_batched_tokens = 3, 5
     assert small.score(pairs) == alone
+
+
+def test_one_text_cut_in_several_places_is_scored_at_each(generator: Generator) -> None:
+    text = tokens(12, seed=20)
+    pairs = [(text[:cut], [*text[cut:], last]) for cut in (9, 3, 11, 1) for last in (7, 8)]
+    together = generator.score(pairs)
+    assert together == [generator.score([pair])[0] for pair in pairs]
+    assert [len(score.logprobs) for score in together] == [4, 4, 10, 10, 2, 2, 12, 12]
+    assert together[0].logprobs[:3] == together[2].logprobs[6:9], "the same tokens after the same text"
+
+
+def test_one_token_that_is_not_greedy_is_enough(generator: Generator) -> None:
+    context = tokens(5, seed=21)
+    best = generator.generate([context], SamplingParams(max_tokens=1), plan="ar")[0].token_ids[0]
+    begun = [*context, (best + 1) % 61]
+    rest = generator.generate([begun], SamplingParams(max_tokens=4), plan="ar")[0].token_ids
+    off, on = generator.score([(context, [begun[-1], *rest]), (begun, rest)])
+    assert on.is_greedy and not off.is_greedy
+
+
+def test_a_small_cache_takes_several_waves(generator: Generator) -> None:
+    """Four choices share two whole pages of context and have one to three of their own; six pages hold two or three."""
+    context = tokens(10, seed=22)
+    pairs = [(context, tokens(n, seed=n)) for n in (1, 3, 5, 9, 2)] + [(tokens(6, seed=23), [1, 2])]
+    small = Scorer(generator.model, num_pages=6, page_size=4, id_limit=61, max_num_seqs=64, max_rows=512)
+    assert small.score(pairs) == generator.score(pairs)
+
+
+def test_a_context_is_computed_once(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, forward = 0, generator.model.forward
+
+    def counted(batch: Rows, *rest: object, **more: object) -> object:
+        nonlocal rows
+        rows += len(batch.ids)
+        return forward(batch, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generator.model, "forward", counted)
+    context = tokens(40, seed=24)
+    generator.score([(context, tokens(3, seed=n)) for n in range(5)])
+    assert rows == 36 + 5 * 6  # nine whole pages without the row that is read; then four tokens and two of each
+    rows = 0
+    generator.score([(context, [token]) for token in range(61)])
+    assert rows == 40
 
 
 def test_the_order_is_that_of_the_pairs_and_progress_reaches_their_number(generator: Generator) -> None:
