@@ -24,8 +24,8 @@ _STATE = tuple(field.name for field in dataclasses.fields(StepState))
 _WRITTEN = ("text", "lengths", "drafts", "num_drafts", "draft_source", "finish")
 MAX_DRAFTS = {False: 31, True: 7}  # a row sees at most 64 slots of its step; by `branched`
 
-# A state is asked for at every step. Once found to be in order, which metadata alone decide, it stays so. Kept are the spans
-# of what is written.
+# A state is asked for at every step. Once found to be in order, which metadata alone decide, it stays so. Kept are the
+# spans of what is written.
 _in_order: WeakKeyDictionary[StepState, list[tuple[int, int]]] = WeakKeyDictionary()
 
 
