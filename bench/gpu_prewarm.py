@@ -135,13 +135,16 @@ def fake_ops() -> None:
 
         return verify_accept
 
-    def advance(*args: Any, **options: Any) -> Any:
-        real_advance(*args, **options)
-        return python_ref.advance(*args, **options)
+    def computed(real: Any, reference: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            real(*args, **options)
+            return reference(*args, **options)
 
-    real_advance = backend.advance
+        return call
+
     backend.verify_accept = verify(backend.verify_accept)
-    backend.advance = advance
+    for op in ("plan_rows", "commit_step"):
+        setattr(backend, op, computed(getattr(backend, op), getattr(python_ref, op)))
     _dispatch._chosen.clear()
     original = engine.Engine
 

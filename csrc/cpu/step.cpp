@@ -110,6 +110,8 @@ void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) 
 int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
   const idlm_cpu_decision& p = *decision;
   const Isa& kernels = isa();
+  for (int b = 0; b < p.batch; b++)
+    if (!(p.temperature[b] < p.greedy_below)) return 1;
   auto best = [&](int64_t row) { return kernels.best(p.logits + row * p.logits_stride, std::min(p.id_limit, p.vocabulary), p.mask_id); };
   for (int b = 0; b < p.batch; b++) {
     const int start = p.query_start_loc[b], m = p.query_start_loc[b + 1] - start, n = p.num_drafts[b];

@@ -131,10 +131,11 @@ class Commit(Structure):
 
 class Decision(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts")),
+        *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts", "temperature")),
         *((name, c_int64) for name in ("logits_stride", "drafts_stride", "vocabulary", "id_limit", "mask_id")),
         *((name, c_int32) for name in ("rows", "batch", "num_k", "branched")),
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
+        ("greedy_below", c_float),
     )
 
 

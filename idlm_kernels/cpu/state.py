@@ -99,7 +99,7 @@ def plan_rows(
         ids, positions, slots, tail_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
         seq_lens, starts = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
         out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tail_mask, seq_lens, starts
-    plan = native.Plan(mask_id, noise_below, page_size, branched, len(out[0]), *(x.data_ptr() for x in out))
+    plan = native.Plan(mask_id, noise_below, page_size, branched, out[0].shape[0], *(x.data_ptr() for x in out))
     library.idlm_cpu_plan_rows(ctypes.byref(_struct(state)), ctypes.byref(plan))
     return out
 

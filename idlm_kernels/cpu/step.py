@@ -39,12 +39,12 @@ def verify_greedy(
     library = native.library()
     if library is None or logits.dtype != torch.float32 or logits.shape[0] == 0 or not _rows_are_dense(logits, drafts):
         return None
-    if query_start_loc.dtype != torch.int32 or num_drafts.dtype != torch.int32 or drafts.dtype != torch.int64:
-        return None
-    if not all_greedy(temperature):
+    small = (query_start_loc.dtype, num_drafts.dtype, drafts.dtype, temperature.dtype)
+    if small != (torch.int32, torch.int32, torch.int64, torch.float32):
         return None
     batch, num_k = drafts.shape
     query_start_loc, num_drafts = query_start_loc.contiguous(), num_drafts.contiguous()
+    temperature = temperature.contiguous()
     counts = torch.empty(2, batch, dtype=torch.int32)
     tokens = torch.empty(batch, num_k + 1, dtype=torch.int64)
     next_drafts = torch.empty(batch, num_k, dtype=torch.int64)
@@ -53,6 +53,7 @@ def verify_greedy(
         query_start_loc.data_ptr(),
         num_drafts.data_ptr(),
         drafts.data_ptr(),
+        temperature.data_ptr(),
         logits.stride(0),
         drafts.stride(0),
         logits.shape[1],
@@ -66,6 +67,7 @@ def verify_greedy(
         tokens.data_ptr(),
         next_drafts.data_ptr(),
         counts[1].data_ptr(),
+        GREEDY_BELOW,
     )
     if library.idlm_cpu_verify_greedy(ctypes.byref(decision)):
         return None

@@ -240,7 +240,7 @@ class CpuStack:
         hidden = torch.empty(wanted, config.hidden_size)
         logits = torch.empty(wanted, config.vocab_size)
         seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
-        count, batch = len(x), len(seq_lens)
+        count, batch = x.shape[0], seq_lens.shape[0]
         for name, given, dtype, size in (
             ("positions", positions, torch.int64, count),
             ("slot_mapping", slots, torch.int64, count),
@@ -257,8 +257,8 @@ class CpuStack:
                 raise TypeError(
                     f"forward: {name} is {given.dtype} with strides {given.stride()}, wanted {dtype} without gaps"
                 )
-            if len(given) < size:
-                raise ValueError(f"forward: {name} has {len(given)} entries, wanted {size}")
+            if given.shape[0] < size:
+                raise ValueError(f"forward: {name} has {given.shape[0]} entries, wanted {size}")
         struct = native.Rows(
             positions.data_ptr(),
             slots.data_ptr(),

@@ -337,7 +337,7 @@ class Transformer:
         if logits_rows is not None:
             x, gate = x[logits_rows], gate[logits_rows]
         if self.has_adapter:  # whose finite weights may still overflow: that spoils a proposal and nothing else
-            x = x.masked_fill(gate.unsqueeze(1) & ~x.isfinite(), 0.0)
+            x = torch.where(gate.unsqueeze(1), x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
         return ops.linear(x, self.head), x
 
 

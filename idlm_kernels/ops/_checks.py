@@ -129,12 +129,18 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return meet(0, apart)
 
 
-def _span(x: Tensor) -> tuple[int, int]:
+def span(x: Tensor) -> tuple[int, int]:
     """The bytes that a tensor lies within, from the first to one past the last; nothing where it is empty."""
     start, count = x.data_ptr(), x.numel()
     if count and not x.is_contiguous():
         count = _reach(x)
     return start, start + count * x.element_size()
+
+
+def apart(spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether no two spans overlap; perhaps False, too, where an empty one lies within another."""
+    in_order = sorted(spans)
+    return all(end <= first for (_, end), (first, _) in itertools.pairwise(in_order))
 
 
 def _reach(x: Tensor) -> int:
@@ -151,9 +157,8 @@ def all_writable(op: str, written: Sequence[tuple[str, Tensor | None]], *inputs:
     if torch.compiler.is_compiling() or any(x.device.type == "meta" or isinstance(x, FakeTensor) for _, x in own):
         return
     # A step asks this of some fifty pairs, and nearly always no two of its tensors overlap.
-    spans = [_span(x) for _, x in own] + [_span(x) for x in others]
-    in_order = sorted(spans)
-    if all(end <= first for (_, end), (first, _) in itertools.pairwise(in_order)):
+    spans = [span(x) for _, x in own] + [span(x) for x in others]
+    if apart(spans):
         return
     everything = [x for _, x in own] + others
     for i, (name, x) in enumerate(own):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ _STATE = tuple(field.name for field in dataclasses.fields(StepState))
 _WRITTEN = ("text", "lengths", "drafts", "num_drafts", "draft_source", "finish")
 MAX_DRAFTS = {False: 31, True: 7}  # a row sees at most 64 slots of its step; by `branched`
 
-# A state is asked for at every step: once it was found to be in order, which metadata alone decide, it stays so.
-_in_order: WeakSet[StepState] = WeakSet()
+# A state is asked for at every step. Once found to be in order, which metadata alone decide, it stays so. Kept are the
+# spans of what is written.
+_in_order: WeakKeyDictionary[StepState, list[tuple[int, int]]] = WeakKeyDictionary()
 
 
 def _check_state(op: str, state: StepState) -> torch.device:
@@ -47,8 +48,8 @@ def _check_state(op: str, state: StepState) -> torch.device:
             raise ValueError(f"{op}: state.{name} has no columns, wanted at least 1")
     read = (getattr(state, name) for name in _STATE if name not in _WRITTEN)
     check.all_writable(op, [(f"state.{name}", getattr(state, name)) for name in _WRITTEN], *read)
-    if not torch.compiler.is_compiling() and all(type(getattr(state, name)) is Tensor for name in _STATE):
-        _in_order.add(state)
+    if not torch.compiler.is_compiling() and all(type(x) is Tensor for x in _tensors(state)):
+        _in_order[state] = [check.span(getattr(state, name)) for name in _WRITTEN]
     return device
 
 
@@ -201,10 +202,11 @@ def commit_step(
     if out is not None:
         check.tensor(op, "out", out, (batch, columns), check.INT64, device)
     read = (num_accepted, tokens, next_drafts, next_num_drafts, logits, query_start_loc)
-    written = [(f"state.{name}", getattr(state, name)) for name in _WRITTEN]
     if out is not None:
         check.all_writable(op, [("out", out)], *_tensors(state), *read)
-    check.all_writable(op, written, *read)
+    spans = None if torch.compiler.is_compiling() else _in_order.get(state)
+    if spans is None or not check.apart(spans + [check.span(x) for x in read if x is not None]):
+        check.all_writable(op, [(f"state.{name}", getattr(state, name)) for name in _WRITTEN], *read)
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
     options = (branched, suffix, acceptance, logits, query_start_loc)
     if traced(tokens):

@@ -43,6 +43,7 @@ class NoSync(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace: list[tuple[str, Any]] = []
+        self.kernels: list[str] = []  # the calls that are no views
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FORBIDDEN:
@@ -51,6 +52,9 @@ class NoSync(TorchDispatchMode):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index makes a shape from data"
         out = func(*args, **(kwargs or {}))
         leaves = out if isinstance(out, (tuple, list)) else [out]
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view or leaves[0].untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr():
+            self.kernels.append(str(func))
         self.trace.append((str(func), [tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)]))
         return out
 
@@ -118,6 +122,31 @@ def test_a_step_reads_nothing_on_the_host(
     assert preempted, "a request was preempted, and came back"
     assert len(traces) > 2 and len(traces[0]) > (50 if inside_ops else 15)
     assert all(trace == traces[0] for trace in traces), "the ops and shapes of a step do not depend on data"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])
+def test_a_step_makes_few_torch_calls_beside_the_ops(
+    plan: str, options: dict[str, Any], make_generator: MakeGenerator
+) -> None:
+    """Each is a kernel of a recorded step. One is positions; an adapter has two, where finite weights may overflow;
+    re-ranking has what it is asked about: previous token (2), position and first MASK row (2, and one by branch)."""
+    calls: list[list[str]] = []
+
+    def counted(decoder: Decoder, places: DecodeState) -> Tensor:
+        with NoSync() as mode:
+            outcome = decode_step(decoder, places)
+        calls.append([name for name in mode.kernels if not name.startswith("idlm.")])
+        return outcome
+
+    generator = make_generator()
+    if "rerank" in options:
+        with_head(generator)
+    engine = engine_of(generator, plan, "match", counted, **options)
+    engine.submit([1, 2, 3], PARAMS, 5)
+    list(engine.epoch())
+    rerank = {"ar": 0, "chain": 5, "quadratic": 6}[plan] if "rerank" in options else 0
+    assert calls and all(len(names) == 1 + 2 * generator.model.has_adapter + rerank for names in calls), calls[-1]
 
 
 def test_the_guard_can_fail() -> None:

@@ -128,16 +128,18 @@ typedef struct {
   const int32_t* query_start_loc;  // [batch + 1]
   const int32_t* num_drafts;
   const int64_t* drafts;           // [batch][drafts_stride]
+  const float* temperature;        // [batch]; below greedy_below a request is greedy
   int64_t logits_stride, drafts_stride, vocabulary, id_limit, mask_id;
   int32_t rows, batch, num_k, branched;
   int32_t* num_accepted;           // out [batch]
   int64_t* tokens;                 // out [batch][num_k + 1]
   int64_t* next_drafts;            // out [batch][num_k]
   int32_t* next_num_drafts;        // out [batch]
+  float greedy_below;
 } idlm_cpu_decision;
-// `match` where every request is greedy. Returns 1, with nothing decided, where a row or a draft is out of the ordinary (NaN,
-// infinity, an id beyond the vocabulary, rows that are not there): the general way then finds the right result and the
-// status bits.
+// `match` where every request is greedy. Returns 1, with nothing decided, where one is not, or where a row or a draft is out
+// of the ordinary (NaN, infinity, an id beyond the vocabulary, rows that are not there): the general way then finds the
+// right result and the status bits.
 IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
 
 typedef struct {
