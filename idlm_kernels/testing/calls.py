@@ -46,7 +46,8 @@ class Call:
 
     def of(self, op: str, *names: str) -> Call:
         """A call of another op with those of the arguments that are named."""
-        return Call(op, {name: self.arguments[name] for name in names if name in self.arguments}, self.per_row)
+        kept = {name: self.arguments[name] for name in names if name in self.arguments}
+        return Call(op, kept, tuple(name for name in self.per_row if name in kept))
 
     def rows(self, which: slice) -> Call:
         """Some of the rows alone."""

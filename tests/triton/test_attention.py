@@ -16,10 +16,11 @@ from torch import Tensor
 import python_ref
 from bench import counters
 from bench.ptx import opcodes, recorded_launches, resources
+from idlm_kernels.testing import check_bits, check_close, same_bits
 from idlm_kernels.triton import attention
 from python_ref.attention import visible_slots
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
+from tests.triton.support import INTERPRETED, caught, mutant
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
@@ -132,7 +133,7 @@ def check(module: ModuleType, problem: Problem | None = None, target: int = SPLI
         module.kTargetCtas = kept  # type: ignore[attr-defined]
     assert got is out
     exact, exact_lse = problem.run(python_ref.strided_attention, caches, upcast=True)
-    judge(got, exact, problem.peer())
+    check_close(got, exact, problem.peer())
     torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
     assert (got[sum(problem.rows) :] == 0).all() and (lse[sum(problem.rows) :] == -math.inf).all()
 
@@ -196,7 +197,8 @@ def check_large_tiles(module: ModuleType) -> None:
                 module.kTargetCtas = target  # type: ignore[attr-defined]
                 found.append(problem.run(module.strided_attention, caches))
         for other in found[1:]:
-            assert same_bits(other[0], found[0][0]) and same_bits(other[1], found[0][1])
+            check_bits(other[0], found[0][0])
+            check_bits(other[1], found[0][1])
 
 
 @pytest.mark.compiled
@@ -232,7 +234,7 @@ def check_meeting(module: ModuleType, is_together: bool) -> None:
             patch.setattr(module, "words_of_stream", lambda *_: words)
             patch.setattr(module, "kTargetCtas", 10**6)
             got, _ = problem.run(module.strided_attention, caches)
-        judge(got, exact, problem.peer())
+        check_close(got, exact, problem.peer())
         used = words[words != 0]
         assert (used & ((1 << 48) - 1) == 0).all(), "counts are left behind"
         took_part = used >> 48 & 1
@@ -299,7 +301,8 @@ def check_max_query_len(module: ModuleType, target: int = SPLIT) -> None:
         got, lse = problem.run(module.strided_attention, caches, max_query_len=5)
         computed = torch.arange(whole.shape[0]) < 5
         computed[m:] = True
-        assert same_bits(got[computed], whole[computed]) and same_bits(lse[computed], whole_lse[computed])
+        check_bits(got[computed], whole[computed])
+        check_bits(lse[computed], whole_lse[computed])
 
 
 @pytest.mark.parametrize("target", [SPLIT, TOGETHER])
@@ -328,7 +331,8 @@ def check_row_bits(module: ModuleType) -> None:
         module.kTargetCtas = target  # type: ignore[attr-defined]
         for page_size, head_major in ((16, False), (3, False), (1, True), (256, False)):
             got, lse = problem.run(module.strided_attention, problem.caches(page_size, head_major))
-            assert same_bits(got, whole) and same_bits(lse, whole_lse)
+            check_bits(got, whole)
+            check_bits(lse, whole_lse)
         # AR: the row alone, the cache ends at it. And prefill chunks, and other steps that hold it.
         for b, rows in (
             (0, slice(39, 40)),
@@ -342,7 +346,8 @@ def check_row_bits(module: ModuleType) -> None:
             got, lse = part.run(module.strided_attention)
             start = sum(problem.rows[:b])
             wanted = slice(start + rows.start, start + rows.stop)
-            assert same_bits(got[:-3], whole[wanted]) and same_bits(lse[:-3], whole_lse[wanted])
+            check_bits(got[:-3], whole[wanted])
+            check_bits(lse[:-3], whole_lse[wanted])
 
 
 @pytest.mark.compiled
@@ -359,7 +364,7 @@ def test_clean_rows_of_a_branched_step_have_the_bits_of_ar(head_dim: int) -> Non
     problem.tail = None
     for row in range(4):
         part = rows_of(problem, 0, slice(row, row + 1), 270 - 16 + row + 1)
-        assert same_bits(part.run(attention.strided_attention)[0][:1], whole[row : row + 1])
+        check_bits(part.run(attention.strided_attention)[0][:1], whole[row : row + 1])
 
 
 @pytest.mark.compiled
@@ -374,7 +379,7 @@ def test_what_a_row_must_not_see_leaves_its_bits_alone() -> None:
         k2[page, offset], v2[page, offset] = 7.0, -9.0
         got, _ = problem.run(attention.strided_attention, (k2, v2, table))
         sees = torch.tensor([bool(int(mask) >> hidden & 1) for mask in problem.tail[:16]])  # type: ignore[index]
-        assert same_bits(got[:16][~sees], whole[:16][~sees])
+        check_bits(got[:16][~sees], whole[:16][~sees])
         assert not same_bits(got[:16][sees], whole[:16][sees])
 
 
@@ -608,14 +613,15 @@ def check_unseen(module: ModuleType, problem: Problem, target: int, caches: tupl
             got, lse = problem.run(module.strided_attention, (k2, v2, table))
             hidden = ~visible[:, slot]
             assert hidden.any() or slot < length - m
-            assert same_bits(got[:m][hidden], clean[:m][hidden]) and same_bits(lse[:m][hidden], clean_lse[:m][hidden])
-            assert same_bits(got[m:], clean[m:]), "other requests"
+            check_bits(got[:m][hidden], clean[:m][hidden])
+            check_bits(lse[:m][hidden], clean_lse[:m][hidden])
+            check_bits(got[m:], clean[m:], "other requests")
             seen, _ = problem.run(module.strided_attention, (k, v2, table))
             wanted, _ = problem.run(python_ref.strided_attention, (k, v2, table))
             assert torch.equal(seen.isfinite(), wanted.isfinite())
             alone = rows_of(problem, 0, slice(m - 1, m), length)
             if problem.tail is None:
-                assert same_bits(alone.run(module.strided_attention, (k, v2, table))[0][:1], seen[m - 1 : m])
+                check_bits(alone.run(module.strided_attention, (k, v2, table))[0][:1], seen[m - 1 : m])
 
 
 def unseen_problems() -> dict[str, Problem]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from idlm_kernels.testing import check_bits, same_bits
 from idlm_kernels.triton import attention, gemm, layers, rerank, sampling
 from python_ref import QState
 from tests.ref.test_rerank import laws_for
-from tests.triton.support import same_bits
 from tests.triton.test_attention import Problem
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
@@ -47,7 +47,8 @@ def test_slots_of_a_page_that_are_far_apart() -> None:
     wanted, wanted_lse = problem.run(attention.strided_attention, (k, v, table))
     far = [like(x, (64, 2**23, 64 * x.shape[0], 1)) for x in (k, v)]  # 259 * 2^23 > 2^31
     got, lse = problem.run(attention.strided_attention, (far[0], far[1], table))
-    assert same_bits(got, wanted) and same_bits(lse, wanted_lse)
+    check_bits(got, wanted)
+    check_bits(lse, wanted_lse)
 
 
 @pytest.mark.parametrize("which", ["k", "v", "q", "out"])
@@ -65,7 +66,8 @@ def test_heads_that_are_far_apart(which: str) -> None:
     else:
         out = sparse(tuple(wanted.shape), (64, FAR, 1))
     got, lse = problem.run(attention.strided_attention, (k, v, table), out=out)
-    assert same_bits(got, wanted) and same_bits(lse, wanted_lse)
+    check_bits(got, wanted)
+    check_bits(lse, wanted_lse)
 
 
 @pytest.mark.parametrize("which", ["k", "v", "out"])
@@ -91,7 +93,7 @@ def test_laws_that_are_far_apart() -> None:
         wanted = sampling.verify_accept(**arguments, q_state=near)
         got = sampling.verify_accept(**arguments, q_state=far)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        assert same_bits(far.logits, near.logits)
+        check_bits(far.logits, near.logits)
         chain.follow(arguments, wanted, near)
 
 
@@ -101,7 +103,7 @@ def test_laws_of_reranked_drafts_that_are_far_apart() -> None:
     far = QState(like(near.logits, (near.logits.shape[2], FAR, 1)), near.cut.clone(), near.log_norm.clone())
     wanted = rerank.rerank_drafts(**args, q_state=near)
     assert torch.equal(rerank.rerank_drafts(**args, q_state=far), wanted)
-    assert same_bits(far.logits, near.logits)
+    check_bits(far.logits, near.logits)
 
 
 def test_more_requests_than_an_axis_of_a_grid_takes() -> None:
@@ -115,7 +117,7 @@ def test_more_requests_than_an_axis_of_a_grid_takes() -> None:
     table = torch.ones(batch, 1, dtype=torch.int32)
     got = attention.strided_attention(q, cache, cache, table, lengths, start, max_query_len=1)
     few = (cache, cache, table[:2], torch.tensor([3, 4]).int(), torch.tensor([0, 1, 2]).int())
-    assert same_bits(got, attention.strided_attention(q, *few, max_query_len=1))
+    check_bits(got, attention.strided_attention(q, *few, max_query_len=1))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

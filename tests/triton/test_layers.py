@@ -12,9 +12,10 @@ from torch import Tensor
 
 import idlm_kernels
 import python_ref
+from idlm_kernels.testing import check_bits, check_close, same_bits
 from idlm_kernels.triton import layers
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import DEVICE, INTERPRETED, caught, judge, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, caught, mutant
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
@@ -31,7 +32,7 @@ def check_rms_norm(module: ModuleType, dtype: torch.dtype = BASE, rows: int = 7,
     x, residual = (torch.randn(rows, width).to(dtype) * 3 for _ in range(2))
     x[0], residual[0] = 1e-3, 2e-3  # eps counts
     weight = torch.randn(width).to(dtype)
-    judge(
+    check_close(
         module.rms_norm(x, weight, 1e-6),
         python_ref.rms_norm(x.double(), weight.double(), 1e-6),
         python_ref.rms_norm(x, weight, 1e-6),
@@ -41,9 +42,9 @@ def check_rms_norm(module: ModuleType, dtype: torch.dtype = BASE, rows: int = 7,
     got = module.rms_norm(x, weight, 1e-6, residual=got_sum, out=out)
     peer = python_ref.rms_norm(x, weight, 1e-6, residual=peer_sum)
     assert got is out
-    assert same_bits(got_sum, peer_sum)
+    check_bits(got_sum, peer_sum)
     # The norm is of the sum as it was stored.
-    judge(got, python_ref.rms_norm(peer_sum.double(), weight.double(), 1e-6), peer)
+    check_close(got, python_ref.rms_norm(peer_sum.double(), weight.double(), 1e-6), peer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,10 +67,10 @@ def test_rms_norm_row_bits_depend_on_the_row_alone(width: int) -> None:
     sums = residual.clone()
     added = layers.rms_norm(x, weight, 1e-6, residual=sums)
     for rows in (slice(0, 1), slice(5, 12), slice(63, 64), slice(3, 35)):
-        assert same_bits(layers.rms_norm(x[rows], weight, 1e-6), whole[rows])
-        assert same_bits(layers.rms_norm(x[rows], weight, 1e-6, residual=residual[rows].clone()), added[rows])
+        check_bits(layers.rms_norm(x[rows], weight, 1e-6), whole[rows])
+        check_bits(layers.rms_norm(x[rows], weight, 1e-6, residual=residual[rows].clone()), added[rows])
     in_place = x.clone()
-    assert same_bits(layers.rms_norm(in_place, weight, 1e-6, out=in_place), whole)
+    check_bits(layers.rms_norm(in_place, weight, 1e-6, out=in_place), whole)
 
 
 @pytest.mark.parametrize("width", [576, 577])
@@ -85,10 +86,10 @@ def test_rms_norm_row_bits_do_not_depend_on_placement(width: int) -> None:
             torch.zeros(10, stride, dtype=BASE).flatten()[first:].as_strided((9, width), (stride, 1)) for _ in range(2)
         )
         view.copy_(x)
-        assert same_bits(layers.rms_norm(view, weight, 1e-6), whole)
+        check_bits(layers.rms_norm(view, weight, 1e-6), whole)
         sum_view.copy_(residual)
-        assert same_bits(layers.rms_norm(view, weight, 1e-6, residual=sum_view), added)
-        assert same_bits(sum_view, sums)
+        check_bits(layers.rms_norm(view, weight, 1e-6, residual=sum_view), added)
+        check_bits(sum_view, sums)
 
 
 # silu_and_mul
@@ -98,7 +99,7 @@ def check_silu_and_mul(module: ModuleType, dtype: torch.dtype = BASE, rows: int 
     x = (torch.randn(rows, 2 * width) * 4).to(dtype)
     x[0, :6] = torch.tensor([0.0, -0.0, 100.0, -100.0, torch.inf, torch.nan]).to(dtype)[: 2 * width]
     exact = torch.nn.functional.silu(x[:, :width].double()) * x[:, width:].double()
-    judge(module.silu_and_mul(x), exact, python_ref.silu_and_mul(x))
+    check_close(module.silu_and_mul(x), exact, python_ref.silu_and_mul(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,10 +112,10 @@ def test_silu_and_mul_row_bits_depend_on_the_row_alone() -> None:
     x = torch.randn(33, 2 * 1544).to(BASE)
     whole = layers.silu_and_mul(x)
     for rows in (slice(0, 1), slice(4, 11), slice(32, 33)):
-        assert same_bits(layers.silu_and_mul(x[rows]), whole[rows])
+        check_bits(layers.silu_and_mul(x[rows]), whole[rows])
     odd = torch.zeros(33, 2 * 1544 + 1, dtype=BASE)[:, 1:]
     odd.copy_(x)
-    assert same_bits(layers.silu_and_mul(odd), whole)
+    check_bits(layers.silu_and_mul(odd), whole)
 
 
 # embed
@@ -202,7 +203,7 @@ def check_rope(module: ModuleType, problem: Rope | None = None) -> None:
     got = problem.run(module.qk_norm_rope_append)
     peer = problem.run(python_ref.qk_norm_rope_append)
     for name, a, b, c in zip(("q", "k_cache", "v_cache"), got, problem.exact(), peer, strict=True):
-        judge(a, b, c, name)
+        check_close(a, b, c, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,11 +243,11 @@ def test_rope_row_bits_depend_on_the_row_alone() -> None:
     q, k, v = problem.run(layers.qk_norm_rope_append)
     for rows in (slice(0, 1), slice(3, 10), slice(39, 40)):
         part_q, part_k, part_v = problem.run(layers.qk_norm_rope_append, rows)
-        assert same_bits(part_q, q[rows])
+        check_bits(part_q, q[rows])
         for slot in [s for s in problem.slots[rows].tolist() if s >= 0]:
             page, offset = divmod(slot, problem.page_size)
-            assert same_bits(part_k[page, offset], k[page, offset])
-            assert same_bits(part_v[page, offset], v[page, offset])
+            check_bits(part_k[page, offset], k[page, offset])
+            check_bits(part_v[page, offset], v[page, offset])
 
 
 def test_rope_row_bits_do_not_depend_on_the_layout_of_cache_and_qkv() -> None:
@@ -269,7 +270,7 @@ def test_public_ops_use_the_backend() -> None:
     with idlm_kernels.use_backend("triton"):
         chosen = idlm_kernels.backends(DEVICE.type)
         x = torch.randn(3, 64).to(BASE)
-        assert same_bits(idlm_kernels.silu_and_mul(x), layers.silu_and_mul(x))
+        check_bits(idlm_kernels.silu_and_mul(x), layers.silu_and_mul(x))
     assert {op for op, name in chosen.items() if name == "triton"} >= {
         "rms_norm",
         "silu_and_mul",
