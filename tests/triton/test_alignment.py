@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from idlm_kernels.testing import bits
 from idlm_kernels.triton import (
     attention,
     attention_kernel,
@@ -29,7 +30,6 @@ from idlm_kernels.triton import (
 from python_ref import QState
 from tests.ops.cases import arguments
 from tests.ref.test_rerank import laws_for
-from tests.triton.support import bits
 from tests.triton.test_attention import Problem
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed

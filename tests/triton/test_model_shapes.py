@@ -19,13 +19,13 @@ import python_ref
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
-from idlm_kernels.testing import check_bits, check_close, same_bits
+from idlm_kernels.testing import QkNormRopeAppend, RmsNorm, check, check_bits, check_close, check_rows
 from idlm_kernels.triton import attention, gemm, layers, sampling
 from tests.triton.support import DEVICE
 from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
 from tests.triton.test_attention import check as check_attention
 from tests.triton.test_end_to_end import recorded_rows
-from tests.triton.test_layers import Rope, check_rms_norm, check_rope, check_silu_and_mul
+from tests.triton.test_layers import check_rms_norm, check_silu_and_mul
 from tests.triton.test_rejection import Chain, check_chain
 from tests.triton.test_sampling import compare_steps
 
@@ -94,33 +94,27 @@ def test_embed(model: Model) -> None:
 
 @EVERY_MODEL
 def test_rms_norm(model: Model) -> None:
-    check_rms_norm(layers, torch.bfloat16, NUM_ROWS, model.hidden_size)
-    x, residual, weight = bf16(NUM_ROWS, model.hidden_size), bf16(NUM_ROWS, model.hidden_size), bf16(model.hidden_size)
-    sums = residual.clone()
-    whole = layers.rms_norm(x, weight, 1e-6, residual=sums)
-    for row in (CLEAN, MASK):
-        sum_ = residual[row].clone()
-        check_bits(layers.rms_norm(x[row], weight, 1e-6, residual=sum_), whole[row])
-        check_bits(sum_, sums[row])
+    check_rms_norm(layers, NUM_ROWS, model.hidden_size, torch.bfloat16)
+    check_rows(RmsNorm(rows=NUM_ROWS, width=model.hidden_size).call(), layers.rms_norm, CLEAN, MASK)
 
 
 @EVERY_MODEL
 def test_silu_and_mul(model: Model) -> None:
-    check_silu_and_mul(layers, torch.bfloat16, NUM_ROWS, model.intermediate_size)
+    check_silu_and_mul(layers, NUM_ROWS, model.intermediate_size, torch.bfloat16)
 
 
 @EVERY_MODEL
 def test_qk_norm_rope_append(model: Model) -> None:
-    heads = model.num_heads, model.num_kv_heads
-    problem = Rope(NUM_ROWS, heads, model.head_dim, dtype=torch.bfloat16, norm=model.qk_norm)
-    check_rope(layers, problem)
-    q, *caches = problem.run(layers.qk_norm_rope_append)
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    call = QkNormRopeAppend(rows=NUM_ROWS, heads=heads, norm=model.qk_norm).call()
+    whole = check(call, layers.qk_norm_rope_append)
+    check_rows(call, layers.qk_norm_rope_append, CLEAN, MASK, among=whole)
     for row in (CLEAN, MASK):
-        q_alone, *caches_alone = problem.run(layers.qk_norm_rope_append, row)
-        check_bits(q_alone, q[row])
-        for cache, alone in zip(caches, caches_alone, strict=True):
-            written = ~alone.isnan()
-            assert written.sum() == alone[0, 0].numel() and same_bits(alone[written], cache[written])
+        left = call.rows(row).run(layers.qk_norm_rope_append).left
+        for name in ("k_cache", "v_cache"):
+            written = ~left[name].isnan()
+            assert written.sum() == left[name][0, 0].numel()
+            check_bits(left[name][written], whole.left[name][written], name)
 
 
 # Matrices
