@@ -41,7 +41,7 @@ from idlm_kernels.testing import (
     check_bits,
     check_rows,
 )
-from idlm_kernels.testing.problems import request_rows
+from idlm_kernels.testing.problems import repaged, request_rows
 
 Case = tuple[ModuleType, torch.device]
 
@@ -161,7 +161,7 @@ def _strided_attention(case: Case) -> None:
     causal = torch.tensor([(2 << i) - 1 for i in (*range(7), *range(4), 0)], device=CPU)
     check_bits(_run(case, chain.changed(tail_mask=causal)), got, "a chain with a tail mask and without")
     # The first row of request 0 as AR sees it: one row, one request, pages of another size.
-    first = _run(case, request_rows(chain, 0, slice(1), page_size=24))
+    first = _run(case, repaged(request_rows(chain, 0, slice(1)), 24))
     check_bits(first, got[:1], "a row alone on pages of 24 slots and among others on pages of 16")
     # A tree of drafts: every row sees the context and some of the step's rows.
     tree = StridedAttention(lengths=(70, 290, 0), rows=(9, 6, 0), heads=(8, 2, 128), tail="random").call(CPU)
@@ -173,7 +173,7 @@ def _strided_attention(case: Case) -> None:
     # A prefill long enough for tiles of its own, and its last row as a step of one row.
     prefill = StridedAttention(lengths=(290,), rows=(290,), heads=(32, 8, 128)).call(CPU)
     got = _check(case, prefill).result
-    last = _run(case, request_rows(prefill, 0, slice(289, 290), page_size=16))
+    last = _run(case, request_rows(prefill, 0, slice(289, 290)))
     check_bits(last, got[289:290], "the last row of a prefill and the same row alone")
     # The heads of a small Llama.
     _check(case, StridedAttention(lengths=(300, 20), rows=(4, 5), heads=(9, 3, 64)).call(CPU))

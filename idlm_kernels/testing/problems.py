@@ -146,19 +146,24 @@ def paged(
     return {**caches, "page_table": table.to(torch.int32)}
 
 
-def request_rows(call: Call, b: int, rows: slice, page_size: int, head_major: bool = False) -> Call:
-    """Rows of request b of a chain as another step would hold them: alone, on other pages, the last one at the end."""
+def repaged(call: Call, page_size: int, head_major: bool = False) -> Call:
+    """The call with its K and V on other pages: see `paged`."""
+    k, v = (call[name][call["page_table"].long()].flatten(1, 2) for name in ("k_cache", "v_cache"))
+    lengths = call["seq_lens"].tolist()
+    return call.changed(**paged(k[:, : max(lengths)], v[:, : max(lengths)], lengths, page_size, head_major=head_major))
+
+
+def request_rows(call: Call, b: int, rows: slice) -> Call:
+    """Rows of request b of a chain as another step holds them: alone, and a length that ends with the last of them."""
     start, end = call["query_start_loc"][b : b + 2].tolist()
     first, last, _ = rows.indices(end - start)
-    length, count = int(call["seq_lens"][b]) - (end - start) + last, last - first
     own = slice(start + first, start + last)
-    k, v = (call[name][call["page_table"][b].long()].flatten(0, 1)[None, :length] for name in ("k_cache", "v_cache"))
     return call.changed(
         q=call["q"][own],
-        **paged(k, v, [length], page_size, head_major=head_major),
-        seq_lens=call["seq_lens"].new_tensor([length]),
-        query_start_loc=call["query_start_loc"].new_tensor([0, count]),
-        max_query_len=count,
+        page_table=call["page_table"][b : b + 1],
+        seq_lens=call["seq_lens"][b : b + 1] - (end - start) + last,
+        query_start_loc=call["query_start_loc"].new_tensor([0, last - first]),
+        max_query_len=last - first,
         tail_mask=None,
         lse=call["lse"][own],
     )

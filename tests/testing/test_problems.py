@@ -26,7 +26,7 @@ from idlm_kernels.testing import (
     microseconds,
     same_bits,
 )
-from idlm_kernels.testing.problems import paged, quadratic_masks, request_rows
+from idlm_kernels.testing.problems import paged, quadratic_masks, repaged, request_rows
 
 
 def test_every_op_has_a_problem() -> None:
@@ -118,7 +118,7 @@ def test_rows_of_a_request_see_what_they_saw() -> None:
     call = StridedAttention(lengths=(50, 20, 0), dtype=torch.float64).call("cpu")
     whole = call.run()
     for b, rows, first in ((0, slice(0, 1), 0), (0, slice(2, 7), 2), (1, slice(3, 4), 10)):
-        alone = request_rows(call, b, rows, page_size=5).run()
+        alone = repaged(request_rows(call, b, rows), 5).run()
         own = slice(first, first + rows.stop - rows.start)
         torch.testing.assert_close(alone.result, whole.result[own], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(alone.left["lse"], whole.left["lse"][own])

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from idlm_kernels.testing import check_bits, same_bits
+from idlm_kernels.testing import Call, check_bits, same_bits
 from idlm_kernels.triton import attention, gemm, layers, rerank, sampling
 from python_ref import QState
 from tests.ref.test_rerank import laws_for
-from tests.triton.test_attention import Problem
+from tests.triton.test_attention import attend
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
 
@@ -41,33 +41,28 @@ def like(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     return sparse(tuple(values.shape), strides).copy_(values)
 
 
+def check_far(call: Call, **far: Tensor) -> None:
+    """The bits of the call with some of its tensors replaced: by the same values far apart."""
+    wanted, left = call.run(attention.strided_attention)
+    check_bits(attention.strided_attention(**{**call.arguments, **far}), wanted)
+    check_bits(call["lse"], left["lse"])
+
+
 def test_slots_of_a_page_that_are_far_apart() -> None:
-    problem = Problem((259, 40), (7, 3), page_size=260)
-    k, v, table = problem.caches()
-    wanted, wanted_lse = problem.run(attention.strided_attention, (k, v, table))
-    far = [like(x, (64, 2**23, 64 * x.shape[0], 1)) for x in (k, v)]  # 259 * 2^23 > 2^31
-    got, lse = problem.run(attention.strided_attention, (far[0], far[1], table))
-    check_bits(got, wanted)
-    check_bits(lse, wanted_lse)
+    call = attend((259, 40), (7, 3), page_size=260)
+    caches = {name: call[name] for name in ("k_cache", "v_cache")}
+    # 259 * 2^23 > 2^31
+    check_far(call, **{name: like(x, (64, 2**23, 64 * x.shape[0], 1)) for name, x in caches.items()})
 
 
-@pytest.mark.parametrize("which", ["k", "v", "q", "out"])
+@pytest.mark.parametrize("which", ["k_cache", "v_cache", "q", "out"])
 def test_heads_that_are_far_apart(which: str) -> None:
-    problem = Problem((40,), (4,), heads=(3, 3))
-    k, v, table = problem.caches()
-    wanted, wanted_lse = problem.run(attention.strided_attention, (k, v, table))
-    out = None
-    if which == "k":
-        k = like(k, (16 * 64, 64, FAR, 1))
-    elif which == "v":
-        v = like(v, (16 * 64, 64, FAR, 1))
-    elif which == "q":
-        problem.q = like(problem.q, (64, FAR, 1))
+    call = attend((40,), (4,), heads=(3, 3, 64))
+    strides = (16 * 64, 64, FAR, 1) if "cache" in which else (64, FAR, 1)
+    if which == "out":
+        check_far(call, out=sparse(tuple(call["q"].shape), strides))
     else:
-        out = sparse(tuple(wanted.shape), (64, FAR, 1))
-    got, lse = problem.run(attention.strided_attention, (k, v, table), out=out)
-    check_bits(got, wanted)
-    check_bits(lse, wanted_lse)
+        check_far(call, **{which: like(call[which], strides)})
 
 
 @pytest.mark.parametrize("which", ["k", "v", "out"])

@@ -20,9 +20,10 @@ from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
 from idlm_kernels.testing import QkNormRopeAppend, RmsNorm, check, check_bits, check_close, check_rows
+from idlm_kernels.testing.problems import repaged, request_rows
 from idlm_kernels.triton import attention, gemm, layers, sampling
 from tests.triton.support import DEVICE
-from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
+from tests.triton.test_attention import SPLIT, TOGETHER, attend, check_same
 from tests.triton.test_attention import check as check_attention
 from tests.triton.test_end_to_end import recorded_rows
 from tests.triton.test_layers import check_rms_norm, check_silu_and_mul
@@ -194,19 +195,16 @@ def test_lm_head(model: Model, num_ids: int) -> None:
 def test_attention(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step whose clean rows stand on both sides of a chunk's edge, beside a short request."""
     length = 2 * attention.kChunk - 2 + NUM_ROWS
-    heads = model.num_heads, model.num_kv_heads
-    problem = Problem((length, 40), (NUM_ROWS, NUM_ROWS), heads, model.head_dim, dtype=torch.bfloat16, tail="branched")
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    call = attend((length, 40), (NUM_ROWS, NUM_ROWS), heads=heads, dtype=torch.bfloat16, tail="quadratic")
     for target in (SPLIT, TOGETHER):
-        check_attention(attention, problem, target)
-    whole, whole_lse = problem.run(attention.strided_attention)
-    problem.tail = None  # an AR step is plainly causal
+        check_attention(attention, call, target)
+    whole = call.run(attention.strided_attention)
     for row in range(NUM_CLEAN):
-        part = rows_of(problem, 0, slice(row, row + 1), length - NUM_ROWS + row + 1)
+        part = repaged(request_rows(call, 0, slice(row, row + 1)), 16)
         for target in (SPLIT, TOGETHER):
             monkeypatch.setattr(attention, "kTargetCtas", target)
-            alone, alone_lse = part.run(attention.strided_attention)
-            check_bits(alone[:1], whole[row : row + 1])
-            check_bits(alone_lse[:1], whole_lse[row : row + 1])
+            check_same(part.run(attention.strided_attention), whole, among=slice(row, row + 1))
 
 
 # Sampling
