@@ -165,7 +165,7 @@ def request_rows(call: Call, b: int, rows: slice) -> Call:
         query_start_loc=call["query_start_loc"].new_tensor([0, last - first]),
         max_query_len=last - first,
         tail_mask=None,
-        lse=call["lse"][own],
+        lse=None if call["lse"] is None else call["lse"][own],
     )
 
 
