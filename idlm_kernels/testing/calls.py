@@ -131,7 +131,8 @@ def check_rows(
         count = f"{len(alone.result)} row{'s' if len(alone.result) > 1 else ''} alone and among {len(whole.result)}"
         check_bits(alone.result, whole.result[which], count)
         for name in call.per_row:
-            check_bits(alone.left[name], whole.left[name][which], f"{name}, {count}")
+            if alone.left[name] is not None:
+                check_bits(alone.left[name], whole.left[name][which], f"{name}, {count}")
     return whole
 
 
