@@ -30,7 +30,6 @@ LINEARS = {
 ROWS = (1, 4, 7, 16, 64)
 PAGE_SIZE = 16
 
-
 microseconds = partial(testing.microseconds, pick=min)  # what a quiet machine gives
 
 

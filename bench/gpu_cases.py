@@ -130,9 +130,8 @@ def sampling_case(config: ModelConfig, device: torch.device, batch: int, stride:
 
     # Clean rows up to the first draft that falls, and the MASK rows of that branch: all drafts here are wrong.
     floor = batch * stride * vocab_size * 2
-    return Case(
-        "verify_accept", f"batch={batch} stride={stride} branched top_p={top_p}", floor, make, wide=torch.float64
-    )
+    shape = f"batch={batch} stride={stride} branched top_p={top_p}"
+    return Case("verify_accept", shape, floor, make, wide=torch.float64)
 
 
 def sampling(draw: Draw, batch: int, top_p: float) -> dict[str, torch.Tensor]:
