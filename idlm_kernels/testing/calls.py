@@ -7,7 +7,7 @@ the op's signature can run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -78,8 +78,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """A value with all tensors in it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, QState):
-        return QState(change(value.logits), change(value.cut), change(value.log_norm))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: map_tensors(change, getattr(value, f.name)) for f in dataclasses.fields(value)})
     return tuple(map_tensors(change, x) for x in value) if isinstance(value, tuple) else value
 
 
@@ -105,17 +105,26 @@ def check(call: Call | Problem, function: Function, device: torch.device | None 
     results = [x.result if isinstance(x.result, tuple) else (x.result,) for x in (got, peer, exact)]
     for i, (x, y, z) in enumerate(zip(*results, strict=True)):
         check_close(x, z, y, "the result" if len(results[0]) == 1 else f"the result[{i}]")
-    for name, before in call.arguments.items():
-        if isinstance(before, Tensor):
-            if same_bits(peer.left[name], before):
-                check_bits(got.left[name], before, name)
-            else:
-                granted = GRANTED.get((call.op, name), 0.0)
-                check_close(got.left[name], exact.left[name], peer.left[name], name, granted)
+    left, peer_left, exact_left = (dict(_named(x.left)) for x in (got, peer, exact))
+    for name, before in _named(call.arguments):
+        if same_bits(peer_left[name], before):
+            check_bits(left[name], before, name)
+        else:
+            granted = GRANTED.get((call.op, name), 0.0)
+            check_close(left[name], exact_left[name], peer_left[name], name, granted)
     if call.arguments.get("q_state") is not None:
         num_drafts = got.result[3] if call.op == "verify_accept" else got.left["num_drafts"]
         check_laws(got.left, exact.left, num_drafts > 0)
     return got
+
+
+def _named(arguments: Arguments) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name, those of a struct as `state.lengths`; but for laws, which `check_laws` judges."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, QState):
+            yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
 
 
 def check_rows(

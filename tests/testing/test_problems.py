@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import python_ref
 from idlm_kernels.ops import OPS
 from idlm_kernels.testing import (
     PROBLEMS,
+    Call,
     GatedLoraLinear,
     Linear,
     QkNormRopeAppend,
@@ -74,6 +77,27 @@ def test_what_a_call_writes_is_checked_and_what_it_does_not_write_keeps_its_bits
         check(RmsNorm(), wrong("rms_norm", no_residual))
     with pytest.raises(Wrong, match=r"weight: bits differ in 1 of 1000 elements, first in element 0 at \[0\]"):
         check(RmsNorm(), wrong("rms_norm", spoilt_input))
+
+
+@dataclasses.dataclass
+class Pair:
+    written: Tensor
+    kept: Tensor
+
+
+def test_the_tensors_of_a_struct_are_checked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(pair: Pair, also: str = "written") -> Tensor:
+        getattr(pair, also).add_(1)
+        return pair.written.mul_(2)
+
+    monkeypatch.setattr(python_ref, "double", lambda pair: pair.written.mul_(2), raising=False)
+    call = Call("double", {"pair": Pair(torch.ones(3), torch.ones(3))})
+    check(call, lambda pair: pair.written.mul_(2))
+    with pytest.raises(Wrong, match="^pair.kept: bits differ in 3 of 3"):
+        check(call, partial(double, also="kept"))
+    call["pair"].written = call["pair"].written.long()
+    with pytest.raises(Wrong, match="^the result differs in 3 of 3 elements"):
+        check(call, double)
 
 
 def test_a_call_leaves_its_arguments_alone() -> None:
