@@ -3,7 +3,7 @@
 #
 #   PYTHON            interpreters to try for .venv, in this order
 #   IDLM_TORCH_INDEX  package index to take torch (and torch alone) from, e.g. one with CPU-only builds
-#   ARGS              further arguments for the program behind generate, serve, test and bench
+#   ARGS              further arguments for the program behind generate, chat, serve, test and bench
 
 PYTHON ?= python3.13 python3.12 python3.11 python3.10 python3 python
 BENCH  ?= generator
@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: help generate serve test test-fast test-engine test-triton test-native lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
+.PHONY: help generate chat serve test test-fast test-engine test-triton test-native lint types native native-cpu bench gpu-report gpu-carry gpu-day wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -27,6 +27,9 @@ help: ## show this list
 generate: $(VENV)/.installed $(CPU_KERNELS) ## decode text: make generate PROMPT="..." [ARGS="--max-tokens 64 --check"]
 	@[ -n "$$PROMPT" ] || { echo 'make generate: no prompt given; write: make generate PROMPT="Why is the sky blue?"' >&2; exit 2; }
 	@$(BIN)/idlm generate --prompt="$$PROMPT" $(ARGS)
+
+chat: $(VENV)/.installed $(CPU_KERNELS) ## talk with the default model in the terminal: make chat [ARGS=--show-drafts]
+	@$(BIN)/idlm chat $(ARGS)
 
 serve: $(VENV)/.installed-serve $(CPU_KERNELS) ## serve the default model with OpenAI's interface: make serve [ARGS="--port 8001"]
 	@$(BIN)/idlm serve $(ARGS)

@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
 from idlm_kernels.generate.state import DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome
+from idlm_kernels.generate.step import Decoder
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
+from python_ref.step import OUTCOME
 
 TINY = dataclasses.replace(
     SHAPES["qwen3-8b"],
@@ -38,6 +40,7 @@ TINY = dataclasses.replace(
     num_kv_heads=1,
     head_dim=16,
 )
+EMITTED, FINISH = OUTCOME.index("num_emitted"), OUTCOME.index("finish")
 PLANS = ("ar", "chain", "quadratic", "auto")
 
 
@@ -59,12 +62,12 @@ def throughput(generator: Generator, concurrency: int, plan: str, tokens: int) -
     return sum(r.tokens for r in results) / (time.perf_counter() - start)
 
 
-def stub(decoder: Decoder, state: DecodeState) -> StepOutcome:
+def stub(decoder: Decoder, state: DecodeState) -> Tensor:
     """A step that commits one token per request and computes nothing."""
     one = torch.ones(state.batch, dtype=torch.int32)
     tokens = torch.full((state.batch, decoder.plan.stride), 5)
     zero = torch.zeros_like(one)
-    return StepOutcome(zero, zero, one, zero, zero, zero, tokens, None)
+    return torch.cat([torch.stack((zero, zero, one, zero, zero, zero), dim=1).long(), tokens], dim=1)
 
 
 def stub_seconds(batch: int, repeats: int = 400) -> float:
@@ -73,7 +76,7 @@ def stub_seconds(batch: int, repeats: int = 400) -> float:
     decoder = Decoder(None, None, StepPlan("quadratic", 4), "match")  # type: ignore[arg-type]
     start = time.perf_counter()
     for _ in range(repeats):
-        stub(decoder, state).packed()
+        stub(decoder, state)
     return (time.perf_counter() - start) / repeats
 
 
@@ -96,13 +99,12 @@ def host_microseconds(batch: int, steps: int = 512) -> tuple[float, float]:
     start = time.perf_counter()
     for _ in range(64):
         outcome = stub(decoder, state)
-        outcome.packed()
         for b in range(batch):
-            count = int(outcome.num_emitted[b])
-            tokens = outcome.tokens[b, :count].tolist()
+            count = int(outcome[b, EMITTED])
+            tokens = outcome[b, len(OUTCOME) : len(OUTCOME) + count].tolist()
             state.lengths[b] += count
             state.text[b, 0] = tokens[0]
-            if int(outcome.finish[b]) or int(state.lengths[b]) >= int(state.length_limits[b]):
+            if int(outcome[b, FINISH]) or int(state.lengths[b]) >= int(state.length_limits[b]):
                 state.lengths[b] = 1
     loop_seconds = (time.perf_counter() - start) / 64
     own = stub_seconds(batch)

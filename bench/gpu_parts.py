@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,6 @@ import idlm_kernels
 from bench.gpu_cases import PAGE_SIZE, RANK, Case, cases
 from idlm_kernels import testing
 from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams, StepPlan, engine
-from idlm_kernels.generate.step import StepOutcome
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
@@ -138,14 +137,11 @@ def random_adapter(config: ModelConfig, device: torch.device, rank: int) -> Adap
 class EagerRecorder:
     """Replays by running the step again, so that nothing but the recording differs."""
 
-    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         outcome = step()
 
         def replay() -> None:
-            new = step()
-            for f in fields(outcome):
-                if (x := getattr(outcome, f.name)) is not None:
-                    x.copy_(getattr(new, f.name))
+            outcome.copy_(step())
 
         return replay, outcome
 

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from idlm_kernels.ops import (
         advance,
         backends,
+        commit_step,
         current_backend,
         embed,
         gated_lora_linear,
         linear,
         linear_silu_and_mul,
+        plan_rows,
         prepare_weight,
         qk_norm_rope_append,
         rerank_drafts,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
         use_backend,
         verify_accept,
     )
-    from python_ref import QState, rotary_table
+    from python_ref import QState, StepState, rotary_table
 
 __all__ = [
     "LLM",
@@ -38,14 +40,17 @@ __all__ = [
     "GenerationResult",
     "QState",
     "SamplingParams",
+    "StepState",
     "__version__",
     "advance",
     "backends",
+    "commit_step",
     "current_backend",
     "embed",
     "gated_lora_linear",
     "linear",
     "linear_silu_and_mul",
+    "plan_rows",
     "prepare_weight",
     "qk_norm_rope_append",
     "rerank_drafts",
@@ -60,7 +65,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("QState", "rotary_table"), "python_ref"),
+    **dict.fromkeys(("QState", "StepState", "rotary_table"), "python_ref"),
     **dict.fromkeys(("LLM", "DecodeOptions", "GenerationResult", "SamplingParams"), "idlm_kernels.generate"),
 }
 

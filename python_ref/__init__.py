@@ -19,6 +19,7 @@ from python_ref.sampling import (
     sample_rows,
 )
 from python_ref.state import advance
+from python_ref.step import StepState, commit_step, plan_rows
 from python_ref.verify import verify_accept
 
 __all__ = [
@@ -30,13 +31,16 @@ __all__ = [
     "STREAM_DRAFT",
     "STREAM_TARGET",
     "QState",
+    "StepState",
     "advance",
+    "commit_step",
     "embed",
     "gated_lora_linear",
     "gumbel",
     "linear",
     "linear_silu_and_mul",
     "philox4x32",
+    "plan_rows",
     "prepare_weight",
     "qk_norm_rope_append",
     "rerank_drafts",

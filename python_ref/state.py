@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RUNNING, STOPPED, LENGTH = 0, 1, 2  # values of `finish`
+# Values of `finish`. IDLE: a place without a request, or whose prompt is being prefilled; FAILED: its logits were NaN.
+RUNNING, STOPPED, LENGTH, IDLE, FAILED = range(5)
 
 
 def advance(

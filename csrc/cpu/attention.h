@@ -5,6 +5,8 @@
 // slots that the row sees, in their order. None of it depends on pages, on other queries, or on how units are cut.
 // A slot that a row does not see is left out by selection: whatever it holds never reaches the row.
 #pragma once
+#include <type_traits>
+
 #include "stages.h"
 
 namespace idlm_cpu {
@@ -44,35 +46,47 @@ void attend_queries(const Job& job, int layer, int thread, int request, int kv_h
     return j < 0 || (rows.tail_mask ? (j < 64 && (mask[i] >> j & 1)) : j <= row_of[i]);
   };
 
-  for (int start = 0; start < length; start += page_size) {
-    const float* k = cache.k + ((layer * cache.num_pages + pages[start / page_size]) * m.kv_heads + kv_head) * (int64_t)tiles * dim * kTile;
-    const int end = length - start < page_size ? length - start : page_size;
-    int t = 0;
-    for (; t + kTile < end; t += 2 * kTile, k += 2 * dim * kTile) {
-      F s[2][Q] = {};
-      for (int d = 0; d < dim; d++) {
-        F left = load<F>(k + d * kTile), right = load<F>(k + (dim + d) * kTile);
+  // Scores, some tiles of keys at a time: as many as keep the adders busy. While they are computed the values of their slots
+  // and the keys after them are fetched, which lie in other pages.
+  constexpr int kTiles = Q >= 4 ? 2 : 4;
+  struct Slots {
+    int slot;
+    const float *k, *v;
+  };
+  int start = 0, t = 0;
+  const auto next = [&] {
+    const int64_t page = (layer * cache.num_pages + pages[start / page_size]) * m.kv_heads + kv_head;
+    const Slots found = {start + t, cache.k + (page * tiles + t / kTile) * dim * kTile, cache.v + (page * page_size + t) * dim};
+    t += kTile;
+    if (t >= page_size) start += page_size, t = 0;
+    return found;
+  };
+  Slots now[kTiles], then[kTiles];
+  const auto take = [&](Slots* into) {
+    int count = 0;
+    while (count < kTiles && start + t < length) into[count++] = next();
+    return count;
+  };
+  for (int count = take(now), following; count; count = following) {
+    following = take(then);
+    for (int j = count; j < kTiles; j++) now[j] = now[0];  // computed for nothing
+    F s[kTiles][Q] = {};
+    for (int d = 0; d < dim; d++) {
+      F keys[kTiles];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTiles; j++) keys[j] = load<F>(now[j].k + d * kTile);
+      for (int j = 0; j < count; j++) __builtin_prefetch(now[j].v + d * kTile, 0, 2);
+      for (int j = 0; j < following; j++) __builtin_prefetch(then[j].k + d * kTile, 0, 2);
 #pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) {
-          F x = splat(q[d * Q + i]);
-          s[0][i] = fma(left, x, s[0][i]);
-          s[1][i] = fma(right, x, s[1][i]);
-        }
-      }
-      for (int i = 0; i < Q; i++) {  // past the page's end: the next page writes there
-        store(p[i] + start + t, s[0][i]);
-        store(p[i] + start + t + kTile, s[1][i]);
+      for (int i = 0; i < Q; i++) {
+        F x = splat(q[d * Q + i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kTiles; j++) s[j][i] = fma(keys[j], x, s[j][i]);
       }
     }
-    if (t < end) {
-      F s[Q] = {};
-      for (int d = 0; d < dim; d++) {
-        F keys = load<F>(k + d * kTile);
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) s[i] = fma(keys, splat(q[d * Q + i]), s[i]);
-      }
-      for (int i = 0; i < Q; i++) store(p[i] + start + t, s[i]);
-    }
+    for (int j = 0; j < count; j++)  // past the page's end: the next page writes there
+      for (int i = 0; i < Q; i++) store(p[i] + now[j].slot, s[j][i]);
+    for (int j = 0; j < following; j++) now[j] = then[j];
   }
   float inverse[Q];
   const int padded = (length + kLanes - 1) / kLanes * kLanes;
@@ -91,37 +105,38 @@ void attend_queries(const Job& job, int layer, int thread, int request, int kv_h
     }
     inverse[i] = 1.f / sum_lanes(sum);
   }
-  for (int d = 0; d < dim; d += 2 * kLanes) {
-    F a[Q] = {}, b[Q] = {};
+  // One chain over the slots for each number of the output, some vectors of 16 numbers at a time.
+  const auto weigh = [&](auto vectors, int d) {
+    constexpr int kVectors = decltype(vectors)::value;
+    F sums[kVectors][Q] = {};
     for (int start = 0; start < length; start += page_size) {
       const float* v = cache.v + ((layer * cache.num_pages + pages[start / page_size]) * m.kv_heads + kv_head) * (int64_t)page_size * dim + d;
       const int end = length - start < page_size ? length : start + page_size;
       int s = start;
       for (; s < end && s < common; s++, v += dim) {
-        F x = load<F>(v), y = load<F>(v + kLanes);
+        F x[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) x[j] = load<F>(v + j * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < Q; i++) {
           F w = splat(p[i][s]);
-          a[i] = fma(x, w, a[i]);
-          b[i] = fma(y, w, b[i]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; j++) sums[j][i] = fma(x[j], w, sums[j][i]);
         }
       }
-      for (; s < end; s++, v += dim) {
-        F x = load<F>(v), y = load<F>(v + kLanes);
-#pragma GCC unroll 8
+      for (; s < end; s++, v += dim)
         for (int i = 0; i < Q; i++) {
-          F w = splat(p[i][s]);
-          I seen = splat_i(sees(i, s) ? -1 : 0);
-          a[i] = select(seen, fma(x, w, a[i]), a[i]);
-          b[i] = select(seen, fma(y, w, b[i]), b[i]);
+          if (!sees(i, s)) continue;
+          for (int j = 0; j < kVectors; j++) sums[j][i] = fma(load<F>(v + j * kLanes), splat(p[i][s]), sums[j][i]);
         }
-      }
     }
-    for (int i = 0; i < Q; i++) {
-      store(out[i] + d, a[i] * inverse[i]);
-      store(out[i] + d + kLanes, b[i] * inverse[i]);
-    }
-  }
+    for (int i = 0; i < Q; i++)
+      for (int j = 0; j < kVectors; j++) store(out[i] + d + j * kLanes, sums[j][i] * inverse[i]);
+  };
+  int d = 0;
+  if constexpr (Q <= 4)
+    for (; d + 4 * kLanes <= dim; d += 4 * kLanes) weigh(std::integral_constant<int, 4>(), d);
+  for (; d < dim; d += 2 * kLanes) weigh(std::integral_constant<int, 2>(), d);
 }
 
 // Queries at once: sums of two tiles of keys, or of two vectors of values, stay in registers.

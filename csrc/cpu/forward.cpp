@@ -1,4 +1,4 @@
-// A forward as a list of stages over a pool of threads: per layer nine, then the final norm and the LM head.
+// A forward as a list of stages over a pool of threads: per layer thirteen, then the final norm and the LM head.
 #include <unistd.h>
 
 #include <algorithm>
@@ -51,8 +51,9 @@ class Buffer {
 };
 
 struct Scratch {
-  Buffer<float> x, d, sum, low, qkv, attended, activated, scores;
-  Buffer<int16_t> q;
+  Buffer<float> x, d, sum, low, low_d, qkv, attended, activated, scores;
+  Buffer<int8_t> q, low_q;
+  Buffer<int32_t> offset, low_offset;
 };
 
 // One forward at a time. A child of fork has none of the threads: it starts anew and leaves what it inherited alone.
@@ -119,28 +120,31 @@ int groups_per_unit(int groups, int threads, int multiple) {
   return ceil_div(wanted, multiple) * multiple;
 }
 
-// The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, each in even tiles.
-RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_rows, bool apart) {
-  RowPlan plan = {count, {}, std::vector<int32_t>(count), {}};
+// The places of `count` rows (those of `chosen`, where it is given): clean rows, then MASK rows, in tiles of even work.
+RowPlan plan_of(int count, const idlm_cpu_rows& rows, const int64_t* chosen, int most_bytes, bool is_wide) {
+  RowPlan plan = {count, 0, {}, std::vector<int32_t>(count), {}};
   for (bool masks : {false, true})
     for (int i = 0; i < count; i++)
-      if ((apart && rows.is_mask[chosen ? chosen[i] : i]) == masks) plan.row.push_back(i);
-  int clean = 0;
-  for (int i = 0; i < count; i++) clean += !(apart && rows.is_mask[chosen ? chosen[i] : i]);
-  for (bool masks : {false, true}) {
-    int first = masks ? clean : 0;
-    const int last = masks ? count : clean;
-    while (first < last) {
-      const int tiles = ceil_div(last - first, most_rows), size = ceil_div(last - first, tiles);
-      for (int i = first; i < first + size; i++) plan.tile_of[i] = (int)plan.tiles.size();
-      plan.tiles.push_back({first, size, masks});
-      first += size;
+      if ((rows.is_mask[chosen ? chosen[i] : i] != 0) == masks) plan.row.push_back(i), plan.clean += !masks;
+  const int wide = is_wide ? plan.clean : 0;
+  for (int place = 0, at = 0, left = wide + count; place < count;) {
+    const int tiles = ceil_div(left, most_bytes), size = std::min(most_bytes, (ceil_div(left, tiles) + 1) / 2 * 2);
+    Tile tile = {place, 0, 0, 0, at, 0};
+    for (; place < count && tile.bytes + 1 + (place < wide) <= size; place++) {
+      tile.bytes += 1 + (place < wide);
+      tile.wide += place < wide, tile.clean += place < plan.clean, tile.count++;
+      plan.tile_of[place] = (int)plan.tiles.size();
     }
+    at += tile.bytes, left -= tile.bytes;
+    plan.tiles.push_back(tile);
   }
   return plan;
 }
 
-enum StageKind { kPrepareQkv, kQkv, kAttend, kPrepareO, kO, kPrepareUp, kGateUp, kPrepareDown, kDown, kPerLayer };
+// Low: the adapter's x A^T, an open stage, so that a thread without a part of it begins with the layer's own product.
+enum StageKind {
+  kPrepareQkv, kLowQkv, kQkv, kAttend, kPrepareO, kLowO, kO, kPrepareUp, kLowUp, kGateUp, kPrepareDown, kLowDown, kDown, kPerLayer
+};
 
 void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_rows& rows, int threads, Process& p) {
   const Isa& kernels = isa();
@@ -163,11 +167,12 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   job.model = &m;
   job.cache = &cache;
   job.rows = &rows;
-  job.all = plan_of(count, rows, nullptr, kernels.most_rows, true);
-  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows, m.head.kind == IDLM_CPU_Q4);
-  const size_t activations = (size_t)most * widest;
-  job.in = {s.x.at_least(activations), s.q.at_least(activations), s.d.at_least(activations / kBlock + 1),
-            s.sum.at_least(activations / kBlock + 1), s.low.at_least((size_t)most * lowest + 1)};
+  job.all = plan_of(count, rows, nullptr, kernels.most_rows, !m.int8_activations);
+  job.wanted = plan_of(rows.num_logits, rows, rows.logits_rows, kernels.most_rows, !m.int8_activations);
+  const size_t activations = (size_t)most * widest, low = (size_t)most * lowest;
+  job.in = {s.x.at_least(activations), s.q.at_least(2 * activations), s.d.at_least(2 * activations / kBlock + 2),
+            s.sum.at_least(2 * activations / kBlock + 2), s.offset.at_least(2 * activations / kBlock + 2), s.low.at_least(low + 1),
+            s.low_q.at_least(low + 1), s.low_d.at_least(low / kBlock + 1), s.low_offset.at_least(low / kBlock + 1)};
   job.qkv = s.qkv.at_least((size_t)count * (m.heads + 2 * m.kv_heads) * m.head_dim + 1);
   job.attended = s.attended.at_least((size_t)count * m.heads * m.head_dim + 1);
   job.activated = s.activated.at_least((size_t)count * m.intermediate + 1);
@@ -186,8 +191,9 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   std::vector<Unit> attention;
   for (int b = 0; b < rows.batch; b++) {
     const int own = (rows.query_start_loc[b + 1] - rows.query_start_loc[b]) * (m.heads / m.kv_heads);
+    const int parts = ceil_div(own, at_once);
     for (int h = 0; h < m.kv_heads; h++)
-      for (int first = 0; first < own; first += at_once) attention.push_back({b, h, first, std::min(own, first + at_once)});
+      for (int i = 0; i < parts; i++) attention.push_back({b, h, own * i / parts, own * (i + 1) / parts});
   }
   const int attended_at_once = std::max(1, ceil_div(attention.size(), Pool::kMostUnits));
 
@@ -195,26 +201,37 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   const int per_unit = count <= 4 * threads ? 1 : count <= 16 * threads ? 4 : 8;  // rows
   const int o = groups_per_unit(m.hidden / 16, threads, 4), up = groups_per_unit(m.intermediate / 8, threads, 4);
   const int vocabulary_groups = ceil_div(m.head.n, 16), head = groups_per_unit(vocabulary_groups, threads, 4);
-  std::vector<int> units;
-  for (int l = 0; l < m.num_layers; l++)
-    for (int n : {ceil_div(count, per_unit), all_heads, ceil_div(attention.size(), attended_at_once), ceil_div(count, per_unit),
-                  ceil_div(m.hidden / 16, o), ceil_div(count, per_unit), ceil_div(m.intermediate / 8, up), ceil_div(count, per_unit),
-                  ceil_div(m.hidden / 16, o)})
-      units.push_back(n);
-  units.push_back(ceil_div(rows.num_logits, per_unit));
-  units.push_back(rows.num_logits ? ceil_div(vocabulary_groups, head) : 0);
+  const int masks = job.all.count - job.all.clean;
+  std::vector<Pool::Stage> stages;
+  const auto add = [&](int64_t count, int each) { stages.push_back({ceil_div(count, each)}); };
+  // At least one unit for each thread, if without rows: it fetches what the thread reads next.
+  const auto add_input = [&](const idlm_cpu_linear& w) {
+    stages.push_back({std::max(ceil_div(count, per_unit), threads)});
+    stages.push_back({w.lora_a && masks ? w.parts * w.rank / low_ranks(w) : 0, true});
+  };
+  for (int l = 0; l < m.num_layers; l++) {
+    const idlm_cpu_layer& layer = m.layers[l];
+    add_input(layer.qkv), add(all_heads, 1);
+    add(attention.size(), attended_at_once);
+    add_input(layer.o), add(m.hidden / 16, o);
+    add_input(layer.gate_up), add(m.intermediate / 8, up);
+    add_input(layer.down), add(m.hidden / 16, o);
+  }
+  add(rows.num_logits, per_unit);
+  add(rows.num_logits ? vocabulary_groups : 0, head);
 
-  p.pool.run(units, threads, [&](int stage, int unit, int thread) {
+  const auto run_unit = [&](int stage, int unit, int thread) {
     const int layer = stage / kPerLayer;
-    const int first = unit * per_unit, last = std::min(count, first + per_unit);
+    const int first = std::min(count, unit * per_unit), last = std::min(count, first + per_unit);
     if (layer == m.num_layers) {
-      if (stage % kPerLayer == 0) return kernels.final_norm(job, first, std::min(rows.num_logits, first + per_unit));
+      if (stage % kPerLayer == 0) return kernels.final_norm(job, unit * per_unit, std::min(rows.num_logits, (unit + 1) * per_unit));
       return kernels.head(job, unit * head, std::min(vocabulary_groups, (unit + 1) * head));
     }
     const idlm_cpu_layer& l = m.layers[layer];
+    const Low low = {&p.pool, stage - 1};
     switch (stage % kPerLayer) {
       case kPrepareQkv: return kernels.prepare(job, l.qkv, rows.x, l.attention_norm, first, last);
-      case kQkv: return kernels.qkv(job, layer, unit, unit + 1);
+      case kQkv: return kernels.qkv(job, low, layer, unit, unit + 1);
       case kAttend: {
         const size_t end = std::min(attention.size(), (size_t)(unit + 1) * attended_at_once);
         for (size_t i = (size_t)unit * attended_at_once; i < end; i++) {
@@ -223,14 +240,37 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
         }
         return;
       }
+      case kLowQkv: return kernels.times_a(job, l.qkv, unit);
+      case kLowO: return kernels.times_a(job, l.o, unit);
+      case kLowUp: return kernels.times_a(job, l.gate_up, unit);
+      case kLowDown: return kernels.times_a(job, l.down, unit);
       case kPrepareO: return kernels.prepare(job, l.o, job.attended, nullptr, first, last);
-      case kO: return kernels.add_linear(job, l.o, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
+      case kO: return kernels.add_linear(job, low, l.o, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
       case kPrepareUp: return kernels.prepare(job, l.gate_up, rows.x, l.mlp_norm, first, last);
-      case kGateUp: return kernels.gate_up(job, l.gate_up, unit * up, std::min(m.intermediate / 8, (unit + 1) * up));
+      case kGateUp: return kernels.gate_up(job, low, l.gate_up, unit * up, std::min(m.intermediate / 8, (unit + 1) * up));
       case kPrepareDown: return kernels.prepare(job, l.down, job.activated, nullptr, first, last);
-      default: return kernels.add_linear(job, l.down, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
+      default: return kernels.add_linear(job, low, l.down, rows.x, unit * o, std::min(m.hidden / 16, (unit + 1) * o));
     }
-  });
+  };
+  // While rows are normed and quantised memory is idle: each thread fetches the weights that it meets first.
+  const auto fetch = [&](int stage, int thread) {
+    const int layer = stage / kPerLayer, kind = stage % kPerLayer;
+    if (layer == m.num_layers) return;
+    const idlm_cpu_layer& l = m.layers[layer];
+    const idlm_cpu_linear* w = kind == kPrepareQkv ? &l.qkv : kind == kPrepareO ? &l.o : kind == kPrepareUp ? &l.gate_up : kind == kPrepareDown ? &l.down : nullptr;
+    if (!w) return;
+    const auto fetch_lines = [](const void* from, int64_t bytes) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+    };
+    const auto share = [&](int of) { return Pool::share(stages[of].units, thread, threads); };
+    if (stages[stage + 1].units > share(stage + 1)) {
+      const int64_t bytes = low_ranks(*w) * w->k * (w->lora_kind == IDLM_CPU_I8 ? 1 : w->lora_kind == IDLM_CPU_F32 ? 4 : 2);
+      fetch_lines((const char*)w->lora_a + share(stage + 1) * bytes, std::min<int64_t>(bytes, 16384));
+    }
+    const int each = kind == kPrepareQkv ? m.head_dim / 16 : kind == kPrepareUp ? up : o;
+    fetch_lines((const char*)w->weight + share(stage + 2) * each * group_bytes(w->kind, w->k), 8192);
+  };
+  p.pool.run(stages, threads, run_unit, fetch);
 }
 
 }  // namespace
@@ -299,7 +339,7 @@ int32_t idlm_cpu_use_isa(const char* name) {
 int32_t idlm_cpu_abi(void) {
   return (int32_t)(sizeof(idlm_cpu_linear) + 1000 * sizeof(idlm_cpu_layer) + 7 * sizeof(idlm_cpu_model) + 11 * sizeof(idlm_cpu_cache) +
                    13 * sizeof(idlm_cpu_rows) + 17 * sizeof(idlm_cpu_plan) + 19 * sizeof(idlm_cpu_decision) +
-                   23 * sizeof(idlm_cpu_reranking) + 29 * sizeof(idlm_cpu_move));
+                   23 * sizeof(idlm_cpu_reranking) + 29 * sizeof(idlm_cpu_move) + 31 * sizeof(idlm_cpu_state) + 37 * sizeof(idlm_cpu_commit));
 }
 
 const char* idlm_cpu_source_hash(void) { return IDLM_CPU_SOURCE_HASH; }

@@ -4,13 +4,17 @@
 #include <vector>
 
 #include "idlm/cpu.h"
+#include "pool.h"
 
 namespace idlm_cpu {
 
 constexpr int kBlock = 32;      // k per block of quantised weights and activations
 constexpr int kTile = 16;       // slots of a tile of K
 
-// Bytes of a group of 16 outputs over k numbers each.
+// Bytes of a group of 16 outputs over k numbers each. Groups of blocks lie in pairs, block by block, so that two groups are
+// one stream of memory: of Q4 [k / 32][2 groups][256 bytes of numbers], then [2][32 bytes of d, 32 of m] in the same block; of
+// Q8 [k / 32][2][512], then [2][32 bytes of d].
+constexpr int64_t kQ4Pair = 640, kQ8Pair = 1088;
 inline int64_t group_bytes(int kind, int64_t k) {
   switch (kind) {
     case IDLM_CPU_Q4: return k / kBlock * 320;
@@ -21,27 +25,33 @@ inline int64_t group_bytes(int kind, int64_t k) {
 }
 
 // The rows of a linear layer, clean ones first, cut into tiles that meet a weight together. A row's place is where it is in
-// that order. Whole blocks of 32 along k lie interleaved by the rows of a tile: place p of a tile [first, first + count) has
-// block b at (first * blocks + b * count + p - first).
+// that order. Quantised weights meet rows of bytes: two for a clean row (one, where the model says so), one for a MASK row,
+// numbered in the same order.
 struct Tile {
-  int32_t first, count;
-  bool is_mask;
+  int32_t first, count, clean;  // places
+  int32_t wide;                 // those of them, the first ones, that have two rows of bytes
+  int32_t first_byte, bytes;    // rows of bytes
 };
 struct RowPlan {
-  int32_t count;
+  int32_t count, clean;          // places, and how many of them are clean
   std::vector<int32_t> row;      // of a place
   std::vector<int32_t> tile_of;  // a place
   std::vector<Tile> tiles;
 };
 
-// The inputs of a linear layer, as fp32 and quantised in blocks of 32 along k: x = d * q. Clean rows have q in 16 bits, so
-// that they are what fp32 gives but for near-ties. MASK rows only propose: 8 bits, half the arithmetic.
+// The inputs of a linear layer, as fp32 and quantised in blocks of 32 along k: x = d * q. Clean rows have two rows of bytes,
+// together 16 bits, so that they are what fp32 gives but for near-ties. MASK rows only propose: one, half the arithmetic.
+// Whole blocks lie interleaved by the rows of a tile: block b of its row r at (first_byte * blocks + b * bytes + r).
 struct Activations {
-  float* x;      // [places][k]
-  int16_t* q;    // [places][k], interleaved as above; 8 bits take the first half of a block's room
-  float* d;      // [places][k / 32], interleaved
-  float* sum;    // [places][k / 32], interleaved: d * the sum of q, what the m of a Q4 block is multiplied with
-  float* low;    // [places][parts * rank] scale * x A^T, on MASK rows
+  float* x;         // [places][k]
+  int8_t* q;        // [rows of bytes][k], interleaved
+  float* d;         // [rows of bytes][k / 32], interleaved
+  float* sum;       // the same: d * the sum of q, what the m of a Q4 block is multiplied with
+  int32_t* offset;  // the same: what the sums of a Q8 block are too large by
+  float* low;       // [places][parts * rank] scale * x A^T, on MASK rows
+  int8_t* low_q;    // the same in blocks of 32, where the adapter has 8 bits
+  float* low_d;     // [places][parts * rank / 32]
+  int32_t* low_offset;
 };
 
 struct Job {
@@ -57,18 +67,28 @@ struct Job {
   int64_t score_stride;
 };
 
+// What a unit of a linear layer waits for before it adds the adapter: the open stage that computes x A^T.
+struct Low {
+  Pool* pool;
+  int stage;
+};
+
+// Ranks of a unit of x A^T.
+inline int low_ranks(const idlm_cpu_linear& w) { return w.lora_kind == IDLM_CPU_I8 ? 32 : 16; }
+
 // The kernels of an instruction set. [first, last): places, heads, or groups of 16 outputs that a thread has claimed.
 struct Isa {
   const char* name;
   bool (*runs_here)();
-  int32_t most_rows;     // of a tile
+  int32_t most_rows;     // of a tile, rows of bytes
   int32_t most_queries;  // of one KV head that share a read of K and V
-  // The rows' input of a linear layer: normed (norm not null) or as it is, quantised, and times A on MASK rows.
+  // The rows' input of a linear layer: normed (norm not null) or as it is, and quantised.
   void (*prepare)(const Job&, const idlm_cpu_linear&, const float* source, const float* norm, int first, int last);
-  void (*qkv)(const Job&, int layer, int first_head, int last_head);
+  void (*times_a)(const Job&, const idlm_cpu_linear&, int unit);  // of low_ranks ranks
+  void (*qkv)(const Job&, Low, int layer, int first_head, int last_head);
   void (*attend)(const Job&, int layer, int thread, int request, int kv_head, int first_query, int last_query);
-  void (*add_linear)(const Job&, const idlm_cpu_linear&, float* y, int first_group, int last_group);
-  void (*gate_up)(const Job&, const idlm_cpu_linear&, int first_group, int last_group);
+  void (*add_linear)(const Job&, Low, const idlm_cpu_linear&, float* y, int first_group, int last_group);
+  void (*gate_up)(const Job&, Low, const idlm_cpu_linear&, int first_group, int last_group);
   void (*final_norm)(const Job&, int first, int last);
   void (*head)(const Job&, int first_group, int last_group);
   // The first of the largest of n numbers but for one (-1: none); -1 where that is not finite, or any of them is NaN.
@@ -82,7 +102,6 @@ struct Isa {
 };
 
 const Isa& isa();
-class Pool;
 // Runs a function with the pool of this process, no other at the same time.
 void with_pool(const std::function<void(Pool&)>& function);
 // Null, or the sentence that says what the function threw; no exception may leave a C interface.

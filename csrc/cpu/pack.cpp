@@ -34,24 +34,16 @@ uint16_t minus_eight(uint16_t d) {
   return (uint16_t)((((d & 0x8000) ^ 0x8000) | ((exponent + 3) << 10)) | (d & 0x3ff));
 }
 
-// Where number j of 8 lies in a lane's 32 bits: even ones in the low half, odd ones in the high half, so that a mask gives
-// pairs of 16-bit numbers; 0, 2, 1, 3 and 4, 6, 5, 7 in the low and the high halves of the bytes, as the bytes of Q8 do.
-int q4_shift(int j) {
-  static const int within[4] = {0, 8, 4, 12};  // of the pairs (0, 1), (2, 3), (4, 5), (6, 7)
-  return j % 2 * 16 + within[j / 2];
-}
-
-// One row of Q4 or Q8 blocks into lane `lane` of its group. False where a scale is not finite.
-bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, int lane) {
+// One row of Q4 or Q8 blocks into lane `lane` of group `which` of a pair. False where a scale is not finite.
+bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* pair, int which, int lane) {
   for (int64_t b = 0; b < k / kBlock; b++) {
     uint16_t d, m = 0;
     memcpy(&d, row, 2);
     row += 2;
     if (source_kind == IDLM_CPU_GGUF_Q8_0) {
-      uint8_t* target = group + b * 512;
-      static const int order[4] = {0, 2, 1, 3};
-      for (int i = 0; i < kBlock; i++) target[i / 4 * 64 + lane * 4 + order[i % 4]] = row[i];
-      memcpy(group + k * kLanes + b * 32 + lane * 2, &d, 2);
+      uint8_t* target = pair + b * kQ8Pair + 512 * which;
+      for (int i = 0; i < kBlock; i++) target[i / 4 * 64 + lane * 4 + i % 4] = row[i];
+      memcpy(pair + b * kQ8Pair + 1024 + 32 * which + lane * 2, &d, 2);
       row += kBlock;
     } else {
       if (source_kind == IDLM_CPU_GGUF_Q4_1) {
@@ -61,18 +53,14 @@ bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, in
         if ((d >> 10 & 31) > 27) return false;
         m = minus_eight(d);
       }
-      uint8_t* target = group + b * 320;
-      for (int i = 0; i < 4; i++) {
-        uint32_t word = 0;
-        for (int j = 0; j < 8; j++) {
-          const int at = 8 * i + j;
-          const uint32_t number = at < 16 ? row[at] & 15 : row[at - 16] >> 4;
-          word |= number << q4_shift(j);
-        }
-        memcpy(target + i * 64 + lane * 4, &word, 4);
+      uint8_t *target = pair + b * kQ4Pair + 256 * which, *scales = pair + b * kQ4Pair + 512 + 64 * which + lane * 2;
+      const auto number = [&](int at) { return at < 16 ? row[at] & 15 : row[at - 16] >> 4; };
+      for (int i = 0; i < 16; i++) {  // a byte holds a number and the one four further on
+        const int at = i / 4 * 8 + i % 4;
+        target[i / 4 * 64 + lane * 4 + i % 4] = (uint8_t)(number(at) | number(at + 4) << 4);
       }
-      memcpy(target + 256 + lane * 2, &d, 2);
-      memcpy(target + 288 + lane * 2, &m, 2);
+      memcpy(scales, &d, 2);
+      memcpy(scales + 32, &m, 2);
       row += 16;
     }
     if (!is_finite_f16(d) || !is_finite_f16(m)) return false;
@@ -80,8 +68,9 @@ bool pack_row(int source_kind, const uint8_t* row, int64_t k, uint8_t* group, in
   return true;
 }
 
-// Lane `lane` of a group, in fp32.
-void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out) {
+// Lane `lane` of group `which` of a pair, in fp32.
+void unpack_row(int kind, const uint8_t* pair, int which, int lane, int64_t k, float* out) {
+  const uint8_t* group = pair + which * group_bytes(kind, k);  // of a dense kind
   if (kind == IDLM_CPU_F32) {
     for (int64_t c = 0; c < k; c++) memcpy(out + c, group + (c * kLanes + lane) * 4, 4);
   } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
@@ -93,29 +82,21 @@ void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out)
       else out[c] = from_f16(half);
     }
   } else if (kind == IDLM_CPU_Q8) {
-    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock) {
+    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock, pair += kQ8Pair) {
       uint16_t half;
-      memcpy(&half, group + k * kLanes + b * 32 + lane * 2, 2);
+      memcpy(&half, pair + 1024 + 32 * which + lane * 2, 2);
       const float d = from_f16(half);
-      const uint8_t* four = group + b * 512 + lane * 4;
-      for (int i = 0; i < kBlock; i += 4, four += 64) {
-        out[i] = d * (float)(int8_t)four[0];
-        out[i + 1] = d * (float)(int8_t)four[2];
-        out[i + 2] = d * (float)(int8_t)four[1];
-        out[i + 3] = d * (float)(int8_t)four[3];
-      }
+      const uint8_t* four = pair + 512 * which + lane * 4;
+      for (int i = 0; i < kBlock; i++) out[i] = d * (float)(int8_t)four[i / 4 * 64 + i % 4];
     }
   } else {
-    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock, group += 320) {
+    for (int64_t b = 0; b < k / kBlock; b++, out += kBlock, pair += kQ4Pair) {
       uint16_t scale, least;
-      memcpy(&scale, group + 256 + lane * 2, 2);
-      memcpy(&least, group + 288 + lane * 2, 2);
+      memcpy(&scale, pair + 512 + 64 * which + lane * 2, 2);
+      memcpy(&least, pair + 544 + 64 * which + lane * 2, 2);
       const float d = from_f16(scale), m = from_f16(least);
-      for (int i = 0; i < kBlock; i++) {
-        uint32_t word;
-        memcpy(&word, group + i / 8 * 64 + lane * 4, 4);
-        out[i] = d * (float)(word >> q4_shift(i % 8) & 15) + m;
-      }
+      const uint8_t* four = pair + 256 * which + lane * 4;
+      for (int i = 0; i < kBlock; i++) out[i] = d * (float)(four[i / 8 * 64 + i % 4] >> (i & 4) & 15) + m;
     }
   }
 }
@@ -124,7 +105,7 @@ void unpack_row(int kind, const uint8_t* group, int lane, int64_t k, float* out)
 
 extern "C" {
 
-int64_t idlm_cpu_packed_bytes(int32_t kind, int64_t n, int64_t k) { return (n + kLanes - 1) / kLanes * group_bytes(kind, k); }
+int64_t idlm_cpu_packed_bytes(int32_t kind, int64_t n, int64_t k) { return (n + 2 * kLanes - 1) / (2 * kLanes) * 2 * group_bytes(kind, k); }
 
 int32_t idlm_cpu_pack(int32_t source_kind, const void* source, int64_t row_bytes, const int32_t* order, int64_t n, int64_t k,
                       void* packed, int64_t first_group, int64_t step) {
@@ -132,14 +113,15 @@ int32_t idlm_cpu_pack(int32_t source_kind, const void* source, int64_t row_bytes
   const int kind = is_q4 ? IDLM_CPU_Q4 : source_kind == IDLM_CPU_GGUF_Q8_0 ? IDLM_CPU_Q8 : source_kind;
   const int64_t size = group_bytes(kind, k);
   for (int64_t i = 0; i < n; i++) {
-    uint8_t* group = (uint8_t*)packed + (first_group + i / kLanes * step) * size;
+    const int64_t at = first_group + i / kLanes * step;
+    uint8_t *pair = (uint8_t*)packed + at / 2 * 2 * size, *group = pair + at % 2 * size;
     const int lane = i % kLanes;
     const uint8_t* row = (const uint8_t*)source + (order ? order[i] : i) * row_bytes;
     if (kind == IDLM_CPU_F32) {
       for (int64_t c = 0; c < k; c++) memcpy(group + (c * kLanes + lane) * 4, row + c * 4, 4);
     } else if (kind == IDLM_CPU_F16 || kind == IDLM_CPU_BF16) {
       for (int64_t c = 0; c < k; c++) memcpy(group + (c * kLanes + lane) * 2, row + c * 2, 2);
-    } else if (!pack_row(source_kind, row, k, group, lane)) {
+    } else if (!pack_row(source_kind, row, k, pair, at % 2, lane)) {
       return 1;
     }
   }
@@ -153,7 +135,7 @@ void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t n, int64_t k
       memset(out, 0, k * sizeof(float));
       continue;
     }
-    unpack_row(kind, (const uint8_t*)packed + ids[i] / kLanes * size, ids[i] % kLanes, k, out);
+    unpack_row(kind, (const uint8_t*)packed + ids[i] / (2 * kLanes) * 2 * size, ids[i] / kLanes % 2, ids[i] % kLanes, k, out);
   }
 }
 

@@ -65,28 +65,31 @@ void Pool::resize(int threads) {
   }
 }
 
-void Pool::run(const std::vector<int>& units, int threads, const Unit& unit) {
-  for (int n : units)
-    if (n < 0 || n > kMostUnits) throw std::length_error("there are too many rows for one forward");
+void Pool::run(const std::vector<Stage>& all, int threads, const Unit& unit, const Ahead& ahead) {
+  for (const Stage& stage : all)
+    if (stage.units < 0 || stage.units > kMostUnits) throw std::length_error("there are too many rows for one forward");
   const PlainFloats floats;
   resize(threads);
-  const int count = (int)units.size();
+  const int count = (int)all.size();
   if (shares_.size() < (size_t)count * threads || (int)done_.size() < count) {
     resize(1);  // so that nobody looks at the old ones
     shares_ = std::vector<Word>((size_t)count * threads);
     done_ = std::vector<Word>(count);
+    is_open_ = std::vector<std::atomic<bool>>(count);
     resize(threads);
   }
   const uint64_t generation = (generation_.load() + 1) & kGenerationMask;
   // Every word gets the new generation and no units first: a late thread of the last run can take nothing from here on.
   for (Word& share : shares_) share.store(generation << 40);
   for (Word& done : done_) done.store(generation << 40, std::memory_order_relaxed);
-  unit_ = &unit;
+  unit_ = &unit, ahead_ = ahead ? &ahead : nullptr;
   count_.store(count);
-  for (int s = 0; s < count; s++)
+  for (int s = 0; s < count; s++) {
+    is_open_[s].store(all[s].is_open, std::memory_order_relaxed);
     for (int t = 0; t < threads; t++)
-      shares_[s * threads + t].store(generation << 40 | (uint64_t)share(units[s], t + 1, threads) << kIndexBits | share(units[s], t, threads),
+      shares_[s * threads + t].store(generation << 40 | (uint64_t)share(all[s].units, t + 1, threads) << kIndexBits | share(all[s].units, t, threads),
                                      std::memory_order_release);
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     generation_.store(generation);
@@ -105,26 +108,33 @@ bool Pool::claim(Word& share, uint64_t generation, int* unit) {
   return false;
 }
 
+// Whether all units of a stage have ended, once they have; false when the run is over.
+bool Pool::ended(int stage, uint64_t generation) {
+  for (int spins = 0;; relax(spins)) {
+    const uint64_t word = done_[stage].load(std::memory_order_acquire);
+    if (word >> 40 != generation) return false;
+    // The end of the last share is the number of units; the word still belongs to this run if `done` does afterwards.
+    const uint64_t last = shares_[(stage + 1) * width_ - 1].load(std::memory_order_acquire);
+    if (last >> 40 != generation) return false;
+    if ((word & kIndexMask) == (last >> kIndexBits & kIndexMask)) return true;
+  }
+}
+
 // Runs what it can get of every stage and waits for the rest of it; returns early when the run is over.
 void Pool::stages(uint64_t generation, int count, int thread) {
   const int threads = width_;
   for (int s = 0; s < count; s++) {
-    Word& done = done_[s];
+    bool is_first = true;
     for (int i = 0; i < threads; i++) {
       Word& share = shares_[s * threads + (thread + i) % threads];
       for (int unit; claim(share, generation, &unit);) {
+        if (is_first && ahead_) (*ahead_)(s, thread);  // only a claim proves that the run is not over
+        is_first = false;
         (*unit_)(s, unit, thread);
-        done.fetch_add(1, std::memory_order_release);
+        done_[s].fetch_add(1, std::memory_order_release);
       }
     }
-    for (int spins = 0;; relax(spins)) {
-      const uint64_t word = done.load(std::memory_order_acquire);
-      if (word >> 40 != generation) return;
-      // The end of the last share is the number of units; the word still belongs to this run if `done` does afterwards.
-      const uint64_t last = shares_[(s + 1) * threads - 1].load(std::memory_order_acquire);
-      if (last >> 40 != generation) return;
-      if ((word & kIndexMask) == (last >> kIndexBits & kIndexMask)) break;
-    }
+    if (!is_open_[s].load(std::memory_order_relaxed) && !ended(s, generation)) return;
   }
 }
 

@@ -23,16 +23,20 @@ void prepare(const Job& job, const idlm_cpu_linear& w, const float* source, cons
     float* target = in.x + place * (int64_t)w.k;
     if (norm_weight) norm(x, norm_weight, w.k, job.model->eps, target);
     else memcpy(target, x, w.k * sizeof(float));
-    if (is_quantised(w.kind)) quantise(target, w.k, job.all, place, w.kind, in);
+    if (is_quantised(w.kind)) quantise(target, w.k, job.all, place, in);
   }
-  while (first < last && !job.rows->is_mask[job.all.row[first]]) first++;  // MASK rows come last
-  if (!w.lora_a || first == last) return;
-  const float* x = in.x + first * (int64_t)w.k;
-  float* low = in.low + (int64_t)first * w.parts * w.rank;
-  if (w.lora_kind == IDLM_CPU_F16) times_a<IDLM_CPU_F16>(w, last - first, x, low);
-  else if (w.lora_kind == IDLM_CPU_BF16) times_a<IDLM_CPU_BF16>(w, last - first, x, low);
-  else if (w.lora_kind == IDLM_CPU_I8) times_a<IDLM_CPU_I8>(w, last - first, x, low);
-  else times_a<IDLM_CPU_F32>(w, last - first, x, low);
+}
+
+// One unit of x A^T, for all MASK rows.
+void times_a(const Job& job, const idlm_cpu_linear& w, int unit) {
+  const RowPlan& plan = job.all;
+  const int first = plan.clean, count = plan.count - first;
+  if (w.lora_kind == IDLM_CPU_I8) return times_a_bytes(w, plan, unit, job.in);
+  const float* x = job.in.x + first * (int64_t)w.k;
+  float* low = job.in.low + (int64_t)first * w.parts * w.rank;
+  if (w.lora_kind == IDLM_CPU_F16) times_a<IDLM_CPU_F16>(w, unit, count, x, low);
+  else if (w.lora_kind == IDLM_CPU_BF16) times_a<IDLM_CPU_BF16>(w, unit, count, x, low);
+  else times_a<IDLM_CPU_F32>(w, unit, count, x, low);
 }
 
 // Rotary embedding in the half-split convention, in place.
@@ -45,12 +49,12 @@ IDLM_INLINE void rotate(float* x, const float* table, int dim) {
   }
 }
 
-void qkv(const Job& job, int layer, int first_head, int last_head) {
+void qkv(const Job& job, Low low, int layer, int first_head, int last_head) {
   const idlm_cpu_model& m = *job.model;
   const idlm_cpu_layer& l = m.layers[layer];
   const idlm_cpu_cache& cache = *job.cache;
   const int dim = m.head_dim, per_head = dim / kLanes, n = l.qkv.n, tiles = (cache.page_size + kTile - 1) / kTile;
-  linear(job, job.all, l.qkv, first_head * per_head, last_head * per_head,
+  linear(job, job.all, l.qkv, low, first_head * per_head, last_head * per_head,
          [&](int group, int row, F v) { store(job.qkv + row * (int64_t)n + group * kLanes, v); });
   for (int head = first_head; head < last_head; head++) {
     const bool is_q = head < m.heads, is_k = !is_q && head < m.heads + m.kv_heads;
@@ -74,15 +78,15 @@ void qkv(const Job& job, int layer, int first_head, int last_head) {
   }
 }
 
-void add_linear(const Job& job, const idlm_cpu_linear& w, float* y, int first, int last) {
-  linear(job, job.all, w, first, last, [&](int group, int row, F v) {
+void add_linear(const Job& job, Low low, const idlm_cpu_linear& w, float* y, int first, int last) {
+  linear(job, job.all, w, low, first, last, [&](int group, int row, F v) {
     float* target = y + row * (int64_t)w.n + group * kLanes;
     store(target, load<F>(target) + v);
   });
 }
 
-void gate_up(const Job& job, const idlm_cpu_linear& w, int first, int last) {
-  linear(job, job.all, w, first, last, [&](int group, int row, F v) {
+void gate_up(const Job& job, Low low, const idlm_cpu_linear& w, int first, int last) {
+  linear(job, job.all, w, low, first, last, [&](int group, int row, F v) {
     float* target = job.activated + row * (int64_t)(w.n / 2) + group / 2 * kLanes;
     if (group % 2 == 0) return store(target, v);
     F gate = load<F>(target);
@@ -102,13 +106,13 @@ void final_norm(const Job& job, int first, int last) {
     if (m.has_adapter && job.rows->is_mask[row])
       for (int k = 0; k < m.hidden; k++) hidden[k] = std::isfinite(hidden[k]) ? hidden[k] : 0.f;
     memcpy(target, hidden, m.hidden * sizeof(float));
-    if (is_quantised(m.head.kind)) quantise(target, m.hidden, job.wanted, place, m.head.kind, in);
+    if (is_quantised(m.head.kind)) quantise(target, m.hidden, job.wanted, place, in);
   }
 }
 
 void head(const Job& job, int first, int last) {
   const idlm_cpu_linear& w = job.model->head;
-  linear(job, job.wanted, w, first, last, [&](int group, int row, F v) {
+  linear(job, job.wanted, w, Low{}, first, last, [&](int group, int row, F v) {
     float* target = job.rows->logits + row * (int64_t)w.n + group * kLanes;
     const int left = w.n - group * kLanes;
     if (left >= kLanes) store(target, v);

@@ -1,4 +1,5 @@
-// What a decode step does before and after its forward, for requests that all decode greedily.
+// What a decode step does before and after its forward: rows and commit for all requests, verification and re-ranking
+// for those that all decode greedily.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,39 +9,92 @@
 
 using namespace idlm_cpu;
 
+namespace {
+
+enum { kRunning = 0, kStopped = 1, kLength = 2, kFailed = 4 };  // values of finish
+
+// A request of a batch: pending is text[*length - 1].
+struct Place {
+  int64_t *text, *drafts;
+  const int64_t* stop_ids;
+  int32_t *length, *num_drafts, *finish;
+  int limit, num_k, num_stops;
+};
+
+// Commits the first tokens up to a stop or the limit; returns how many.
+int advanced(const Place& p, int num_accepted, const int64_t* tokens, int width, const int64_t* next_drafts, int next_num_drafts) {
+  if (*p.finish != kRunning || tokens[0] < 0) return 0;
+  const int committed = num_accepted + 1, room = std::max(0, p.limit - *p.length);
+  int until_stop = width + 1;
+  for (int i = 0; i < std::min(committed, width) && until_stop > width; i++)
+    if (tokens[i] >= 0 && std::find(p.stop_ids, p.stop_ids + p.num_stops, tokens[i]) != p.stop_ids + p.num_stops) until_stop = i + 1;
+  const int emitted = std::min({committed, until_stop, room});
+  std::copy_n(tokens, std::min(emitted, width), p.text + *p.length);
+  *p.length += emitted;
+  if (until_stop <= emitted) *p.finish = kStopped;
+  else if (*p.length >= p.limit) *p.finish = kLength;
+  std::copy_n(next_drafts, p.num_k, p.drafts);
+  *p.num_drafts = *p.finish == kRunning ? next_num_drafts : 0;
+  return emitted;
+}
+
+// Where the last of the longest earlier occurrences of the end of a text ends, and how many tokens it has, at most 8.
+std::pair<int, int> last_occurrence(const int64_t* text, int length) {
+  constexpr int kLongest = 8;
+  int best = 0, matched = 0;
+  for (int end = length - 2; end >= 0 && matched < kLongest; end--) {
+    int run = 0;
+    while (run < kLongest && run <= end && text[end - run] == text[length - 1 - run]) run++;
+    if (run > matched) best = end, matched = run;
+  }
+  return {best, matched};
+}
+
+// The acceptance uniform of a seed at a position: word 0 of Philox4x32-10 with the counter (0, position, 2, 0).
+float uniform(int64_t seed, int64_t position) {
+  uint32_t c[4] = {0, (uint32_t)position, 2, 0}, key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
+  for (int round = 0; round < 10; round++) {
+    const uint64_t x = 0xD2511F53ull * c[0], y = 0xCD9E8D57ull * c[2];
+    const uint32_t next[4] = {(uint32_t)(y >> 32) ^ c[1] ^ key[0], (uint32_t)y, (uint32_t)(x >> 32) ^ c[3] ^ key[1], (uint32_t)x};
+    std::copy_n(next, 4, c);
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return std::min((float)c[0] * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
+}
+
+}  // namespace
+
 extern "C" {
 
-void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows) {
+void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) {
+  const idlm_cpu_state& s = *state;
   const idlm_cpu_plan& p = *plan;
   int32_t t = 0;
   p.query_start_loc[0] = 0;
-  for (int b = 0; b < p.batch; b++) {
-    const int64_t length = p.lengths[b];
-    const bool running = p.finish[b] == 0;
-    const int n = std::clamp(p.num_drafts[b], 0, p.num_k), branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * p.num_k : 0;
+  for (int b = 0; b < s.batch; b++) {
+    const int64_t length = s.lengths[b];
+    const bool running = s.finish[b] == kRunning;
+    const int n = std::clamp(s.num_drafts[b], 0, s.num_k), branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * s.num_k : 0;
     for (int r = 0; r < m; r++, t++) {
       const bool is_clean = r <= n;
-      const int index = r - 1 - n, branch = p.branched && p.num_k ? index / p.num_k : n;
-      const int j = p.branched && p.num_k ? index % p.num_k : index;
+      const int index = r - 1 - n, branch = p.branched && s.num_k ? index / s.num_k : n;
+      const int j = p.branched && s.num_k ? index % s.num_k : index;
       const int64_t at = length - 1 + r;
-      p.ids[t] = !is_clean ? p.mask_id : r == 0 ? p.text[b * p.text_stride + length - 1] : p.drafts[b * p.drafts_stride + r - 1];
+      p.ids[t] = !is_clean ? p.mask_id : r == 0 ? s.text[b * s.text_stride + length - 1] : s.drafts[b * s.drafts_stride + r - 1];
       p.is_mask[t] = !is_clean;
       p.positions[t] = length - 1 + (is_clean ? r : 1 + branch + j);
       // Beyond its pages: not kept, and the forward refuses the request.
-      const bool has_page = at / p.page_size < p.page_table_stride;
-      p.slots[t] = has_page ? (int64_t)p.page_table[b * p.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;
-      if (p.tail_mask) {
-        const uint64_t own = (((uint64_t)2 << (is_clean ? 0 : j)) - 1) << std::min(63, 1 + n + (is_clean ? 0 : branch) * p.num_k);
-        p.tail_mask[t] = (int64_t)(is_clean ? ((uint64_t)2 << r) - 1 : (((uint64_t)2 << branch) - 1) | own);
-      }
+      const bool has_page = at / p.page_size < s.max_pages;
+      p.slots[t] = has_page ? (int64_t)s.page_table[b * s.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;
+      uint64_t seen = ((uint64_t)2 << r) - 1;
+      if (p.branched && !is_clean)
+        seen = (((uint64_t)2 << branch) - 1) | (((uint64_t)2 << j) - 1) << std::min(63, 1 + n + branch * s.num_k);
+      p.tail_mask[t] = (int64_t)seen;
     }
     p.seq_lens[b] = running ? (int32_t)(length - 1 + m) : 0;
     p.query_start_loc[b + 1] = t;
   }
-  for (; t < p.batch * most_rows; t++) {  // padding
-    p.ids[t] = 0, p.is_mask[t] = 0, p.positions[t] = 0, p.slots[t] = -1;
-    if (p.tail_mask) p.tail_mask[t] = 0;
-  }
+  for (; t < p.rows; t++) p.ids[t] = 0, p.is_mask[t] = 0, p.positions[t] = 0, p.slots[t] = -1, p.tail_mask[t] = 0;  // padding
 }
 
 int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
@@ -77,24 +131,56 @@ int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
 }
 
 void idlm_cpu_advance(const idlm_cpu_move* move) {
-  enum { kRunning = 0, kStopped = 1, kLength = 2 };
   const idlm_cpu_move& p = *move;
   for (int b = 0; b < p.batch; b++) {
-    const int64_t *tokens = p.tokens + b * p.tokens_stride, *stops = p.stop_ids + b * p.stops_stride;
-    p.emitted[b] = 0;
-    if (p.finish[b] != kRunning || tokens[0] < 0) continue;
-    const int committed = p.num_accepted[b] + 1, room = std::max(0, p.length_limits[b] - p.lengths[b]);
-    int until_stop = p.width + 1;
-    for (int i = 0; i < std::min(committed, p.width) && until_stop > p.width; i++)
-      if (tokens[i] >= 0 && std::find(stops, stops + p.num_stops, tokens[i]) != stops + p.num_stops) until_stop = i + 1;
-    const int emitted = std::min({committed, until_stop, room});
-    std::copy_n(tokens, std::min(emitted, p.width), p.text + b * p.text_stride + p.lengths[b]);
-    p.lengths[b] += emitted;
-    p.emitted[b] = emitted;
-    if (until_stop <= emitted) p.finish[b] = kStopped;
-    else if (p.lengths[b] >= p.length_limits[b]) p.finish[b] = kLength;
-    std::copy_n(p.next_drafts + b * p.next_drafts_stride, p.num_k, p.drafts + b * p.drafts_stride);
-    p.num_drafts[b] = p.finish[b] == kRunning ? p.next_num_drafts[b] : 0;
+    const Place place = {p.text + b * p.text_stride, p.drafts + b * p.drafts_stride, p.stop_ids + b * p.stops_stride, &p.lengths[b],
+                         &p.num_drafts[b],           &p.finish[b],                   p.length_limits[b],              p.num_k,
+                         p.num_stops};
+    p.emitted[b] = advanced(place, p.num_accepted[b], p.tokens + b * p.tokens_stride, p.width, p.next_drafts + b * p.next_drafts_stride,
+                            p.next_num_drafts[b]);
+  }
+}
+
+void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* commit) {
+  enum { kNoDrafts = 0, kMaskDrafts = 1, kSuffixDrafts = 2 };
+  enum { kFillMatch = 2, kOverrideMatch = 6 };
+  enum { kNan = 1, kEmptyRow = 4 };  // of status
+  const idlm_cpu_state& s = *state;
+  const idlm_cpu_commit& p = *commit;
+  const int width = s.num_k + 1;
+  for (int b = 0; b < s.batch; b++) {
+    int64_t *outcome = p.outcome + b * p.outcome_stride, *tokens = outcome + 6, *drafts = s.drafts + b * s.drafts_stride;
+    const int64_t* text = s.text + b * s.text_stride;
+    const Place place = {s.text + b * s.text_stride, drafts, s.stop_ids + b * s.stops_stride, &s.lengths[b], &s.num_drafts[b], &s.finish[b],
+                         s.length_limits[b],         s.num_k, s.num_stops};
+    const int n = s.num_drafts[b], source = s.draft_source[b];
+    const bool pretends = p.acceptance >= 0, failed = s.status[b] & (kNan | kEmptyRow), was_running = s.finish[b] == kRunning;
+    int a = p.num_accepted[b], next_n = p.next_num_drafts[b];
+    std::copy_n(p.tokens + b * p.tokens_stride, width, tokens);
+    if (pretends) {
+      const bool present = tokens[0] >= 0;
+      const int64_t sampled = std::max<int64_t>(*std::max_element(tokens, tokens + width), 0);
+      for (a = 0; present && a < std::min(n, s.num_k) && uniform(s.seed[b], s.lengths[b] + a) < p.acceptance;) a++;
+      for (int i = 0; i < width; i++) tokens[i] = !present || i > a ? -1 : i == a ? sampled : std::max<int64_t>(drafts[i], 0);
+      next_n = present && (p.branched || a == n) ? s.num_k : 0;
+    }
+    if (failed) std::fill_n(tokens, width, -1);
+    const bool moves = was_running && tokens[0] >= 0;
+    const int emitted = advanced(place, a, tokens, width, p.next_drafts + b * p.next_drafts_stride, next_n);
+    if (pretends && moves)
+      for (int j = 0; j < s.num_k; j++) drafts[j] = std::max<int64_t>(drafts[j], 0);
+    if (failed && was_running) s.finish[b] = kFailed;
+    if (emitted > 0) s.draft_source[b] = s.num_drafts[b] > 0 ? kMaskDrafts : kNoDrafts;
+    if (p.suffix && s.num_k && s.finish[b] == kRunning) {
+      const auto [end, matched] = last_occurrence(text, s.lengths[b]);
+      if (matched >= (s.num_drafts[b] > 0 ? kOverrideMatch : kFillMatch)) {
+        for (int j = 0; j < s.num_k; j++) drafts[j] = text[std::min(end + 1 + j, s.max_len - 1)];
+        s.num_drafts[b] = std::min(s.lengths[b] - 1 - end, s.num_k);
+        s.draft_source[b] = kSuffixDrafts;
+      }
+    }
+    const int64_t figures[] = {n, a, emitted, s.finish[b], s.status[b], source};
+    std::copy_n(figures, 6, outcome);
   }
 }
 
@@ -147,8 +233,8 @@ static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
     p.out[chosen[c] * p.num_k + j] = best;
   };
   // First every row's candidates and its part of the state; then draft after draft: previous embedding, state, query, choice.
-  std::vector<int> stages = {rows, rows * units};
-  for (int j = 0; j < p.num_k; j++) stages.insert(stages.end(), {count, count * units, count * up, count});
+  std::vector<Pool::Stage> stages = {{rows}, {rows * units}};
+  for (int j = 0; j < p.num_k; j++) stages.insert(stages.end(), {{count}, {count * units}, {count * up}, {count}});
   const Pool::Unit run = [&](int stage, int unit, int) {
     if (stage == 0) {
       const int64_t row = row_of(unit);

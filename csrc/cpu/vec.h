@@ -40,14 +40,16 @@ IDLM_INLINE F load_bf16(const uint16_t* p) {
 IDLM_INLINE F load_i8(const int8_t* p) {
   return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-// sum + the products of 16 pairs of int16 with one pair: exact, so that any order of such sums gives the same bits.
-IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
-  return (I)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(pair));
-}
-// sum + the products of 16 quadruples of unsigned with one of signed bytes, exact as well.
-IDLM_INLINE I dot_bytes(I sum, I bytes, int32_t four) {
+// Sums of products of four bytes each, exact, so that any order gives the same bits. dot_q4: of weights 0 .. 15; its sums are
+// whole after total_q4, for up to eight products. dot_q8: of what q8_weights makes of signed bytes; its sums are too large by
+// kQ8Offset times the sum of the activations. Activations are of magnitude 127 at most.
+constexpr int kQ8Offset = 128;
+IDLM_INLINE I q8_weights(U v) { return (I)(v ^ 0x80808080u); }
+IDLM_INLINE I dot_q8(I sum, I bytes, int32_t four) {
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, _mm512_set1_epi32(four));
 }
+IDLM_INLINE I dot_q4(I sum, I bytes, int32_t four) { return dot_q8(sum, bytes, four); }
+IDLM_INLINE I total_q4(I sum) { return sum; }
 #elif defined(__AVX2__)
 struct Halves {
   __m256i low, high;
@@ -79,17 +81,24 @@ IDLM_INLINE F load_i8(const int8_t* p) {
   return joined<F>((__m256i)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
                    (__m256i)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))));
 }
-IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
-  Halves s = halves(&sum), w = halves(&pairs);
-  __m256i x = _mm256_set1_epi32(pair);
-  return joined<I>(_mm256_add_epi32(s.low, _mm256_madd_epi16(w.low, x)),
-                   _mm256_add_epi32(s.high, _mm256_madd_epi16(w.high, x)));
-}
-IDLM_INLINE I dot_bytes(I sum, I bytes, int32_t four) {  // bytes below 128: pairs of products fit into 16 bits
+constexpr int kQ8Offset = 0;
+IDLM_INLINE I q8_weights(U v) { return (I)v; }
+IDLM_INLINE I dot_q8(I sum, I bytes, int32_t four) {  // |w| times x with the sign of w: pairs of products fit into 16 bits
   Halves s = halves(&sum), w = halves(&bytes);
   __m256i x = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
-  return joined<I>(_mm256_add_epi32(s.low, _mm256_madd_epi16(_mm256_maddubs_epi16(w.low, x), one)),
-                   _mm256_add_epi32(s.high, _mm256_madd_epi16(_mm256_maddubs_epi16(w.high, x), one)));
+  __m256i low = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(x, w.low));
+  __m256i high = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(x, w.high));
+  return joined<I>(_mm256_add_epi32(s.low, _mm256_madd_epi16(low, one)), _mm256_add_epi32(s.high, _mm256_madd_epi16(high, one)));
+}
+IDLM_INLINE I dot_q4(I sum, I bytes, int32_t four) {  // sums of 16 bits: 8 times 2 * 15 * 127 is below 32,768
+  Halves s = halves(&sum), w = halves(&bytes);
+  __m256i x = _mm256_set1_epi32(four);
+  return joined<I>(_mm256_add_epi16(s.low, _mm256_maddubs_epi16(w.low, x)), _mm256_add_epi16(s.high, _mm256_maddubs_epi16(w.high, x)));
+}
+IDLM_INLINE I total_q4(I sum) {
+  Halves s = halves(&sum);
+  __m256i one = _mm256_set1_epi16(1);
+  return joined<I>(_mm256_madd_epi16(s.low, one), _mm256_madd_epi16(s.high, one));
 }
 #else
 IDLM_INLINE F fma(F a, F b, F c) { return a * b + c; }  // rounded twice: the bits of this set are its own
@@ -108,14 +117,20 @@ IDLM_INLINE F load_i8(const int8_t* p) {
   typedef int8_t B __attribute__((vector_size(16)));
   return __builtin_convertvector(__builtin_convertvector(load<B>(p), I), F);
 }
-IDLM_INLINE I dot(I sum, I pairs, int32_t pair) {
-  return sum + ((pairs << 16) >> 16) * (int32_t)(int16_t)pair + (pairs >> 16) * (pair >> 16);
+typedef int16_t H __attribute__((vector_size(64)));
+constexpr int kQ8Offset = 0;
+IDLM_INLINE I q8_weights(U v) { return (I)v; }
+IDLM_INLINE H pair_of(int low, int high) { return (H)splat_i((int32_t)((uint32_t)(low & 0xffff) | (uint32_t)high << 16)); }
+IDLM_INLINE I dot_q8(I sum, I bytes, int32_t four) {
+  H even = (H)((U)bytes << 8 & 0xff00ff00u) >> 8, odd = (H)bytes >> 8;
+  H a = even * pair_of((int8_t)four, (int8_t)(four >> 16)), b = odd * pair_of((int8_t)(four >> 8), (int8_t)(four >> 24));
+  return sum + (((I)a << 16) >> 16) + ((I)a >> 16) + (((I)b << 16) >> 16) + ((I)b >> 16);
 }
-IDLM_INLINE I dot_bytes(I sum, I bytes, int32_t four) {
-  for (int i = 0; i < 4; i++) sum += (bytes >> (8 * i) & 255) * (int32_t)(int8_t)(four >> (8 * i));
-  return sum;
-}
+IDLM_INLINE I dot_q4(I sum, I bytes, int32_t four) { return dot_q8(sum, bytes, four); }
+IDLM_INLINE I total_q4(I sum) { return sum; }
 #endif
+
+IDLM_INLINE I total_q8(I sum) { return sum; }
 
 // The nearest integer, ties to even, as a float; for magnitudes below 2^22.
 IDLM_INLINE F nearest(F x) { return (x + 0x1.8p23f) - 0x1.8p23f; }

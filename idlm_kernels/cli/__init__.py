@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm_kernels._version import __version__
-from idlm_kernels.cli import doctor, generate, serve, train_adapter, warm
+from idlm_kernels.cli import chat, doctor, generate, serve, train_adapter, warm
 from idlm_kernels.cli.errors import EXIT_BAD_INPUT
 
 # Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(train_adapter.train_adapter)
 app.command()(doctor.doctor)

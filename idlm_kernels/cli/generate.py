@@ -8,27 +8,25 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from idlm_kernels.cli.batch import generate_file
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
+from idlm_kernels.cli.options import DraftOptions, ModelOptions, Rule, SamplingOptions, renamed, with_groups
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import DecodeOptions, GenerationResult, Generator, SamplingParams
-    from idlm_kernels.generate.options import Plan
     from idlm_kernels.model import Tokenizer
 
-
-PlanName = Literal["ar", "chain", "quadratic", "branched", "auto"]
-Rule = Literal["match", "rejection"]
 Unsupported = Annotated[str | None, typer.Option(hidden=True)]
-_T = TypeVar("_T")
 
 
 @reported()
+@with_groups
 def generate(
+    *,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="The prompt; without it, or with -, it is read from stdin."),
@@ -42,55 +40,13 @@ def generate(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="A Hugging Face folder or hub id, a .gguf file, or `default`."),
-    ] = "default",
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of a LoRA adapter for the MASK rows, or `none`.", show_default="the one of the default model"
-        ),
-    ] = None,
-    stride: Annotated[
-        str,
-        typer.Option(
-            "--stride", "-n", metavar="N", help="Tokens that one forward may commit; auto: what the adapter can."
-        ),
-    ] = "auto",
-    plan: Annotated[
-        PlanName,
-        typer.Option(
-            metavar="[ar|chain|quadratic|auto]",
-            help="Which rows a forward has; auto: what pays on this machine, up to --stride.",
-        ),
-    ] = "auto",
-    rerank: Annotated[bool, typer.Option(help="Let the adapter's re-ranking head choose the drafts.")] = True,
-    row_budget: Annotated[int | None, typer.Option(help="The most rows per request in a forward.")] = None,
-    suffix_drafts: Annotated[
-        bool, typer.Option("--suffix-drafts", help="Draft from repetitions in the text too.")
-    ] = False,
-    rule: Annotated[
-        Rule,
-        typer.Option(help="How drafts are verified; match: the tokens of AR sampling; rejection: their distribution."),
-    ] = "match",
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="64 bits; drawn and shown where not given.")] = None,
+    models: ModelOptions,
+    drafts: DraftOptions,
+    sampling: SamplingOptions,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.")
     ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text together.")] = None,
-    page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64,
-    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")] = "auto",
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a device.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
     source: Annotated[
         Path | None,
         typer.Option("--input", help="JSON lines with a prompt or messages each; resumable. Needs --output."),
@@ -121,15 +77,13 @@ def generate(
     memory_fraction: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Decode one prompt and stream the text to stdout; figures go to stderr."""
-    rule = _renamed("--verify", verify, "--rule", rule)
-    max_model_len = _renamed("--max-len", max_len, "--max-model-len", max_model_len)
-    max_num_seqs = _renamed("--max-batch", max_batch, "--max-num-seqs", max_num_seqs)
-    gpu_memory_utilization = _renamed(
+    drafts = dataclasses.replace(drafts, rule=renamed("--verify", verify, "--rule", drafts.rule))
+    longest = renamed("--max-len", max_len, "--max-model-len", models.max_model_len)
+    models = dataclasses.replace(models, max_model_len=longest)
+    max_num_seqs = renamed("--max-batch", max_batch, "--max-num-seqs", max_num_seqs)
+    gpu_memory_utilization = renamed(
         "--memory-fraction", memory_fraction, "--gpu-memory-utilization", gpu_memory_utilization
     )
-    kind: Plan = "quadratic" if plan == "branched" else plan
-    if plan == "branched":
-        _renamed("--plan branched", kind, "--plan quadratic", kind)
     for name, value in {
         "--repetition-penalty": repetition_penalty,
         "--frequency-penalty": frequency_penalty,
@@ -138,7 +92,7 @@ def generate(
     }.items():
         if value is not None:
             raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
-    if check and rule == "rejection":
+    if check and drafts.rule == "rejection":
         raise ValueError("--check compares tokens, but --rule rejection is exact in distribution only")
     if check and synthetic_acceptance is not None:
         raise ValueError("--check compares tokens, but with --synthetic-acceptance they are noise")
@@ -152,46 +106,9 @@ def generate(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
 
-    import torch
-
-    from idlm_kernels.generate import DecodeOptions, Generator, SamplingParams, StepPlan
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
-    bound = stride_of(stride)
-    options = DecodeOptions(
-        kind,
-        bound,
-        rule,
-        row_budget=row_budget,
-        rerank=rerank,
-        suffix_drafts=suffix_drafts,
-        synthetic_acceptance=synthetic_acceptance,
-    )
-    if bound != "auto":
-        # A wrong stride is said before a model is read.
-        StepPlan("chain" if options.plan == "auto" else options.plan, bound)
-    generator = Generator.from_pretrained(
-        model,
-        adapter={None: "default", "none": None}.get(adapter, adapter),
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        max_model_len=max_model_len,
-        page_size=page_size,
-        random_weights=dummy_weights,
-    )
+    params = sampling.params(max_tokens, tuple(stop or ()))
+    options = drafts.checked(synthetic_acceptance)
+    generator = models.load(random_weights=dummy_weights)
     assert generator.tokenizer is not None  # from_pretrained brings one
     if source is not None and target is not None:
         progress = generate_file(
@@ -199,13 +116,13 @@ def generate(
             source,
             target,
             params,
-            generator.policy(options.plan, bound, row_budget),
+            generator.policy(options.plan, options.stride, options.row_budget),
             options=options,
             chat=chat,
             system=system,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
-            model_name=model,
+            model_name=models.model,
         )
         print(f"{progress.lines} lines answered in {target}, {progress.failed} with an error", file=sys.stderr)
         raise typer.Exit(EXIT_MISMATCH if progress.failed else 0)
@@ -230,7 +147,7 @@ def _answer(
     ar: GenerationResult | None = None
     if not as_json:
         print(flush=True)
-        print(_figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
+        print(figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
     if result.error is not None:
         print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
     elif result.status:
@@ -250,37 +167,24 @@ def _answer(
         raise typer.Exit(EXIT_MISMATCH)
 
 
-def _renamed(old: str, given: _T | None, new: str, value: _T) -> _T:
-    """The value of a flag that has an old name too, for one release."""
-    if given is None:
-        return value
-    print(f"idlm: warning: {old} is now {new}; the old name goes with the next release", file=sys.stderr)
-    return given
-
-
-def stride_of(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--stride is {text!r}, wanted a number of tokens or auto") from None
-
-
 def _prompt_text(prompt: str | None) -> str:
     """The prompt as given, or stdin without its last line end."""
     if prompt is None or prompt == "-":
         if sys.stdin.isatty():
             print("idlm: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
+        prompt = text_of_stdin(sys.stdin.buffer.read()).removesuffix("\n")
     elif any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt given to --prompt is not UTF-8")
     if not prompt:
         raise ValueError("the prompt is empty; give --prompt TEXT or write it to stdin")
     return prompt
+
+
+def text_of_stdin(given: bytes) -> str:
+    try:
+        return given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not UTF-8 (byte {error.start})") from None
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, *, chat: bool | None, system: str | None) -> list[int]:
@@ -325,7 +229,8 @@ def _decode(
     return result, interrupted
 
 
-def _figures(result: GenerationResult, *, seed_drawn: bool) -> str:
+def figures(result: GenerationResult, *, seed_drawn: bool) -> str:
+    """A decode in a line; with its seed where that was drawn."""
     acceptance = " ".join("-" if share is None else f"{share:.2f}" for share in result.acceptance)
     return ", ".join(
         [

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from idlm_kernels.cli.errors import EXIT_STOPPED, reported
-from idlm_kernels.cli.generate import PlanName, Rule, stride_of
+from idlm_kernels.cli.options import DraftOptions, ModelOptions, with_groups
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import Engine, EngineOptions, Generator
+    from idlm_kernels.generate import Engine
 
 _KEY_VARIABLE = "IDLM_API_KEY"
 _MEBIBYTE = 1 << 20
 
 
 @reported()
+@with_groups
 def serve(
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="A Hugging Face folder or hub id, a .gguf file, or `default`."),
-    ] = "default",
+    *,
+    models: ModelOptions,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the name given with --model")
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of a LoRA adapter for the MASK rows, or `none`.", show_default="the one of the default model"
-        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -42,37 +34,12 @@ def serve(
         str | None,
         typer.Option(help=f"What clients have to know. Other users of the machine see it; {_KEY_VARIABLE} is hidden."),
     ] = None,
-    stride: Annotated[
-        str,
-        typer.Option(
-            "--stride", "-n", metavar="N", help="Tokens that one forward may commit; auto: what the adapter can."
-        ),
-    ] = "auto",
-    plan: Annotated[
-        PlanName,
-        typer.Option(
-            metavar="[ar|chain|quadratic|auto]",
-            help="Which rows a forward has; auto: what pays on this machine, up to --stride.",
-        ),
-    ] = "auto",
-    rerank: Annotated[bool, typer.Option(help="Let the adapter's re-ranking head choose the drafts.")] = True,
-    row_budget: Annotated[int | None, typer.Option(help="The most rows per request in a forward.")] = None,
-    suffix_drafts: Annotated[
-        bool, typer.Option("--suffix-drafts", help="Draft from repetitions in the text too.")
-    ] = False,
-    rule: Annotated[
-        Rule,
-        typer.Option(help="How drafts are verified; match: the tokens of AR sampling; rejection: their distribution."),
-    ] = "match",
+    drafts: DraftOptions,
     logprobs: Annotated[bool, typer.Option(help="Compute those of the tokens, for requests that ask.")] = True,
     max_num_seqs: Annotated[int, typer.Option(help="Texts that are decoded together.")] = 16,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Texts that may wait besides; beyond, clients are told to come again (429).")
     ] = 64,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and text together.", show_default="what the model has")
-    ] = None,
-    page_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 64,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="The most of the free memory that the KV cache takes.")
     ] = 0.5,
@@ -80,12 +47,6 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="After SIGTERM or Ctrl-C, the longest that running requests may take.")
     ] = 60,
-    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Type of the weights.")] = "auto",
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a device.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Backend of the ops; `idlm doctor` lists them.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line on stderr for each request.")] = False,
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/completions, /v1/chat/completions and what belongs to them."""
@@ -101,35 +62,13 @@ def serve(
 
     listening = run.bound_socket(host, port)
 
-    import torch
+    from idlm_kernels.generate import EngineOptions
 
-    from idlm_kernels.generate import EngineOptions, Generator
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = EngineOptions(
-        plan="quadratic" if plan == "branched" else plan,
-        stride=stride_of(stride),
-        rule=rule,
-        row_budget=row_budget,
-        rerank=rerank,
-        suffix_drafts=suffix_drafts,
-        logprobs=logprobs,
-        max_num_seqs=max_num_seqs,
-        page_size=page_size,
-    )
-    generator = Generator.from_pretrained(
-        model,
-        adapter={None: "default", "none": None}.get(adapter, adapter),
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        max_model_len=max_model_len,
-    )
-    engine = _engine(generator, options, gpu_memory_utilization)
-    name = served_model_name or model
+    decoding = drafts.checked().changed(logprobs=logprobs)
+    generator = models.load(gpu_memory_utilization=gpu_memory_utilization)
+    sizes = {"max_num_seqs": max_num_seqs, "max_model_len": generator.max_model_len, "page_size": models.page_size}
+    engine = generator.engine(EngineOptions.of(decoding, **sizes))
+    name = served_model_name or models.model
     server = Server(engine, name, max_waiting=max_waiting, max_body_size=max_body * _MEBIBYTE, api_key=key)
     bound_host, bound_port = listening.getsockname()[:2]
 
@@ -141,16 +80,6 @@ def serve(
     except run.MachineFailed as failed:
         print(f"idlm: stopped: the machine failed: {failed}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from failed
-
-
-def _engine(generator: Generator, options: EngineOptions, memory_fraction: float) -> Engine:
-    from idlm_kernels.generate import Engine, PlanPolicy
-    from idlm_kernels.generate.memory import pages_in_memory
-
-    options = dataclasses.replace(options, max_model_len=generator.max_model_len)
-    policy = PlanPolicy.of(generator.model, options)
-    pages = pages_in_memory(generator.model, options, policy, memory_fraction)
-    return Engine(generator.model, generator.tokenizer, policy, dataclasses.replace(options, num_pages=pages))
 
 
 def _words(engine: Engine, name: str, host: str, port: int, has_key: bool) -> str:
@@ -169,6 +98,7 @@ def _words(engine: Engine, name: str, host: str, port: int, has_key: bool) -> st
         f"idlm: {options.max_num_seqs} texts together, {options.max_model_len} tokens each at most, "
         f"{tokens} in the KV cache",
         f"idlm: listening on {host} port {port}, {'with' if has_key else 'without'} an API key; Ctrl-C ends it",
+        f"idlm: a page to talk with it: {base}/",
     ]
     if not reachable.is_loopback and not has_key:
         lines.append(f"idlm: warning: whoever reaches this machine may use it; {_KEY_VARIABLE} sets a key")

@@ -9,13 +9,15 @@ from idlm_kernels.cpu.gemm import gated_lora_linear, linear, linear_silu_and_mul
 from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
 from idlm_kernels.cpu.rerank import rerank_drafts
 from idlm_kernels.cpu.sampling import sample_rows, verify_accept
-from idlm_kernels.cpu.state import advance
+from idlm_kernels.cpu.state import advance, commit_step, plan_rows
 
 __all__ = [
     "advance",
+    "commit_step",
     "gated_lora_linear",
     "linear",
     "linear_silu_and_mul",
+    "plan_rows",
     "prepare_weight",
     "qk_norm_rope_append",
     "rerank_drafts",

@@ -73,6 +73,7 @@ class Model(Structure):
         ("head_dim", c_int32),
         ("eps", c_float),
         ("has_adapter", c_int32),
+        ("int8_activations", c_int32),
     )
 
 
@@ -101,13 +102,30 @@ class Rows(Structure):
     )
 
 
+class State(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "draft_source", "finish")),
+        *((name, c_void_p) for name in ("length_limits", "status", "stop_ids", "page_table", "seed")),
+        *((name, c_int64) for name in ("text_stride", "drafts_stride", "stops_stride", "page_table_stride")),
+        *((name, c_int32) for name in ("batch", "max_len", "num_k", "num_stops", "max_pages")),
+    )
+
+
 class Plan(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "page_table")),
-        *((name, c_int64) for name in ("text_stride", "drafts_stride", "page_table_stride", "mask_id")),
-        *((name, c_int32) for name in ("batch", "num_k", "branched", "page_size")),
-        *((name, c_void_p) for name in ("ids", "positions", "slots", "tail_mask", "is_mask", "seq_lens")),
+        ("mask_id", c_int64),
+        *((name, c_int32) for name in ("page_size", "branched", "rows")),
+        *((name, c_void_p) for name in ("ids", "is_mask", "positions", "slots", "tail_mask", "seq_lens")),
         ("query_start_loc", c_void_p),
+    )
+
+
+class Commit(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts", "outcome")),
+        *((name, c_int64) for name in ("tokens_stride", "next_drafts_stride", "outcome_stride")),
+        ("acceptance", c_float),
+        *((name, c_int32) for name in ("branched", "suffix")),
     )
 
 
@@ -144,8 +162,8 @@ class Reranking(Structure):
 
 def _abi() -> int:
     sizes = zip(
-        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking, Move),
-        (1, 1000, 7, 11, 13, 17, 19, 23, 29),
+        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking, Move, State, Commit),
+        (1, 1000, 7, 11, 13, 17, 19, 23, 29, 31, 37),
         strict=True,
     )
     return sum(factor * ctypes.sizeof(struct) for struct, factor in sizes)
@@ -189,8 +207,9 @@ def _load() -> ctypes.CDLL | str:
     library.idlm_cpu_unpack_rows.restype = None
     library.idlm_cpu_forward.argtypes = (c_void_p, c_void_p, c_void_p, c_int32)
     library.idlm_cpu_forward.restype = c_char_p
-    library.idlm_cpu_plan_rows.argtypes = (c_void_p, c_int32)
-    library.idlm_cpu_plan_rows.restype = None
+    for name in ("idlm_cpu_plan_rows", "idlm_cpu_commit_step"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = (c_void_p, c_void_p), None
     library.idlm_cpu_advance.argtypes = (c_void_p,)
     library.idlm_cpu_advance.restype = None
     library.idlm_cpu_verify_greedy.argtypes = (c_void_p,)

@@ -1,14 +1,17 @@
-"""The end of a step on a CPU: one call of the compiled kernels, the reference without them."""
+"""The state of a batch on a CPU: one call of the compiled kernels for each op, the reference without them."""
 
 from __future__ import annotations
 
 import ctypes
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 import python_ref
 from idlm_kernels.cpu import native
+from python_ref import StepState
+from python_ref.step import OUTCOME, Planned, token_logprobs
 
 
 def advance(
@@ -58,3 +61,83 @@ def advance(
     )
     library.idlm_cpu_advance(ctypes.byref(move))
     return emitted if out is None else out.copy_(emitted)
+
+
+# A state is asked for at every step, and its tensors stay where they are.
+_structs: WeakKeyDictionary[StepState, native.State] = WeakKeyDictionary()
+
+
+def _struct(state: StepState) -> native.State:
+    """The state as the kernels take it. That its tensors have no gaps is part of the contract."""
+    struct = _structs.get(state)
+    if struct is None:
+        tables = (state.text, state.drafts, state.stop_ids, state.page_table)
+        text, drafts, stop_ids, page_table = tables
+        struct = _structs[state] = native.State(
+            *(x.data_ptr() for x in (text, drafts, state.lengths, state.num_drafts, state.draft_source, state.finish)),
+            *(x.data_ptr() for x in (state.length_limits, state.status, stop_ids, page_table, state.seed)),
+            *(x.stride(0) for x in tables),
+            len(state.lengths),
+            *(x.shape[1] for x in tables),
+        )
+    return struct
+
+
+def plan_rows(
+    state: StepState, mask_id: int, page_size: int, *, branched: bool, out: Planned | None = None
+) -> Planned:
+    """The rows of the next step of every running request, packed; see the reference."""
+    library = native.library()
+    if library is None:
+        return python_ref.plan_rows(state, mask_id, page_size, branched=branched, out=out)
+    if out is None:
+        batch, num_k = state.drafts.shape
+        rows = batch * ((num_k + 1) ** 2 if branched else 2 * num_k + 1)
+        ids, positions, slots, tail_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
+        seq_lens, starts = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
+        out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tail_mask, seq_lens, starts
+    plan = native.Plan(mask_id, page_size, branched, len(out[0]), *(x.data_ptr() for x in out))
+    library.idlm_cpu_plan_rows(ctypes.byref(_struct(state)), ctypes.byref(plan))
+    return out
+
+
+def commit_step(
+    num_accepted: Tensor,
+    tokens: Tensor,
+    next_drafts: Tensor,
+    next_num_drafts: Tensor,
+    state: StepState,
+    *,
+    branched: bool = False,
+    suffix: bool = False,
+    acceptance: float | None = None,
+    logits: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Move the state of every running request forward in place; returns what the host reads; see the reference."""
+    library = native.library()
+    if library is None:
+        return python_ref.commit_step(
+            *(num_accepted, tokens, next_drafts, next_num_drafts, state),
+            branched=branched,
+            suffix=suffix,
+            acceptance=acceptance,
+            logits=logits,
+            query_start_loc=query_start_loc,
+            out=out,
+        )
+    batch, width = tokens.shape
+    end = len(OUTCOME) + width
+    if out is None:
+        out = torch.empty(batch, end if logits is None else end + width, dtype=torch.int64)
+    commit = native.Commit(
+        *(x.data_ptr() for x in (num_accepted, tokens, next_drafts, next_num_drafts, out)),
+        *(x.stride(0) for x in (tokens, next_drafts, out)),
+        *(-1.0 if acceptance is None else acceptance, branched, suffix),
+    )
+    library.idlm_cpu_commit_step(ctypes.byref(_struct(state)), ctypes.byref(commit))
+    if logits is not None and query_start_loc is not None:
+        logprobs = token_logprobs(logits, query_start_loc, out[:, len(OUTCOME) : end])
+        out[:, end:] = logprobs.double().view(torch.int64)
+    return out

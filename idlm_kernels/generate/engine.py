@@ -35,7 +35,7 @@ from idlm_kernels.generate.params import SamplingParams, checked_seed
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step, first_step, prefill_chunk
+from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill_chunk
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
 from python_ref import QState
@@ -58,6 +58,7 @@ class Request:
     stop_ids: list[int]
     limit: int  # largest L
     output: RequestOutput
+    drafts: bool = True
     place: int | None = None  # in the state, while it holds pages
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose KV is known to be in the cache; meaningful until the first step
@@ -198,12 +199,15 @@ class Engine:
 
     # Requests
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
-        """Queue a request. seed: 0 .. 2^64 - 1. ValueError or TypeError if it cannot run; nothing is queued then."""
-        with self._alone():
-            return self._submit(prompt, params, seed)
+    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, *, drafts: bool = True) -> Request:
+        """Queue a request. seed: 0 .. 2^64 - 1. ValueError or TypeError if it cannot run; nothing is queued then.
 
-    def _submit(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
+        drafts: False decodes it the ordinary way (AR), a token per step, whatever the requests beside it do.
+        """
+        with self._alone():
+            return self._submit(prompt, params, seed, drafts)
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, drafts: bool) -> Request:
         prompt, seed = self._checked_prompt(prompt), checked_seed(seed)
         limit = min(self.options.max_model_len, len(prompt) + params.max_tokens)
         needed = self.pool.pages_for(limit - 1 + self.policy.widest.max_rows)
@@ -214,7 +218,7 @@ class Engine:
             )
         stop_ids = self._stop_ids(params)
         output = RequestOutput(len(prompt), params, seed, self.tokenizer, self.policy.num_drafts, self.options.logprobs)
-        request = Request(self._arrivals, prompt, params, seed, stop_ids, limit, output)
+        request = Request(self._arrivals, prompt, params, seed, stop_ids, limit, output, drafts)
         self._arrivals += 1
         self._waiting.append(request)
         return request
@@ -278,7 +282,7 @@ class Engine:
     def _edge_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
         _state_of_process["has decoded"] = True
         self._retire()
-        plan = self.policy.choose(max(1, min(self.options.max_num_seqs, len(self._active) + len(self._waiting))))
+        plan = self._plan()
         # A recorded step serves any requests, so it must not depend on what these ask for.
         greedy = not self._recorded and all(
             r.params.temperature < GREEDY_BELOW for r in (*self._active, *self._waiting)
@@ -292,6 +296,14 @@ class Engine:
         yield from self._prefill()
         yield from self._run_steps(steps)
         self._retire()
+
+    def _plan(self) -> StepPlan:
+        """The plan of the epoch: AR where nobody wants drafts."""
+        requests = (*self._active, *self._waiting)
+        if requests and not any(request.drafts for request in requests):
+            self.policy.trial = False
+            return StepPlan("ar", 1)
+        return self.policy.choose(max(1, min(self.options.max_num_seqs, len(requests))))
 
     def _epoch_length(self) -> int:
         """Many steps in a steady state; while requests wait, so few that a place is not left empty for long."""
@@ -357,7 +369,9 @@ class Engine:
             self._active.sort(key=lambda r: r.arrival)
             where = request.place
             try:
-                self._state.place(where, tokens, request.params, request.seed, request.limit, request.stop_ids)
+                self._state.place(
+                    where, tokens, request.params, request.seed, request.limit, request.stop_ids, request.drafts
+                )
             except Exception as error:  # whatever a parameter makes torch raise: the others go on
                 request.output.fail(f"{type(error).__name__}: {error}", error)
                 self._leave(request)
@@ -421,7 +435,7 @@ class Engine:
             for request in group:
                 request.decoding = True
                 self.pool.publish(request.tokens, request.pages)
-            yield from self._taken(outcome.packed().tolist(), dict(enumerate(group)))
+            yield from self._taken(outcome.tolist(), dict(enumerate(group)))
 
     def _narrowed(self, first: int, last: int) -> Decoder:
         """The decoder with the q_state of some places and of the drafts of the plan."""
@@ -567,24 +581,26 @@ class _Events:
 
 
 class _Readback:
-    """The outcome of a step on its way to the host; on a GPU through pinned memory, without stopping the device."""
+    """The outcome of a step on its way to the host; on a GPU through pinned memory, without stopping the device.
 
-    def __init__(self, outcome: StepOutcome):
-        packed = outcome.packed()
+    It is read before the next step, which may overwrite it, begins: on a GPU in the order of the stream.
+    """
+
+    def __init__(self, outcome: Tensor):
         self._event: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
-            self._host: Tensor = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
+        if outcome.device.type == "cuda":
+            self._host: Tensor = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+            self._host.copy_(outcome, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = packed
+            self._rows: list[list[int]] = outcome.tolist()
 
     def wait(self) -> list[list[int]]:
         if self._event is not None:
             self._event.synchronize()
-        rows: list[list[int]] = self._host.tolist()
-        return rows
+            self._rows = self._host.tolist()
+        return self._rows
 
 
 def _buckets(max_num_seqs: int, few: bool) -> list[int]:

@@ -85,6 +85,7 @@ class Generator:
         revision: str | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
+        activations: str = "auto",
         backend: str | None = None,
         max_model_len: int | None = None,
         page_size: int = 64,
@@ -96,7 +97,8 @@ class Generator:
         """Load a checkpoint (Hugging Face folder, GGUF file, hub id, or "default") and an optional adapter folder.
 
         The adapter "default" is the one that comes with the default model, and none for any other; None is none.
-        dtype is that of the weights: auto, fp32, fp16 or bf16. backend forces one for every op, process-wide.
+        dtype is that of the weights: auto, fp32, fp16 or bf16. activations: "auto", or "int8" as LLM explains it.
+        backend forces one for every op, process-wide.
         random_weights: make the weights up, for measurements; `source` then gives the shape only and may be
         "qwen3-8b" or "qwen3-32b".
 
@@ -111,7 +113,7 @@ class Generator:
         if adapter == "default":
             adapter = DEFAULT_ADAPTER if source == "default" and not random_weights else None
         loaded = None if adapter is None else load_adapter(adapter, checkpoint.config)
-        model = Transformer(checkpoint, device=device, dtype=dtype, adapter=loaded)
+        model = Transformer(checkpoint, device=device, dtype=dtype, activations=activations, adapter=loaded)
         return cls(
             model,
             checkpoint.tokenizer,
@@ -214,6 +216,13 @@ class Generator:
     def _engine_of(self, policy: PlanPolicy, sizes: EngineOptions) -> Engine:
         pages = pages_in_memory(self.model, sizes, policy, self.gpu_memory_utilization)
         return Engine(self.model, self.tokenizer, policy, dataclasses.replace(sizes, num_pages=pages))
+
+    def engine(self, options: EngineOptions) -> Engine:
+        """An engine of this model, for a caller that submits requests and runs it.
+
+        Its cache has the pages that the options ask for, as far as the memory goes.
+        """
+        return self._engine_of(PlanPolicy.of(self.model, options, self._costs), options)
 
     def policy(self, plan: Plan, stride: Stride = "auto", row_budget: int | None = None) -> PlanPolicy:
         """The choice among plans that these arguments leave; see DecodeOptions."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.state import LENGTH, DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
+from idlm_kernels.generate.step import Decoder, decode_step
 
 logger = logging.getLogger(__name__)
 
-StepFunction = Callable[[Decoder, DecodeState], StepOutcome]
+StepFunction = Callable[[Decoder, DecodeState], Tensor]
 # Records a call without running it for good; returns what replays it, and the outcome that every replay overwrites.
-Recorder = Callable[[Callable[[], StepOutcome]], tuple[Callable[[], None], StepOutcome]]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class CudaRecorder:
@@ -27,7 +27,7 @@ class CudaRecorder:
         self._pool: Any = None  # torch's handle of that memory
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             step()  # loads kernels and sizes workspaces, which a recording must not do
@@ -47,16 +47,15 @@ class RecordedSteps:
 
     def __init__(self, step: StepFunction = decode_step, recorder: Recorder | None = None):
         self._step, self._recorder = step, recorder
-        self._recordings: dict[tuple[int, StepPlan], tuple[Callable[[], None], StepOutcome]] = {}
+        self._recordings: dict[tuple[int, StepPlan], tuple[Callable[[], None], Tensor]] = {}
 
-    def run(self, decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def run(self, decoder: Decoder, state: DecodeState) -> Tensor:
+        """The outcome of the step; the next one of this bucket and plan may overwrite it."""
         if not self.record(decoder, state):
             return self._step(decoder, state)
         replay, outcome = self._recordings[state.batch, decoder.plan]
         replay()
-        # The next replay overwrites the outcome, which the host may read later than that.
-        values = ((f.name, getattr(outcome, f.name)) for f in dataclasses.fields(outcome))
-        return dataclasses.replace(outcome, **{name: x.clone() for name, x in values if x is not None})
+        return outcome
 
     def record(self, decoder: Decoder, state: DecodeState) -> bool:
         """Make sure of a recording for this bucket and plan; False if there is to be none."""

@@ -51,6 +51,8 @@ class LLM:
             others; None is none.
         revision: of a hub id.
         dtype: of the weights: auto, float32, float16, bfloat16, or a torch.dtype.
+        activations: "int8" computes a quantised model on a CPU with activations of 8 bits instead of 16: faster, and
+            about as coarse as other programs are by default. Strided decoding still equals ordinary decoding.
         device: cpu or cuda; "auto" is CUDA where there is a device.
         seed: makes requests without a seed of their own reproducible: the k-th request of this LLM always draws the
             same noise. None draws a seed for each.
@@ -75,6 +77,7 @@ class LLM:
         adapter: str | Path | None = "default",
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
+        activations: str = "auto",
         device: str | torch.device = "auto",
         seed: int | None = None,
         max_model_len: int | None = None,
@@ -98,6 +101,7 @@ class LLM:
             revision=revision,
             device=device,
             dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            activations=activations,
             backend=backend,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

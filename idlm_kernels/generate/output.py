@@ -8,21 +8,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from idlm_kernels.generate.drafts import SOURCES
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
+from python_ref.step import MASK_DRAFTS, SUFFIX_DRAFTS
 
+SOURCES = {MASK_DRAFTS: "mask", SUFFIX_DRAFTS: "suffix"}
 _REASONS = {STOPPED: "stop", LENGTH: "length", FAILED: "error"}
 _LOGPROB = struct.Struct("d")
 
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """Text that became certain (possibly empty) and the tokens committed by one step."""
+    """Text that became certain (possibly empty) and the tokens committed by one step.
+
+    num_drafted: so many of the tokens, the first ones, were drafts that the step accepted. drafted_chars: the length of
+    the text, from its start, that is theirs.
+    """
 
     text: str
     token_ids: list[int]
+    num_drafted: int = 0
+    drafted_chars: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class RequestOutput:
         self._started = self._last = time.perf_counter()
 
     def read(self, row: Sequence[int], stride: int) -> StreamEvent:
-        """Take a row of StepOutcome.packed()."""
+        """Take a row of the outcome of a step."""
         num_drafts, num_accepted, emitted, finish, status, source, *rest = row
         self.status |= status
         event = self.take(rest[:emitted], num_drafts, num_accepted, finish, source)
@@ -118,14 +125,18 @@ class RequestOutput:
     ) -> StreamEvent:
         """Take the tokens that a step committed; returns what can be shown. Sets finish_reason at the end."""
         kept: list[int] = []
-        shown = ""
+        shown, drafted_chars = "", 0
         for token in tokens:
             kept.append(token)
             shown += self._push([token])
+            if len(kept) <= num_accepted:
+                drafted_chars = len(shown)
             if self.finish_reason is not None:  # a stop string ended with this token
                 break
         if self.finish_reason is None and finish != RUNNING:
             shown += self._flush()  # which may complete a stop string
+            if len(kept) <= num_accepted:
+                drafted_chars = len(shown)
             if self.finish_reason is None or finish == FAILED:
                 self.finish_reason = _REASONS[finish]
             if finish == FAILED:
@@ -140,7 +151,7 @@ class RequestOutput:
                 self._by_source[source][1] += j < num_accepted
         self._last = time.perf_counter()
         self._text.append(shown)
-        return StreamEvent(shown, kept)
+        return StreamEvent(shown, kept, min(num_accepted, len(kept)), drafted_chars)
 
     def cancel(self) -> None:
         """End an unfinished request here; text that was held back for a stop string is its text after all."""

@@ -1,22 +1,20 @@
 """The plan of a step: which rows each request runs, and the packing of those rows into one forward.
 
 Words and layout: design sections 2 and 3. A request with n drafts runs clean rows 0..n (pending, drafts), then K MASK
-rows for each branch. `plan_rows` is a pure function of device tensors with shapes that depend on (B, plan) alone.
+rows for each branch. The rows of a step are a function of device tensors, with shapes that depend on (B, plan) alone.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from idlm_kernels import ops
 from idlm_kernels._deprecated import warn_renamed
-from idlm_kernels.cpu import native
-from idlm_kernels.generate.state import RUNNING, DecodeState
+from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.transformer import Rows
 
 PlanKind = Literal["ar", "chain", "quadratic"]
@@ -114,78 +112,22 @@ def plans_up_to(kind: PlanKind | Literal["auto"], stride: int, row_budget: int |
     return [StepPlan("ar", 1), *fitting] if kind == "auto" or not fitting else fitting
 
 
-def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) -> Tensor:
-    """Slot (page * page_size + offset), int64, of the index-th token of a request."""
-    return page_table[request, index // page_size].long() * page_size + index % page_size
-
-
 def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
-    if state.lengths.device.type == "cpu" and (library := native.library()) is not None:
-        return _plan_rows_natively(library, plan, state, page_size)
-    batch, num_k, device = state.batch, plan.num_drafts, state.lengths.device
-    running = state.finish == RUNNING
-    length, n = state.lengths.long(), state.num_drafts.long()
-    num_branches = n + 1 if plan.branched else torch.ones_like(n)
-    m = (1 + n + num_branches * num_k) * running
-    query_start_loc = torch.nn.functional.pad(m.cumsum(0), (1, 0))
-
-    t = torch.arange(batch * plan.max_rows, device=device)
-    request = torch.searchsorted(query_start_loc[1:], t, right=True).clamp(max=batch - 1)
-    is_row = t < query_start_loc[-1]
-    r = torch.where(is_row, t - query_start_loc[request], 0)  # index of the row in its request
-    row_n, row_length = n[request], length[request]
-
-    is_clean = r <= row_n
-    mask_index = (r - 1 - row_n).clamp(min=0)
-    branch = mask_index // max(num_k, 1) if plan.branched else row_n
-    j = mask_index - (branch * num_k if plan.branched else 0)
-    position = row_length - 1 + torch.where(is_clean, r, 1 + branch + j)
-
-    pending = state.text[request, row_length - 1]
-    clean_id = pending
-    if num_k:
-        clean_id = torch.where(r == 0, pending, state.drafts[request, (r - 1).clamp(0, num_k - 1)])
-    is_mask = is_row & ~is_clean
-    ids = torch.where(is_mask, state.mask_id, clean_id)
-
-    tail_mask = None
-    if plan.branched:
-        own = ((2 << j) - 1) << (1 + row_n + branch * num_k).clamp(max=63)
-        tail_mask = torch.where(is_clean, (2 << r) - 1, ((2 << branch) - 1) | own)
-
-    slot = slot_of(state.page_table, request, row_length - 1 + r, page_size)
+    ids, is_mask, positions, slots, tail_mask, seq_lens, query_start_loc = ops.plan_rows(
+        state.with_drafts(plan.num_drafts), state.mask_id, page_size, branched=plan.branched
+    )
     return Rows(
-        ids=torch.where(is_row, ids, 0),
+        ids=ids,
         is_mask=is_mask,
-        positions=torch.where(is_row, position, 0),
-        slot_mapping=torch.where(is_row, slot, -1),
+        positions=positions,
+        slot_mapping=slots,
         page_table=state.page_table,
-        seq_lens=torch.where(running, length - 1 + m, 0).to(torch.int32),
-        query_start_loc=query_start_loc.to(torch.int32),
-        tail_mask=tail_mask,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        tail_mask=tail_mask if plan.branched else None,
         max_query_len=plan.max_rows,
     )
-
-
-def _plan_rows_natively(library: ctypes.CDLL, plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
-    """`plan_rows` in one call."""
-    batch, most = state.batch, plan.max_rows
-    ids, positions, slots = torch.empty(3, batch * most, dtype=torch.int64).unbind()
-    is_mask = torch.empty(batch * most, dtype=torch.bool)
-    tail_mask = torch.empty(batch * most, dtype=torch.int64) if plan.branched else None
-    seq_lens, query_start_loc = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
-    table = state.page_table
-    struct = native.Plan(
-        *(x.data_ptr() for x in (state.text, state.drafts, state.lengths, state.num_drafts, state.finish, table)),
-        *(state.text.stride(0), state.drafts.stride(0), table.stride(0), state.mask_id),
-        *(batch, plan.num_drafts, plan.branched, page_size),
-        *(ids.data_ptr(), positions.data_ptr(), slots.data_ptr()),
-        None if tail_mask is None else tail_mask.data_ptr(),
-        *(is_mask.data_ptr(), seq_lens.data_ptr(), query_start_loc.data_ptr()),
-    )
-    library.idlm_cpu_plan_rows(ctypes.byref(struct), most)
-    return Rows(ids, is_mask, positions, slots, table, seq_lens, query_start_loc, tail_mask, most)
 
 
 def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_masks: int, page_size: int) -> Rows:
@@ -205,7 +147,7 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
         ids=torch.where(is_mask, state.mask_id, token),
         is_mask=is_mask,
         positions=index,
-        slot_mapping=slot_of(state.page_table, request, index, page_size),
+        slot_mapping=state.page_table[request, index // page_size].long() * page_size + index % page_size,
         page_table=state.page_table,
         seq_lens=(stop + num_masks).to(torch.int32),
         query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),

@@ -10,39 +10,25 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.generate.params import SamplingParams, signed_seed
-from python_ref.state import LENGTH, RUNNING, STOPPED
+from python_ref import StepState
+from python_ref.state import FAILED, IDLE, LENGTH, RUNNING, STOPPED
 
 __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
 
-IDLE = 3  # `finish` of a place without a request, or whose prompt is being prefilled
-FAILED = 4  # of a request whose logits were NaN
 
+@dataclass(frozen=True, eq=False)
+class DecodeState(StepState):
+    """B places for requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
-@dataclass
-class DecodeState:
-    """B places for requests. L is `lengths`; pending is text[b, L - 1], whose KV is not in the cache yet.
-
-    text int64 [B, max_len]; lengths, num_drafts, draft_source, length_limits, finish, status, top_k int32 [B]; drafts
-    int64 [B, K]; stop_ids int64 [B, S]; page_table int32 [B, max_pages]; temperature, top_p, min_p fp32 [B]; seed int64
-    [B]. mask_id: the id given to MASK rows (any valid one if the model has none); sampled_mask_id: the id that must
-    never be sampled, -1 if none; id_limit: ids from here on are never sampled.
+    Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]. mask_id: the id given to MASK
+    rows (any valid one if the model has none); sampled_mask_id: the id that must never be sampled, -1 if none;
+    id_limit: ids from here on are never sampled.
     """
 
-    text: Tensor
-    lengths: Tensor
-    drafts: Tensor
-    num_drafts: Tensor
-    draft_source: Tensor
-    length_limits: Tensor
-    stop_ids: Tensor
-    finish: Tensor
-    status: Tensor
-    page_table: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    seed: Tensor
     mask_id: int
     sampled_mask_id: int
     id_limit: int

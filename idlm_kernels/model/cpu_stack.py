@@ -57,9 +57,17 @@ class CpuStack:
     """The packed weights of a model and the call that runs them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype | None, rotary: Tensor, threads: int
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter | None,
+        dtype: torch.dtype | None,
+        rotary: Tensor,
+        *,
+        threads: int,
+        int8_activations: bool,
     ):
-        """dtype: of the weights; as they are stored when None."""
+        """dtype: of the weights; as they are stored when None. int8_activations: of clean rows too, not of MASK rows
+        alone, where they meet quantised weights."""
         library = native.library()
         assert library is not None
         self._library, self._config = library, checkpoint.config
@@ -86,11 +94,17 @@ class CpuStack:
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
             has_adapter=adapter is not None,
+            int8_activations=int8_activations,
         )
         self._kept += [self.embedding, head]
         self._model = model, rotary
         self.set_rotary(rotary)
         del self._checkpoint, self._adapter
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a matrix is stored in blocks of 4 or 8 bits."""
+        return any(kept.kind in (native.Q4, native.Q8) for kept in self._kept if isinstance(kept, PackedWeight))
 
     def set_rotary(self, rotary: Tensor) -> None:
         """Another table from the next forward on; one that runs in another thread keeps its own."""
@@ -185,7 +199,10 @@ class CpuStack:
             return
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         dtype = dtype if dtype in native.DTYPES else torch.float32
-        rank = -(-adapter.rank // _LANES) * _LANES
+        # Where MASK rows have 8 bits, so has what they alone meet: half the bytes.
+        in_bytes = linear.kind in (native.Q4, native.Q8)
+        step = 32 if in_bytes else _LANES
+        rank = -(-adapter.rank // step) * step
         a = torch.zeros(len(modules), rank, linear.k, dtype=dtype)
         b = []
         for i, pair in enumerate(pairs):
@@ -196,12 +213,15 @@ class CpuStack:
                 padded[:, : pair[1].shape[1]] = pair[1]
             b.append(padded.view(-1, _LANES, rank))
         packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
-        if linear.kind == native.Q4:  # where MASK rows have 8 bits, so has what they alone meet: half the bytes
+        if in_bytes:
             a, a_scale = _in_bytes(a)
             packed_b, b_scale = _in_bytes(packed_b)
             linear.lora_a_scale, linear.lora_b_scale, kind = self._keep(a_scale), self._keep(b_scale), native.I8
-        linear.lora_a = self._keep(a.view(len(modules), -1, _LANES, linear.k).transpose(2, 3).contiguous())
-        linear.lora_b = self._keep(packed_b.transpose(1, 2).contiguous())
+            a = a.view(-1, 2, _LANES, linear.k // 32, 8, 4).permute(0, 3, 1, 4, 2, 5)
+            packed_b = packed_b.unflatten(2, (-1, 4))
+        else:
+            a = a.view(-1, _LANES, linear.k).transpose(1, 2)
+        linear.lora_a, linear.lora_b = (self._keep(x.contiguous()) for x in (a, packed_b.transpose(1, 2)))
         linear.part = self._keep(part)
         linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
         linear.scale = adapter.scale

@@ -105,6 +105,9 @@ class Layer:
 class Transformer:
     """A causal transformer on one device.
 
+    Arguments: dtype of the weights: auto, fp32, fp16, bf16 or a torch.dtype. activations "int8" lets clean rows enter
+    quantised matrices with 8 bits instead of 16, on a CPU: faster, and coarser (docs/cpu.md).
+
     Attributes: config; device; dtype: of activations, logits and KV; weight_dtype; max_positions: rows of the rotary
     table; has_adapter; acceptance: of drafts, as the adapter tells; rerank_head, and with one head_rows [V, H], the
     rows of the LM head.
@@ -116,8 +119,11 @@ class Transformer:
         *,
         device: torch.device | str = "cpu",
         dtype: str | torch.dtype = "auto",
+        activations: str = "auto",
         adapter: Adapter | None = None,
     ):
+        if activations not in ("auto", "int8"):
+            raise ValueError(f"activations is {activations!r}, wanted auto or int8")
         self.config = config = checkpoint.config
         self.device = torch.device(device)
         self.weight_dtype = _weight_dtype(dtype, checkpoint, self.device)
@@ -129,7 +135,12 @@ class Transformer:
         self._inv_freq = config.inv_freq().to(self.device)
         self.rotary = rotary_table(self._inv_freq, 1024)
 
-        self.stack = self._cpu_stack(checkpoint, adapter, dtype)
+        self.stack = self._cpu_stack(checkpoint, adapter, dtype, activations == "int8")
+        if activations == "int8" and (self.stack is None or not self.stack.is_quantised):
+            raise ValueError(
+                "activations='int8' is for weights that are stored in blocks of 4 or 8 bits (GGUF Q4_0, Q4_1, Q8_0), "
+                "with dtype='auto' and the compiled CPU kernels (`idlm doctor` names them); use 'auto'"
+            )
         if self.stack is None:
             self.embedding = self._load("model.embed_tokens.weight").to(self.weight_dtype).to(self.device)
             head = self.embedding
@@ -193,7 +204,7 @@ class Transformer:
         return Projection(weight, bias, widths, lora, scale)
 
     def _cpu_stack(
-        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype
+        self, checkpoint: Checkpoint, adapter: Adapter | None, dtype: str | torch.dtype, int8_activations: bool
     ) -> CpuStack | None:
         """The layers in the compiled CPU kernels; None where there are none, or they do not take this model."""
         if self.device.type != "cpu" or native.library() is None or ops.current_backend() not in ("auto", "cpu"):
@@ -201,9 +212,13 @@ class Transformer:
         if why := unsupported(self.config):
             logger.info("the native CPU kernels do not take %s: %s", checkpoint.name, why)
             return None
-        stored = dtype == "auto"
         return CpuStack(
-            checkpoint, adapter, None if stored else self.weight_dtype, self.rotary, torch.get_num_threads()
+            checkpoint,
+            adapter,
+            None if dtype == "auto" else self.weight_dtype,
+            self.rotary,
+            threads=torch.get_num_threads(),
+            int8_activations=int8_activations,
         )
 
     @cached_property

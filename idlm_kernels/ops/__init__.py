@@ -18,6 +18,7 @@ from idlm_kernels.ops.layers import embed, qk_norm_rope_append, rms_norm, silu_a
 from idlm_kernels.ops.rerank import rerank_drafts
 from idlm_kernels.ops.sampling import sample_rows, verify_accept
 from idlm_kernels.ops.state import advance
+from idlm_kernels.ops.step import commit_step, plan_rows
 
 OPS = (
     "strided_attention",
@@ -25,6 +26,8 @@ OPS = (
     "sample_rows",
     "rerank_drafts",
     "advance",
+    "plan_rows",
+    "commit_step",
     "prepare_weight",
     "linear",
     "gated_lora_linear",
@@ -40,12 +43,14 @@ __all__ = [
     "Backend",
     "advance",
     "backends",
+    "commit_step",
     "current_backend",
     "embed",
     "gated_lora_linear",
     "implementation",
     "linear",
     "linear_silu_and_mul",
+    "plan_rows",
     "prepare_weight",
     "qk_norm_rope_append",
     "register_backend",

@@ -24,10 +24,13 @@ import python_ref
 from idlm_kernels.testing import (
     Advance,
     Call,
+    CommitStep,
+    Draw,
     Embed,
     GatedLoraLinear,
     Linear,
     LinearSiluAndMul,
+    PlanRows,
     QkNormRopeAppend,
     Ran,
     RerankDrafts,
@@ -39,8 +42,10 @@ from idlm_kernels.testing import (
     Wrong,
     check,
     check_bits,
+    check_close,
     check_rows,
 )
+from idlm_kernels.testing.numerics import GRANTED
 from idlm_kernels.testing.problems import repaged, request_rows
 
 Case = tuple[ModuleType, torch.device]
@@ -228,6 +233,27 @@ def _advance(case: Case) -> None:
     _check(case, Advance().call(CPU))
 
 
+def _plan_rows(case: Case) -> None:
+    """AR, a chain and branches; the longest text goes beyond its pages."""
+    for num_k, branched in ((0, False), (3, False), (3, True)):
+        _check(case, PlanRows(num_k=num_k, branched=branched).call(CPU))
+
+
+def _commit_step(case: Case) -> None:
+    """With drafts of the text, with a pretended acceptance, and with logprobs, which are judged as floats."""
+    call = CommitStep().call(CPU)
+    for options in ({"suffix": True}, {"acceptance": 0.6}, {"acceptance": 0.6, "branched": True}):
+        _check(case, call.changed(**options))
+    rows, columns = call["tokens"].numel(), 6 + call["tokens"].shape[1]
+    logits = Draw(CPU).normal(rows, 5003, scale=3.0)
+    starts = torch.arange(0, rows + 1, call["tokens"].shape[1], dtype=torch.int32, device=CPU)
+    call = call.changed(logits=logits, query_start_loc=starts)
+    got, peer, exact = _run(case, call), call.run().result, call.changed(logits=logits.double()).run().result
+    check_close(got[:, :columns], peer[:, :columns], peer[:, :columns], "the outcome")
+    logprobs, peer, exact = (x[:, columns:].view(torch.float64) for x in (got, peer, exact))
+    check_close(logprobs.float(), exact, peer.float(), "logprobs", GRANTED["commit_step", "logprobs"])
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "prepare_weight": _prepare_weight,
     "linear": _linear,
@@ -242,4 +268,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "verify_accept": _verify_accept,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,
+    "plan_rows": _plan_rows,
+    "commit_step": _commit_step,
 }

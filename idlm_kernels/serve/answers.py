@@ -14,9 +14,10 @@ import anyio
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from idlm_kernels.generate.output import GenerationResult
+from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
 from idlm_kernels.serve.errors import error_body, response_to
+from idlm_kernels.serve.protocol import StreamOptions
 from idlm_kernels.serve.worker import Call, RequestFailed, ServerStops, Update, Worker
 
 Kind = Literal["text_completion", "chat.completion"]
@@ -36,8 +37,8 @@ class _Text:
 class Answer:
     """Makes the objects that answer a call.
 
-    seed: the one in use; choice i mixes it with i. logprobs: report those of the tokens. include_usage: of a stream.
-    prompts: how many of the choices' prompts are different ones, each counted once in `usage`.
+    seed: the one in use; choice i mixes it with i. logprobs: report those of the tokens. stream: what chunks hold
+    besides. copies: how many choices each prompt has, whose tokens are counted once in `usage`.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Answer:
         *,
         seed: int,
         logprobs: bool,
-        include_usage: bool = False,
+        stream: StreamOptions | None = None,
         copies: int = 1,
     ):
         self.call, self._kind, self._tokenizer, self._wants_logprobs = call, kind, tokenizer, logprobs
-        self._include_usage, self._copies = include_usage, copies
+        self._stream, self._copies = stream or StreamOptions(), copies
         self._head = {"id": _PREFIX[kind] + uuid4().hex, "created": int(time.time()), "model": model, "seed": seed}
         self._results: dict[int, GenerationResult] = {}
         self._shown = [Detokenizer(tokenizer) for _ in call.choices]  # for the offsets of tokens
@@ -64,7 +65,7 @@ class Answer:
         texts = [_Text() for _ in self.call.choices]
         async for update in self.call:
             text = texts[update.choice]
-            text.parts.append(update.text)
+            text.parts.append(update.event.text)
             if self._wants_logprobs:
                 text.logprobs += self._logprobs(update)
             if update.result is not None:
@@ -94,16 +95,18 @@ class Answer:
                 reason = None
                 if update.result is not None:
                     self._results[update.choice], reason = update.result, update.result.finish_reason
-                if not update.text and not logprobs and reason is None:
+                event = update.event
+                forward = _forward(event) if self._stream.include_forwards and event.token_ids else None
+                if not (event.text or logprobs or reason or forward):
                     continue
-                delta = {"content": update.text} if update.text or not is_chat else {}
-                yield self._chunk(update.choice, delta, logprobs or None, reason)
+                delta = {"content": event.text} if event.text or not is_chat else {}
+                yield self._chunk(update.choice, delta, logprobs or None, reason, forward)
         except (RequestFailed, ServerStops) as error:
             status = response_to(error).status_code
             code = "server_stops" if isinstance(error, ServerStops) else "decode_failed"
             yield _event(error_body(status, str(error), code=code))
             return
-        if self._include_usage:
+        if self._stream.include_usage:
             yield _event({**self._stream_head(), "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
@@ -112,7 +115,12 @@ class Answer:
         return {**self._head, "object": self._kind + suffix}
 
     def _chunk(
-        self, index: int, delta: dict[str, str], logprobs: Sequence[dict[str, Any]] | None, reason: str | None
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Sequence[dict[str, Any]] | None,
+        reason: str | None,
+        forward: dict[str, Any] | None = None,
     ) -> str:
         choice: dict[str, Any] = {"index": index, "finish_reason": reason}
         choice["logprobs"] = None if logprobs is None else self._logprobs_object(logprobs)
@@ -121,14 +129,16 @@ class Answer:
         else:
             choice["text"] = delta["content"]
         chunk = {**self._stream_head(), "choices": [choice]}
-        if self._include_usage:
+        if self._stream.include_usage:
             chunk["usage"] = None
+        if forward is not None:
+            chunk["forward"] = forward
         return _event(chunk)
 
     def _logprobs(self, update: Update) -> list[dict[str, Any]]:
         """One entry for each token of an update."""
         entries = []
-        for token, logprob in zip(update.token_ids, update.logprobs, strict=True):
+        for token, logprob in zip(update.event.token_ids, update.logprobs, strict=True):
             if self._tokenizer.is_byte_level:
                 spelled: bytes | None = self._tokenizer.token_bytes(token, skip_special_tokens=False)
                 text = spelled.decode("utf-8", "replace") if spelled is not None else ""
@@ -176,6 +186,14 @@ class Answer:
             "tokens_per_forward": tokens / forwards if forwards else None,
             "acceptance": [result.acceptance for result in results],
         }
+
+
+def _forward(event: StreamEvent) -> dict[str, Any]:
+    return {
+        "token_ids": event.token_ids,
+        "drafted_tokens": event.num_drafted,
+        "drafted_characters": event.drafted_chars,
+    }
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
@@ -21,6 +21,7 @@ from idlm_kernels.serve.answers import Answer, EventStream, Kind
 from idlm_kernels.serve.errors import BadRequest, NoSuchModel, add_handlers, error_response
 from idlm_kernels.serve.gate import Gate
 from idlm_kernels.serve.metrics import Metrics
+from idlm_kernels.serve.page import PAGE, PAGE_HEADERS
 from idlm_kernels.serve.protocol import (
     MAX_CHOICES,
     ChatRequest,
@@ -72,6 +73,7 @@ class Server:
         app.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_size)
         app.add_middleware(Gate, api_key=api_key, max_body_size=max_body_size, metrics=self.metrics)
         get: dict[str, Callable[..., Any]] = {
+            "/": self.page,
             "/health": self.health,
             "/version": self.version,
             "/metrics": self.show_metrics,
@@ -88,6 +90,10 @@ class Server:
             for path, function in routes.items():
                 app.add_api_route(path, function, methods=[method], response_model=None)
         return app
+
+    async def page(self) -> Response:
+        """A page to talk with the model."""
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     async def health(self) -> Response:
         """Whether requests are answered."""
@@ -162,6 +168,7 @@ class Server:
             "created": self.created,
             "owned_by": "idlm_kernels",
             "max_model_len": self.engine.options.max_model_len,
+            "rule": self.engine.options.rule,
         }
 
     def _check_model(self, name: str | None) -> None:
@@ -202,7 +209,10 @@ class Server:
         copies, seed = body.n or 1, draw_seed() if params.seed is None else params.seed
         each = [prompt for prompt in prompts for _ in range(copies)]
         try:
-            call = await self.worker.submit([Asked(ids, params, mixed_seed(seed, i)) for i, ids in enumerate(each)])
+            drafts = body.plan == "auto"
+            call = await self.worker.submit(
+                [Asked(ids, params, mixed_seed(seed, i), drafts) for i, ids in enumerate(each)]
+            )
         except (ValueError, TypeError) as error:
             raise BadRequest(str(error)) from None
         answer = Answer(
@@ -212,7 +222,7 @@ class Server:
             self.tokenizer,
             seed=seed,
             logprobs=logprobs,
-            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            stream=body.stream_options,
             copies=copies,
         )
         if body.stream:

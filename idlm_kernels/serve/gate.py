@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from idlm_kernels.serve.errors import error_response
 from idlm_kernels.serve.metrics import Metrics
 
-OPEN_PATHS = ("/health",)  # of whoever watches the server, and without a key
+OPEN_PATHS = ("/health", "/")  # without a key: for whoever watches the server; the page, which asks for the key
 
 
 class Gate:

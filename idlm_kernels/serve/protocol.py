@@ -84,6 +84,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: _Flag = False
+    include_forwards: Annotated[
+        bool, Field(strict=True, description="A chunk for each forward, with its tokens and drafts.")
+    ] = False
     include_obfuscation: Literal[False] = False
 
 
@@ -96,6 +99,7 @@ class _Generation(_Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[_Integer] | None = None
     ignore_eos: _Flag = False
+    plan: Literal["auto", "ar"] = Field("auto", description="ar: without drafts, a token per forward.")
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = None
     stream: _Flag | None = None
     stream_options: StreamOptions | None = None

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from idlm_kernels.generate.engine import Engine, Request
-from idlm_kernels.generate.output import GenerationResult
+from idlm_kernels.generate.output import GenerationResult, StreamEvent
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.serve.metrics import Metrics
 
@@ -51,6 +51,7 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     seed: int
+    drafts: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Update:
     """What a step gave to a choice; with a result, its last."""
 
     choice: int
-    text: str = ""
-    token_ids: Sequence[int] = ()
+    event: StreamEvent
     logprobs: Sequence[float] = ()
     result: GenerationResult | None = None
 
@@ -74,11 +74,11 @@ class _Choice:
     request: Request | None = None
     reported: int = 0  # tokens
 
-    def update(self, text: str, token_ids: Sequence[int], result: GenerationResult | None) -> Update:
+    def update(self, event: StreamEvent, result: GenerationResult | None) -> Update:
         assert self.request is not None
         logprobs = self.request.output.logprobs
-        start, self.reported = self.reported, self.reported + len(token_ids)
-        return Update(self.index, text, token_ids, () if logprobs is None else logprobs[start : self.reported], result)
+        start, self.reported = self.reported, self.reported + len(event.token_ids)
+        return Update(self.index, event, () if logprobs is None else logprobs[start : self.reported], result)
 
 
 @dataclass(eq=False)
@@ -219,7 +219,7 @@ class Worker:
         if call not in self._open:
             return
         seconds = time.perf_counter() - call.started
-        if isinstance(update, Update) and update.token_ids and not call.has_tokens:
+        if isinstance(update, Update) and update.event.token_ids and not call.has_tokens:
             call.has_tokens = True
             self.metrics.first_token(seconds)
         if isinstance(update, Update) and update.result is not None:
@@ -260,7 +260,7 @@ class Worker:
             choice = request.tag
             assert isinstance(choice, _Choice)
             if request.output.fault is None:
-                self._report(choice, event.text, event.token_ids)
+                self._report(choice, event)
             if not self._take_from_inbox(wait=False):
                 return False
         for choice in self._running:
@@ -268,7 +268,7 @@ class Worker:
                 raise choice.request.output.fault
         return True
 
-    def _report(self, choice: _Choice, text: str, token_ids: Sequence[int]) -> None:
+    def _report(self, choice: _Choice, event: StreamEvent) -> None:
         request = choice.request
         assert request is not None
         if request.output.finish_reason == "error":
@@ -279,7 +279,7 @@ class Worker:
         if request.ended and choice in self._running:
             self._running.remove(choice)
             result = request.output.result(self.engine.options.plan, 0)
-        self._tell(partial(self._updated, choice.call, choice.update(text, token_ids, result)))
+        self._tell(partial(self._updated, choice.call, choice.update(event, result)))
 
     def _take_from_inbox(self, wait: bool) -> bool:
         """Do what the event loop asks for; whether to go on."""
@@ -301,7 +301,7 @@ class Worker:
         try:
             for choice in call.choices:
                 asked = choice.asked
-                choice.request = self.engine.submit(asked.prompt, asked.params, asked.seed)
+                choice.request = self.engine.submit(asked.prompt, asked.params, asked.seed, drafts=asked.drafts)
                 choice.request.tag = choice
                 self._running.append(choice)
         except (ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.testing.calls import Arguments, Call, Draw, Problem
-from python_ref import QState
+from python_ref import QState, StepState
 
 # Linear layers
 
@@ -411,10 +411,60 @@ class Advance(Problem):
         }
 
 
+def _state(draw: Draw, num_k: int) -> StepState:
+    """Eight places: texts that repeat themselves, requests that stop, reach their limit, had NaN, are absent."""
+    batch = 8
+    place, column = torch.arange(batch, device=draw.device), torch.arange(24, device=draw.device)
+    return StepState(
+        text=(column * 3 % 7).repeat(batch, 1) + place.unsqueeze(1) % 2,
+        lengths=draw.tensor([1, 9, 20, 12, 24, 15, 3, 17]),
+        drafts=(place.unsqueeze(1) + torch.arange(num_k, device=draw.device)) % 7,
+        num_drafts=draw.tensor([0, 1, 2, 3, 3, 2, 0, 1]).clamp(max=num_k),
+        draft_source=draw.tensor([0, 1, 2, 1, 1, 2, 0, 1]),
+        length_limits=draw.tensor([24, 24, 21, 24, 24, 24, 24, 24]),
+        stop_ids=draw.tensor([[-1, 4]] * batch, torch.int64),
+        finish=draw.tensor([0, 0, 0, 0, 0, 0, 3, 0]),
+        status=draw.tensor([0, 0, 0, 2, 0, 1, 0, 0]),
+        page_table=draw.order(batch * 6).view(batch, 6).to(torch.int32),
+        seed=place * 0x1234_5678_9ABC - 3,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRows(Problem):
+    """The rows of eight places' next step; the longest text goes beyond its pages."""
+
+    op = "plan_rows"
+    num_k: int = 3
+    branched: bool = True
+
+    def arguments(self, draw: Draw) -> Arguments:
+        return {"state": _state(draw, self.num_k), "mask_id": 5, "page_size": 5, "branched": self.branched}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitStep(Problem):
+    """What verify_accept may have decided for eight places, the last two of which have no rows."""
+
+    op = "commit_step"
+    num_k: int = 3
+
+    def arguments(self, draw: Draw) -> Arguments:
+        tokens = draw.integers(0, 6, 8, self.num_k + 1)
+        tokens[6:] = -1
+        return {
+            "num_accepted": draw.tensor([0, 1, 2, 3, 1, 2, 0, 0]).clamp(max=self.num_k),
+            "tokens": tokens,
+            "next_drafts": draw.integers(-1, 6, 8, self.num_k),
+            "next_num_drafts": draw.tensor([3, 0, 3, 3, 0, 3, 0, 3]).clamp(max=self.num_k),
+            "state": _state(draw, self.num_k),
+        }
+
+
 PROBLEMS: dict[str, type[Problem]] = {
     kind.op: kind
     for kind in (
         Linear, GatedLoraLinear, LinearSiluAndMul, StridedAttention, RmsNorm, SiluAndMul, Embed, QkNormRopeAppend,
-        SampleRows, VerifyAccept, RerankDrafts, Advance,
+        SampleRows, VerifyAccept, RerankDrafts, Advance, PlanRows, CommitStep,
     )
 }  # fmt: skip

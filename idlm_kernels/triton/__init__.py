@@ -10,13 +10,16 @@ from idlm_kernels.triton.loaded import settle_cache_keys, spills
 from idlm_kernels.triton.rerank import rerank_drafts
 from idlm_kernels.triton.sampling import sample_rows, verify_accept
 from idlm_kernels.triton.state import advance
+from idlm_kernels.triton.step import commit_step, plan_rows
 
 __all__ = [
     "advance",
+    "commit_step",
     "embed",
     "gated_lora_linear",
     "linear",
     "linear_silu_and_mul",
+    "plan_rows",
     "prepare_weight",
     "qk_norm_rope_append",
     "rerank_drafts",

@@ -15,6 +15,29 @@ from idlm_kernels.triton.common import launch, next_power_of_2
 kRunning, kStopped, kLength = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # values of finish
 
 
+@triton.jit
+def outcome_of(
+    token,  # [BLOCK_WIDTH], -1 where there is none
+    committed,  # how many of them stand
+    length,
+    limit,
+    gStop,  # [num_stops]
+    num_stops,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """How many tokens a running request commits, and how it ends with them."""
+    i = tl.arange(0, BLOCK_WIDTH)
+    is_stop = tl.zeros([BLOCK_WIDTH], tl.int32)
+    for s in range(num_stops):
+        is_stop |= (token == tl.load(gStop + s)).to(tl.int32)
+    is_stop = (is_stop != 0) & (token >= 0) & (i < committed)
+    until_stop = tl.min(tl.where(is_stop, i + 1, WIDTH + 1), axis=0)
+    emitted = tl.minimum(tl.minimum(committed, until_stop), tl.maximum(limit - length, 0))
+    is_full = length + emitted >= limit
+    return emitted, tl.where(until_stop <= emitted, kStopped, tl.where(is_full, kLength, kRunning))
+
+
 @triton.jit(
     do_not_specialize=[
         "num_stops",
@@ -69,18 +92,12 @@ def _advance_kernel(
         tl.store(gOut + b, 0)
         return
     committed = tl.load(gNumAccepted + b) + 1
-    is_stop = tl.zeros([BLOCK_WIDTH], tl.int32)
-    for s in range(num_stops):
-        is_stop |= (token == tl.load(gStops + b * stride_stops + s)).to(tl.int32)
-    is_stop = (is_stop != 0) & (token >= 0) & (i < committed)
-    until_stop = tl.min(tl.where(is_stop, i + 1, WIDTH + 1), axis=0)
     length, limit = tl.load(gLengths + b), tl.load(gLimits + b)
-    emitted = tl.minimum(tl.minimum(committed, until_stop), tl.maximum(limit - length, 0))
+    gStop = gStops + b * stride_stops
+    emitted, finish = outcome_of(token, committed, length, limit, gStop, num_stops, WIDTH, BLOCK_WIDTH)
 
     tl.store(gText + b * stride_text + length + i, token, mask=i < emitted)
-    length += emitted
-    tl.store(gLengths + b, length)
-    finish = tl.where(until_stop <= emitted, kStopped, tl.where(length >= limit, kLength, kRunning))
+    tl.store(gLengths + b, length + emitted)
     tl.store(gFinish + b, finish)
     draft = tl.load(gNextDrafts + b * stride_next + i, mask=i < WIDTH - 1, other=-1)
     tl.store(gDrafts + b * stride_drafts + i, draft, mask=i < WIDTH - 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from idlm_kernels.generate import (
     CostTable,
@@ -23,7 +23,7 @@ from idlm_kernels.generate import (
 )
 from idlm_kernels.generate.plan import plans_up_to
 from idlm_kernels.generate.state import RUNNING, DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
+from idlm_kernels.generate.step import Decoder, decode_step
 from tests.tiny import oracle_checkpoint
 
 MakeGenerator = Callable[..., Generator]
@@ -128,7 +128,7 @@ def test_any_schedule_gives_the_same_tokens(
     while to_come or engine.busy:
         for _ in range(rng.randrange(0, 1 + min(3, to_come)) if engine.busy else min(1, to_come)):
             what = random_request(rng, max_len)
-            asked.append((engine.submit(*what), what))
+            asked.append((engine.submit(*what, drafts=rng.random() < 0.8), what))
             to_come -= 1
             if rng.random() < 0.05:
                 poisoned.add(what[2])
@@ -158,8 +158,36 @@ def test_any_schedule_gives_the_same_tokens(
             assert (request.output.token_ids, request.output.finish_reason) == (tokens, reason)
         if options.logprobs:
             assert len(request.output.logprobs or []) == len(request.output.token_ids)
+        assert request.drafts or not any(request.output._verified)
     engine._retire()
     assert_nothing_leaks(engine)
+
+
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+def test_a_request_without_drafts_is_decoded_the_ordinary_way(models: list[Generator], rule: str) -> None:
+    """A token per step beside one that has drafts, and steps of one row by itself."""
+    plans: list[StepPlan] = []
+
+    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+        plans.append(decoder.plan)
+        return decode_step(decoder, state)
+
+    chain = StepPlan("chain", 4)
+    options = EngineOptions(rule=rule, max_num_seqs=2, max_model_len=64, epoch_steps=2)
+    engine = Engine(models[1].model, None, PlanPolicy.fixed(chain), options, step=step)
+    params = SamplingParams(temperature=1.0, max_tokens=24)
+    plain = engine.submit([1, 2, 3], params, 5, drafts=False)
+    drafted = engine.submit([1, 2, 3], params, 5)
+    for _ in engine.events():
+        pass
+    results = [request.output.result("", 0) for request in (plain, drafted)]
+    assert results[0].forwards == 24 and results[0].acceptance == [None] * 3
+    assert results[1].forwards < 12
+    shared = plans.count(chain)
+    assert plans == [chain] * shared + [StepPlan("ar", 1)] * (len(plans) - shared) and 0 < shared < len(plans)
+    if rule == "match":
+        assert results[0].token_ids == results[1].token_ids
+    assert plain.output.token_ids == alone(models[1], [1, 2, 3], params, 5)[0]
 
 
 def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
@@ -231,17 +259,14 @@ class EagerRecorder:
     def __init__(self, memory: int = 1000) -> None:
         self.memory, self.made = memory, 0
 
-    def __call__(self, step: Callable[[], StepOutcome]) -> tuple[Callable[[], None], StepOutcome]:
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         if self.made == self.memory:
             raise torch.cuda.OutOfMemoryError("no memory left to record")
         self.made += 1
         outcome = step()
 
         def replay() -> None:
-            new = step()
-            for f in dataclasses.fields(outcome):
-                if getattr(outcome, f.name) is not None:
-                    getattr(outcome, f.name).copy_(getattr(new, f.name))
+            outcome.copy_(step())
 
         return replay, outcome
 
@@ -266,10 +291,10 @@ def test_recorded_steps_and_running_out_of_memory(rule: str, memory: int, models
     assert recorder is not None and recorder.made == min(memory, 4), "places 1, 2, 4 and 5, the largest first"
 
 
-def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], StepOutcome]:
+def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], Tensor]:
     calls = 0
 
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == at:
@@ -298,7 +323,7 @@ def test_a_forward_that_raises_ends_its_batch_only(lag: int, models: list[Genera
 
 
 def test_nan_in_one_request_leaves_the_others_alone(models: list[Generator]) -> None:
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         for page in state.page_table[(state.seed == 7) & (state.finish == RUNNING), 0].tolist():
             decoder.cache.v[0][page, 0] = float("nan")
         return decode_step(decoder, state)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from idlm_kernels import use_backend
 from idlm_kernels.generate import StepPlan
 from idlm_kernels.generate.plan import plan_rows, prefill_rows
 from idlm_kernels.generate.state import LENGTH, DecodeState
@@ -21,8 +23,8 @@ def make_state(lengths: list[int], num_drafts: list[int], stride: int, page_size
     order = list(range(batch * pages))
     random.Random(1).shuffle(order)
     state = tiny_state([[(7 * b + i) % 50 for i in range(n)] for b, n in enumerate(lengths)], pages, stride - 1)
+    state = dataclasses.replace(state, mask_id=MASK_ID)
     state.page_table.copy_(torch.tensor(order).view(batch, pages))
-    state.mask_id = MASK_ID
     state.num_drafts.copy_(torch.tensor(num_drafts))
     for b, n in enumerate(num_drafts):
         state.drafts[b, :n] = torch.tensor([50 + i for i in range(n)])
@@ -50,12 +52,14 @@ CASES = [("ar", 1), *(("chain", n) for n in (2, 3, 4, 8, 32)), *(("quadratic", n
 
 @pytest.mark.parametrize(("kind", "stride"), CASES)
 @pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_rows_follow_the_design(kind: str, stride: int, page_size: int) -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_rows_follow_the_design(backend: str, kind: str, stride: int, page_size: int) -> None:
     plan = StepPlan(kind, stride)  # type: ignore[arg-type]
     num_k = plan.num_drafts
     lengths = [1, 5, 12, 2, 9]
     state = make_state(lengths, [num_k, 0, min(1, num_k), num_k, num_k], plan.stride, page_size, absent={3})
-    rows = plan_rows(plan, state, page_size)
+    with use_backend(backend):
+        rows = plan_rows(plan, state, page_size)
     total = len(lengths) * plan.max_rows
     assert rows.ids.shape == (total,)
     start = 0

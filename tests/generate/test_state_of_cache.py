@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from idlm_kernels import current_backend
 from idlm_kernels.generate import Engine, EngineOptions, Generator, PlanPolicy, SamplingParams, StepPlan
 from idlm_kernels.generate.plan import plan_rows, prefill_rows
 from idlm_kernels.generate.state import DecodeState
-from idlm_kernels.generate.step import Decoder, StepOutcome, decode_step
+from idlm_kernels.generate.step import Decoder, decode_step
 from tests.tiny import oracle_checkpoint
 
 MakeGenerator = Callable[..., Generator]
@@ -50,7 +51,7 @@ def test_cache_holds_a_fresh_prefill(
     generator = make_generator(oracle_checkpoint() if oracle else None)
     checked = 0
 
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         nonlocal checked
         outcome = decode_step(decoder, state)
         for b in range(state.batch):
@@ -76,7 +77,7 @@ def test_rows_see_nothing_that_they_must_not(plan: str, stride: int, make_genera
     generator = make_generator()
     checked = 0
 
-    def step(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def step(decoder: Decoder, state: DecodeState) -> Tensor:
         nonlocal checked
         if not checked:
             state.num_drafts.fill_(stride - 1)
@@ -106,7 +107,7 @@ def test_stale_slots_are_never_seen(plan: str, stride: int, make_generator: Make
     """NaN in every slot that no row of the request has written changes nothing."""
     generator = make_generator()
 
-    def poisoned(decoder: Decoder, state: DecodeState) -> StepOutcome:
+    def poisoned(decoder: Decoder, state: DecodeState) -> Tensor:
         nan = float("nan")
         for b in range(state.batch):
             committed = int(state.lengths[b]) - 1

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import idlm_kernels
 import python_ref
-from idlm_kernels import QState
+from idlm_kernels import QState, StepState
 from idlm_kernels.ops import OPS
 from idlm_kernels.testing import Draw
 
@@ -150,6 +152,43 @@ def _advance(variant: str) -> Arguments:
     }
 
 
+def _state(variant: str) -> StepState:
+    """Three places of K = 2: with both drafts, with none, and one that does not run. `other`: other ones run."""
+    other = variant == "other"
+    return StepState(
+        text=torch.tensor([[3, 1, 4, 1, 3, 1, 0, 0], [2] * 8, [5] * 8]),
+        lengths=_int32(3, 8, 1) if other else _int32(6, 3, 1),
+        drafts=torch.tensor([[3, 5], [1, 1], [0, 0]]),
+        num_drafts=_int32(0, 1, 2) if other else _int32(2, 0, 2),
+        draft_source=_int32(1, 0, 1),
+        length_limits=_int32(8, 8, 8),
+        stop_ids=torch.tensor([[5, -1], [-1, -1], [-1, 4]]),
+        finish=_int32(0, 3, 0) if other else _int32(0, 0, 3),
+        status=_int32(0, 1, 0) if other else _int32(0, 2, 0),
+        page_table=torch.tensor([[3, 1, 5], [4, 2, 0], [0, 0, 0]], dtype=torch.int32),
+        seed=torch.tensor([1, -2, 2**62]),
+    )
+
+
+def _plan_rows(variant: str) -> Arguments:
+    return {"state": _state(variant), "mask_id": 9, "page_size": 4, "branched": variant == "branched"}
+
+
+def _commit_step(variant: str) -> Arguments:
+    other = variant == "other"
+    args: Arguments = {
+        "num_accepted": _int32(0, 0, 1) if other else _int32(2, 0, 0),
+        "tokens": torch.tensor([[3, 5, 1], [7, -1, -1], [4, 4, -1]]),
+        "next_drafts": torch.tensor([[1, 2], [-1, -1], [3, 3]]),
+        "next_num_drafts": _int32(2, 0, 2),
+        "state": _state(variant),
+    }
+    if variant == "full":
+        args |= {"branched": True, "suffix": True, "acceptance": 0.5}
+        args |= {"logits": _randn(9, 9), "query_start_loc": _int32(0, 5, 8, 8)}
+    return args
+
+
 def _linear(variant: str) -> Arguments:
     args = {"x": _randn(3, 6), "weight": _randn(5, 6, seed=1)}
     return args | {"bias": _randn(5, seed=2)} if variant == "full" else args
@@ -221,6 +260,8 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
     "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),
+    "plan_rows": (_plan_rows, ("plain", "branched")),
+    "commit_step": (_commit_step, ("plain", "full")),
     "linear": (_linear, ("plain", "full")),
     "gated_lora_linear": (_gated_lora_linear, ("plain", "full")),
     "linear_silu_and_mul": (_linear_silu_and_mul, ("plain", "full")),
@@ -256,13 +297,20 @@ def new_out(op: str, args: Arguments) -> Any:
     return torch.full_like(results, -77)
 
 
+def mapped(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """A value with all tensors in it changed."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: mapped(change, getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return tree_map_only(Tensor, change, value)
+
+
 def tensors(args: Arguments) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor argument by the name that errors give it: also q_state.logits, out[0]."""
+    """Every tensor argument by the name that errors give it: also q_state.logits, state.text, out[0]."""
     for name, value in args.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif isinstance(value, QState):
-            yield from ((f"{name}.{part}", getattr(value, part)) for part in ("logits", "cut", "log_norm"))
+        elif isinstance(value, (QState, StepState)):
+            yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
         elif isinstance(value, tuple):
             yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))
 
@@ -272,8 +320,7 @@ def replaced(args: Arguments, name: str, value: Any) -> Arguments:
     args = dict(args)
     if "." in name:
         outer, part = name.split(".")
-        args[outer] = copy.copy(args[outer])
-        setattr(args[outer], part, value)
+        args[outer] = dataclasses.replace(args[outer], **{part: value})
     elif "[" in name:
         outer, index = name.rstrip("]").split("[")
         parts = list(args[outer])

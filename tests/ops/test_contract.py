@@ -15,6 +15,7 @@ from idlm_kernels.ops import OPS
 from tests.ops.cases import (
     STEP_OPS,
     arguments,
+    mapped,
     new_out,
     public,
     reference,
@@ -55,6 +56,8 @@ def leads(op: str, name: str) -> bool:
             "verify_accept": ("logits", "drafts"),
             "rerank_drafts": ("logits", "hidden", "drafts", "from_hidden"),
             "advance": ("tokens",),
+            "plan_rows": ("state.lengths", "state.drafts"),
+            "commit_step": ("state.lengths", "state.drafts"),
             "linear": ("x", "weight"),
             "gated_lora_linear": ("x", "weight", "lora_b"),
             "linear_silu_and_mul": ("x", "weight", "lora_b"),
@@ -77,6 +80,9 @@ FREE_SIZES = {
     ("rerank_drafts", "head_rows", 0),
     ("advance", "text", 1),
     ("advance", "stop_ids", 1),
+    *((op, f"state.{name}", 1) for op in ("plan_rows", "commit_step") for name in ("text", "stop_ids", "page_table")),
+    ("commit_step", "logits", 0),
+    ("commit_step", "logits", 1),
     ("embed", "weight", 0),
     ("qk_norm_rope_append", "rotary", 0),
     ("prepare_weight", "weight", 0),
@@ -196,6 +202,7 @@ def test_almost_the_right_dtype(op, name, dtype):
             *("from_hidden", "from_previous", "from_state", "to_query"),
         ),
         "prepare_weight": ("weight",),
+        "commit_step": ("logits",),
     }
     if dtype == torch.float64 and name in any_float.get(op, ()):
         public(op)(**replaced(args, name, x))
@@ -235,6 +242,10 @@ WRITTEN = {
     "verify_accept": ("q_state.logits", "q_state.cut", "q_state.log_norm", "status"),
     "rerank_drafts": ("q_state.logits", "q_state.cut", "q_state.log_norm"),
     "advance": ("text", "lengths", "drafts", "num_drafts", "finish"),
+    "commit_step": (
+        *("state.text", "state.lengths", "state.drafts", "state.num_drafts"),
+        *("state.draft_source", "state.finish"),
+    ),
     "gated_lora_linear": ("workspace",),
     "linear_silu_and_mul": ("workspace",),
     "rms_norm": ("residual",),
@@ -313,6 +324,17 @@ BAD_OPTIONS = [
     ("rerank_drafts", "mask_id", (-2, 9), ValueError),
     ("rerank_drafts", "q_state", ((1, 2, 3), "q"), TypeError),
     ("rerank_drafts", "greedy", (1, None, torch.tensor(True)), TypeError),
+    ("plan_rows", "state", (None, (1, 2), "s"), TypeError),
+    ("plan_rows", "mask_id", NOT_INTS, TypeError),
+    ("plan_rows", "mask_id", (-1,), ValueError),
+    ("plan_rows", "page_size", NOT_INTS, TypeError),
+    ("plan_rows", "page_size", (0, -1), ValueError),
+    ("plan_rows", "branched", (1, None, torch.tensor(True)), TypeError),
+    ("commit_step", "state", (None, (1, 2), "s"), TypeError),
+    ("commit_step", "branched", (1, None, torch.tensor(True)), TypeError),
+    ("commit_step", "suffix", (1, None, torch.tensor(True)), TypeError),
+    ("commit_step", "acceptance", NOT_NUMBERS, TypeError),
+    ("commit_step", "acceptance", (-0.1, 1.1, float("nan")), ValueError),
     ("gated_lora_linear", "scale", (*NOT_NUMBERS, None), TypeError),
     ("gated_lora_linear", "slices", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
     ("linear_silu_and_mul", "scale", (*NOT_NUMBERS, None), TypeError),
@@ -364,6 +386,23 @@ def test_bad_combinations():
     refused("rerank_drafts", rerank | {"from_hidden": torch.zeros(0, 6)}, ValueError, "from_hidden")
     rowless = {name: rerank[name][:0] for name in ("logits", "hidden")}
     refused("rerank_drafts", rerank | rowless, ValueError, "logits")
+
+    for branched, most in ((False, 31), (True, 7)):
+        plan = arguments("plan_rows") | {"branched": branched}
+        for columns in (most, most + 1):
+            wide = replaced(plan, "state.drafts", torch.zeros(3, columns, dtype=torch.int64))
+            if columns == most:
+                public("plan_rows")(**wide)
+            else:
+                refused("plan_rows", wide, ValueError, "state.drafts")
+    for name in ("text", "page_table"):
+        empty = replaced(plan, f"state.{name}", getattr(plan["state"], name)[:, :0])
+        refused("plan_rows", empty, ValueError, f"state.{name}")
+    refused("plan_rows", plan | {"out": new_out("plan_rows", plan)[:6]}, ValueError, "out")
+    commit = arguments("commit_step", "full")
+    for name in ("logits", "query_start_loc"):
+        refused("commit_step", commit | {name: None}, ValueError, name)
+    refused("commit_step", commit | {"logits": torch.zeros(0, 9)}, ValueError, "logits")
 
     refused("linear", arguments("linear") | {"weight": torch.zeros(5, 6).double()}, TypeError, "weight")
     half = arguments("linear") | {"x": torch.zeros(3, 6).half(), "weight": torch.zeros(5, 6).bfloat16()}
@@ -453,6 +492,7 @@ def no_rows(op: str) -> dict[str, Any]:
             *("temperature", "top_k", "top_p", "min_p", "seed"),
         ),
         "advance": tuple(args),
+        "commit_step": tuple(args),
         "linear": ("x",),
         "gated_lora_linear": ("x", "gate"),
         "linear_silu_and_mul": ("x",),
@@ -461,14 +501,14 @@ def no_rows(op: str) -> dict[str, Any]:
         "embed": ("ids", "is_mask"),
         "qk_norm_rope_append": ("qkv", "positions", "slot_mapping"),
     }[op]
-    args |= {name: args[name][:0] for name in per_row}
+    args |= {name: mapped(lambda x: x[:0], args[name]) for name in per_row}
     if op == "strided_attention":
         args["query_start_loc"] = torch.zeros_like(args["query_start_loc"])
         args["seq_lens"] = torch.zeros_like(args["seq_lens"])
     return args
 
 
-@pytest.mark.parametrize("op", [op for op in STEP_OPS if op != "verify_accept"])
+@pytest.mark.parametrize("op", [op for op in STEP_OPS if op not in ("verify_accept", "plan_rows")])
 def test_no_rows(op):
     args = no_rows(op)
     caches = [args[name].clone() for name in ("k_cache",) if name in args]

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
 
-from idlm_kernels import QState, use_backend
-from tests.ops.cases import STEP_OPS, arguments, new_out, public, tensors, variants
+from idlm_kernels import use_backend
+from tests.ops.cases import STEP_OPS, arguments, mapped, new_out, public, tensors, variants
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +70,7 @@ def test_schemas(name):
     written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     if name.endswith("_out"):
         assert schema.returns == []
-        assert written & {"out", "tokens"}
+        assert written & {"out", "tokens", "ids"}
     else:
         assert schema.returns and all(r.alias_info is None for r in schema.returns)
         assert "out" not in {a.name for a in schema.arguments}
@@ -101,13 +100,7 @@ def test_fake_tensors(case):
     if with_out:
         args["out"] = new_out(op, args)
     with FakeTensorMode() as mode:
-
-        def fake(x: Any) -> Any:
-            if isinstance(x, QState):
-                return QState(*(mode.from_tensor(getattr(x, part)) for part in ("logits", "cut", "log_norm")))
-            return tree_map_only(torch.Tensor, mode.from_tensor, x)
-
-        got = public(op)(**{name: fake(value) for name, value in args.items()})
+        got = public(op)(**{name: mapped(mode.from_tensor, value) for name, value in args.items()})
     want = public(op)(**args)
     for a, b in zip(results(want), results(got), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
@@ -120,13 +113,7 @@ def test_meta_tensors(case):
     if with_out:
         args["out"] = new_out(op, args)
     want = public(op)(**copy.deepcopy(args))
-
-    def meta(x: Any) -> Any:
-        if isinstance(x, QState):
-            return QState(*(getattr(x, part).to("meta") for part in ("logits", "cut", "log_norm")))
-        return tree_map(lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t, x)
-
-    got = public(op)(**{name: meta(value) for name, value in args.items()})
+    got = public(op)(**{name: mapped(lambda x: x.to("meta"), value) for name, value in args.items()})
     for a, b in zip(results(want), results(got), strict=True):
         assert b.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype)
 

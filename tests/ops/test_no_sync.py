@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 import python_ref
-from idlm_kernels import QState
-from tests.ops.cases import STEP_OPS, arguments, new_out, reference, variants
+from tests.ops.cases import STEP_OPS, arguments, mapped, new_out, reference, tensors, variants
 
 FORBIDDEN = (
     "_local_scalar_dense",
@@ -96,8 +95,8 @@ def test_noise_and_tables_do_not_sync(name):
 
 def test_every_reference_function_is_covered():
     covered = {*STEP_OPS, *other_functions(), "prepare_weight"}
-    functions = {name for name in python_ref.__all__ if callable(getattr(python_ref, name)) and name != "QState"}
-    assert functions == covered
+    functions = {name for name in python_ref.__all__ if callable(getattr(python_ref, name))}
+    assert functions - {"QState", "StepState"} == covered
 
 
 @pytest.mark.parametrize(("op", "variant"), variants())
@@ -105,23 +104,18 @@ def test_references_run_without_values(op, variant):
     """Fake tensors have shapes only: also .tolist() and .numpy(), which no dispatch mode sees, would fail."""
     args = arguments(op, variant)
     with FakeTensorMode() as mode:
-
-        def fake(x: Any) -> Any:
-            if isinstance(x, QState):
-                return QState(*(mode.from_tensor(getattr(x, part)) for part in ("logits", "cut", "log_norm")))
-            return tree_map_only(Tensor, mode.from_tensor, x)
-
-        reference(op)(**{name: fake(value) for name, value in args.items()})
+        reference(op)(**{name: mapped(mode.from_tensor, value) for name, value in args.items()})
 
 
-OPS_WITH_DATA = ("strided_attention", "sample_rows", "verify_accept", "rerank_drafts", "advance")
+STATEFUL = ("advance", "plan_rows", "commit_step")
+OPS_WITH_DATA = ("strided_attention", "sample_rows", "verify_accept", "rerank_drafts", *STATEFUL)
 
 
 @pytest.mark.parametrize("op", [*OPS_WITH_DATA, "gated_lora_linear", "embed", "qk_norm_rope_append"])
 def test_path_and_shapes_do_not_depend_on_data(op):
     plain, other = arguments(op, "plain"), arguments(op, "other")
-    differs = [name for name, x in plain.items() if isinstance(x, Tensor) and not torch.equal(x, other[name])]
-    differs = [name for name in differs if not plain[name].is_floating_point() or op == "sample_rows"]
+    pairs = [(x, y) for (_, x), (_, y) in zip(tensors(plain), tensors(other), strict=True)]
+    differs = [x for x, y in pairs if not torch.equal(x, y) and (not x.is_floating_point() or op == "sample_rows")]
     assert differs, "the second case must differ in its data"
     assert trace(op, copy.deepcopy(plain)) == trace(op, copy.deepcopy(other))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import idlm_kernels
 import python_ref
-from idlm_kernels import backends, set_backend, use_backend
+from idlm_kernels import StepState, backends, set_backend, use_backend
 from idlm_kernels.ops import OPS, Backend, _dispatch, implementation, register_backend
 from idlm_kernels.ops.self_check import CHECKS, TOGETHER, self_check
 from idlm_kernels.testing import Call
@@ -95,6 +96,16 @@ def first_cut(result: Any, arguments: dict[str, Any]) -> Any:
     if arguments["q_state"] is not None:
         arguments["q_state"].cut.fill_(-torch.inf)
     return result
+
+
+def with_part(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[StepState], StepState]:
+    return lambda state: dataclasses.replace(state, **{name: change(getattr(state, name))})
+
+
+def in_base_2(outcome: Tensor, arguments: dict[str, Any]) -> Tensor:
+    if "logits" in arguments:
+        outcome[:, 10:].view(torch.float64).mul_(1.4427)
+    return outcome
 
 
 WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
@@ -186,6 +197,14 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "stops are ignored": ("advance", changed("advance", stop_ids=lambda x: x.fill_(-1)), "the result.* differs"),
     "ended requests go on": ("advance", changed("advance", finish=torch.zeros_like), "the result.* differs"),
+    "padding has slots": ("plan_rows", after("plan_rows", lambda y, _: (*y[:3], y[3].abs(), *y[4:])), "differs in"),
+    "NaN is committed": ("commit_step", changed("commit_step", state=with_part("status", lambda x: x * 0)), "differ"),
+    "drafts are forgotten": (
+        "commit_step",
+        changed("commit_step", state=with_part("drafts", Tensor.clone)),
+        "state.drafts differs",
+    ),
+    "logprobs in base 2": ("commit_step", after("commit_step", in_base_2), "logprobs is off"),
 }
 
 

@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(built: Path) -> None:
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     package = ROOT / "idlm_kernels"
-    data = [*package.glob("training/*.json"), *package.glob("adapters/*/*")]
+    data = [*package.glob("training/*.json"), *package.glob("adapters/*/*"), *package.glob("serve/*.html")]
     assert any(path.suffix == ".safetensors" for path in data)
     assert shipped == sources | {"idlm_kernels/py.typed"} | {str(path.relative_to(ROOT)) for path in data}
     assert wheel.stat().st_size < 12e6

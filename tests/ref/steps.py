@@ -1,7 +1,8 @@
-"""Builds the arguments of sample_rows and verify_accept from one request after the other."""
+"""Arguments of the ops of a step: of sample_rows and verify_accept from one request after the other, or at random."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from idlm_kernels import sample_rows, verify_accept
+from idlm_kernels import StepState, sample_rows, verify_accept
 from python_ref import STREAM_TARGET
+from tests.ops.cases import mapped
 
 
 def sample(
@@ -120,3 +122,59 @@ def verify(steps: list[Step], num_k: int, *, branched: bool, mode: str = "match"
     args = parameters_of(steps, num_k)
     results = verify_accept(*args, ID_LIMIT, MASK_ID, branched=branched, mode=mode, status=status, **options)
     return tuple(x.tolist() for x in (*results, status))
+
+
+def random_commit(seed: int, num_k: int | None = None, device: Any = "cpu", **options: Any) -> dict[str, Any]:
+    """Arguments of commit_step for some requests of every kind; texts of few ids, so that they repeat themselves."""
+    random = torch.Generator().manual_seed(seed)
+
+    def ints(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.randint(low, high, shape, generator=random, dtype=dtype)
+
+    batch, max_len = 12, 40
+    num_k = int(ints(0, 5)) if num_k is None else num_k
+    lengths = ints(1, max_len + 1, batch)
+    num_drafts, present = ints(0, num_k + 1, batch), ints(0, 8, batch) > 0
+    accepted = torch.minimum(ints(0, num_k + 1, batch), num_drafts) * present
+    tokens = ints(0, 3, batch, num_k + 1, dtype=torch.int64)
+    tokens[(torch.arange(num_k + 1) > accepted.unsqueeze(1)) | ~present.unsqueeze(1)] = -1
+    proposed = (ints(0, 2, batch) > 0) & present
+    next_drafts = ints(0, 3, batch, num_k, dtype=torch.int64)
+    next_drafts[~proposed] = -1
+    finish = torch.tensor([0] * 8 + [1, 2, 3, 4])[ints(0, 12, batch).long()]
+    state = StepState(
+        text=ints(0, 3, batch, max_len, dtype=torch.int64),
+        lengths=lengths,
+        drafts=ints(-1, 3, batch, num_k, dtype=torch.int64),
+        num_drafts=num_drafts,
+        draft_source=ints(0, 3, batch),
+        length_limits=torch.minimum(lengths + ints(0, 12, batch), torch.tensor(max_len)),
+        stop_ids=torch.where(ints(0, 6, batch, 2) > 0, -1, ints(0, 3, batch, 2)).long(),
+        finish=finish.to(torch.int32),
+        status=torch.tensor([0, 0, 0, 0, 1, 2, 4, 8])[ints(0, 8, batch).long()].to(torch.int32),
+        page_table=torch.zeros(batch, 1, dtype=torch.int32),
+        seed=ints(-(2**62), 2**62, batch, dtype=torch.int64),
+    )
+    args = {
+        "num_accepted": accepted.to(torch.int32),
+        "tokens": tokens,
+        "next_drafts": next_drafts,
+        "next_num_drafts": (proposed * num_k).to(torch.int32),
+        "state": mapped(lambda x: x.to(device), state),
+        "branched": bool(ints(0, 2)),
+        "suffix": bool(ints(0, 2)),
+        "acceptance": [None, 0.0, 0.5, 1.0][int(ints(0, 4))],
+        **options,
+    }
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
+
+
+def random_places(seed: int, num_k: int, page_size: int, device: Any = "cpu") -> StepState:
+    """A state for plan_rows: requests of every number of drafts, idle places, one that reaches beyond its pages."""
+    args = random_commit(seed, num_k)
+    random = torch.Generator().manual_seed(seed)
+    state = args["state"]
+    batch, max_len = state.text.shape
+    pages = -(-(max_len + 4) // page_size)
+    table = torch.randperm(batch * pages, generator=random).view(batch, pages).to(torch.int32)
+    return mapped(lambda x: x.to(device), dataclasses.replace(state, page_table=table))

@@ -179,7 +179,7 @@ def test_text_and_tokens_there_and_back(served: Running) -> None:
 def test_what_the_server_says_of_itself(served: Running) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").model_extra == {"max_model_len": 256}
+    assert client.models.retrieve("tiny").model_extra == {"max_model_len": 256, "rule": "match"}
     assert served.web.get("/version").json() == {"version": __version__}
     assert served.web.get("/health").json() == {"status": "ok"}
     before = metric(served, "idlm_generated_tokens_total")

@@ -26,6 +26,7 @@ from idlm_kernels.generate.step import decode_step
 from idlm_kernels.serve import answers, run
 from idlm_kernels.serve.app import Server
 from idlm_kernels.serve.protocol import NOT_SUPPORTED
+from python_ref.step import OUTCOME
 from tests.serve.conftest import Running, running
 
 USER = [{"role": "user", "content": "a"}]
@@ -307,7 +308,7 @@ def test_nan_is_the_fault_of_its_request_alone(make_engine: Callable[..., Engine
 
     def step(decoder: Any, state: Any) -> Any:
         outcome = decode_step(decoder, state)
-        outcome.finish[state.seed == 13] = FAILED
+        outcome[state.seed == 13, OUTCOME.index("finish")] = FAILED
         return outcome
 
     with running(make_engine(step)) as server:
@@ -432,10 +433,11 @@ def test_the_command_says_what_it_serves_and_how_to_ask(folder: Path) -> None:
     process = idlm_serve("--model", str(folder), "--port", "0", "--max-model-len", "64", IDLM_API_KEY="k3y")
     with process:
         assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(6)]
+        lines = [process.stderr.readline() for _ in range(7)]
         said = "".join(lines)
         assert str(folder) in said and "64 tokens each" in said and "127.0.0.1" in said and "with an API key" in said
-        url = next(word for word in said.split() if word.startswith("http://"))
+        page, url = (word for word in said.split() if word.startswith("http://"))
+        assert httpx.get(page).status_code == 200
         body = lines[-1].split("'")[1]
         kind = {"Content-Type": "application/json"}
         assert httpx.post(url, content=body, headers=kind).status_code == 401

@@ -23,15 +23,15 @@ enum { IDLM_CPU_GGUF_Q4_0 = 10, IDLM_CPU_GGUF_Q4_1 = 11, IDLM_CPU_GGUF_Q8_0 = 12
 typedef struct {
   const void* weight;   // [ceil(n / 16)] groups of 16 outputs, from idlm_cpu_pack
   const float* bias;    // [n] or null
-  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter
-  const void* lora_b;   // [n / 16][rank][16]
+  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter; of I8 [parts][rank / 32][k / 32][2][8][16][4]
+  const void* lora_b;   // [n / 16][rank][16]; of I8 [n / 16][rank / 4][16][4]
   const float* lora_a_scale;  // [parts * rank], what numbers of I8 are multiplied with; null else
   const float* lora_b_scale;  // [n]
   const uint8_t* part;  // [n / 16]
   int32_t kind;         // of weight
   int32_t lora_kind;    // F16, BF16, F32 or I8
   int32_t n, k;
-  int32_t rank, parts;  // rank: padded to a multiple of 16
+  int32_t rank, parts;  // rank: padded to a multiple of 16, of I8 to one of 32
   float scale;
 } idlm_cpu_linear;
 
@@ -54,6 +54,7 @@ typedef struct {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
   float eps;
   int32_t has_adapter;
+  int32_t int8_activations;  // 1: of clean rows too, where weights are quantised; 0: those have 16 bits
 } idlm_cpu_model;
 
 // Keys lie transposed in tiles of 16 slots, so that 16 scores are 16 lanes.
@@ -94,23 +95,32 @@ IDLM_CPU_API void idlm_cpu_unpack_rows(int32_t kind, const void* packed, int64_t
 // Runs a forward on up to `threads` threads, the caller's included. Returns null, or a sentence: then nothing was computed.
 IDLM_CPU_API const char* idlm_cpu_forward(const idlm_cpu_model* model, const idlm_cpu_cache* cache, const idlm_cpu_rows* rows, int32_t threads);
 
-// What a step does besides the forward; contracts in docs, references in python_ref and idlm_kernels/generate/plan.py.
+// What a step does besides the forward; contracts in docs, references in python_ref.
+
+// The places of a batch.
+typedef struct {
+  int64_t* text;    // [batch][text_stride]; pending is the last of `lengths` tokens
+  int64_t* drafts;  // [batch][drafts_stride]
+  int32_t *lengths, *num_drafts, *draft_source, *finish;  // [batch], as the next two and the seed
+  const int32_t *length_limits, *status;
+  const int64_t* stop_ids;      // [batch][stops_stride]
+  const int32_t* page_table;    // [batch][page_table_stride]
+  const int64_t* seed;
+  int64_t text_stride, drafts_stride, stops_stride, page_table_stride;
+  int32_t batch, max_len, num_k, num_stops, max_pages;  // columns of text, drafts, stop_ids and page_table
+} idlm_cpu_state;
 
 typedef struct {
-  const int64_t* text;        // [batch][text_stride]
-  const int64_t* drafts;      // [batch][drafts_stride]
-  const int32_t* lengths;     // [batch]
-  const int32_t* num_drafts;
-  const int32_t* finish;      // 0: running
-  const int32_t* page_table;  // [batch][page_table_stride]
-  int64_t text_stride, drafts_stride, page_table_stride;
-  int64_t mask_id;            // the id that MASK rows are given
-  int32_t batch, num_k, branched, page_size;
-  int64_t *ids, *positions, *slots, *tail_mask;  // out [batch * most rows]; tail_mask is null for a chain
+  int64_t mask_id;  // the id that MASK rows are given
+  int32_t page_size, branched, rows;  // rows: batch times the most rows of a request
+  int64_t* ids;     // out [rows], as the next four
   uint8_t* is_mask;
-  int32_t *seq_lens, *query_start_loc;           // out [batch], [batch + 1]
+  int64_t *positions, *slots, *tail_mask;
+  int32_t* seq_lens;         // out [batch]
+  int32_t* query_start_loc;  // out [batch + 1]
 } idlm_cpu_plan;
-IDLM_CPU_API void idlm_cpu_plan_rows(const idlm_cpu_plan* plan, int32_t most_rows);
+// The rows of the next step of every running request, packed; padding rows have slot -1, and zeros.
+IDLM_CPU_API void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan);
 
 typedef struct {
   const float* logits;             // [rows][logits_stride]
@@ -143,6 +153,19 @@ typedef struct {
   int32_t* emitted;                // out [batch]
 } idlm_cpu_move;
 IDLM_CPU_API void idlm_cpu_advance(const idlm_cpu_move* move);
+
+typedef struct {
+  const int32_t* num_accepted;     // [batch], as the next three of verification
+  const int64_t* tokens;           // [batch][tokens_stride], num_k + 1 of them
+  const int64_t* next_drafts;      // [batch][next_drafts_stride]
+  const int32_t* next_num_drafts;  // [batch]
+  int64_t* outcome;                // out [batch][outcome_stride]: 6 figures, then num_k + 1 tokens
+  int64_t tokens_stride, next_drafts_stride, outcome_stride;
+  float acceptance;                // below 0: drafts stand as they were verified; else with this probability
+  int32_t branched, suffix;
+} idlm_cpu_commit;
+// Moves the state forward by the outcome of one step, and gives all that the host reads of it but the logprobs.
+IDLM_CPU_API void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* commit);
 
 typedef struct {
   const float *logits, *hidden;     // [rows][logits_stride], [rows][width]
