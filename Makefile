@@ -39,7 +39,7 @@ test: $(VENV)/.installed-dev $(CPU_KERNELS) ## run the tests: make test [ARGS="t
 
 # Lanes, for work; `test` is all of them. Further arguments go to pytest: make test-fast ARGS="-x -k rms_norm"
 test-fast: $(VENV)/.installed-dev $(CPU_KERNELS) ## references, operations, CPU backend, models, documents; no default model, some minutes
-	@$(BIN)/python -m pytest tests/ref tests/ops tests/cpu tests/model tests/fuzz tests/package/test_documents.py \
+	@$(BIN)/python -m pytest tests/ref tests/testing tests/ops tests/cpu tests/model tests/fuzz tests/package/test_documents.py \
 	  tests/package/test_index.py -m "not slow and not default_model" $(ARGS)
 
 test-engine: $(VENV)/.installed-dev $(CPU_KERNELS) ## generation, command line, server, training, packaging

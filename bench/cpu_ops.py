@@ -9,14 +9,14 @@ Times are the least of many repetitions in a quarter of a second per figure: wha
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm_kernels import cpu
+from idlm_kernels import cpu, testing
 from idlm_kernels.cpu import gemm, noise
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 9, 3, 64, 49_152
@@ -29,20 +29,8 @@ LINEARS = {
 }
 ROWS = (1, 4, 7, 16, 64)
 PAGE_SIZE = 16
-SECONDS = 0.25  # per figure
 
-
-def microseconds(run: Callable[[], object]) -> float:
-    """The shortest time of a call."""
-    run()
-    best, stop = float("inf"), time.perf_counter() + SECONDS
-    while True:
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > stop:
-            return best * 1e6
+microseconds = partial(testing.microseconds, pick=min)  # what a quiet machine gives
 
 
 def row(name: str, cells: list[float]) -> None:

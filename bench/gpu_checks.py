@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from idlm_kernels.testing import check_bits, check_norm, microseconds, same_bits, verdict
+from idlm_kernels.testing.problems import paged, quadratic_masks
 
 REPEAT = 4  # launches of the same thing: what differs from one to the next is a race
 
@@ -48,25 +52,16 @@ def normal(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=device) * scale).bfloat16()
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int16), b.contiguous().view(torch.int16))
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 Found = Iterator[tuple[str, str]]  # what was looked at, and "ok" or what is wrong
 
 
 def judged(what: str, *bits: tuple[Tensor, Tensor]) -> tuple[str, str]:
-    wrong = sum(not same(a, b) for a, b in bits)
-    return what, "ok" if wrong == 0 else f"bits differ in {wrong} of {len(bits)} comparisons"
+    wrong = [word for a, b in bits if (word := verdict(check_bits, a, b)) != "ok"]
+    return what, f"bits differ in {len(wrong)} of {len(bits)} comparisons; {wrong[0]}" if wrong else "ok"
 
 
-def close(what: str, got: Tensor, wanted: Tensor, limit: float = 1e-2) -> tuple[str, str]:
-    error = relative(got, wanted)
-    return what, "ok" if error <= limit else f"off by {error:.2g}"  # NaN is no number below the limit
+def close(what: str, got: Tensor, wanted: Tensor) -> tuple[str, str]:
+    return what, verdict(check_norm, got, wanted)
 
 
 def layer_rows(device: torch.device, name: str) -> Found:
@@ -105,22 +100,13 @@ def layer_rows(device: torch.device, name: str) -> Found:
         if adapter:
             yield judged(f"{name}: clean rows beside an adapter", (among[~gate], whole[~gate]))
             yield judged(f"{name}: clean rows beside NaN", (run(slice(0, 512), True, True)[~gate], whole[~gate]))
-            yield f"{name}: the adapter acts", "ok" if not same(among[gate], whole[gate]) else "it changes nothing"
+            yield f"{name}: the adapter acts", "ok" if not same_bits(among[gate], whole[gate]) else "it changes nothing"
         for count in COUNTS:
             pairs = []
             for first in dict.fromkeys((0, 5, 512 - count)):
                 rows = slice(first, first + count)
                 pairs += [(run(rows, adapter), among[rows]) for _ in range(REPEAT if first == 0 else 1)]
             yield judged(f"{name}: {count} rows{' with the adapter' if adapter else ''}", *pairs)
-
-
-def branched_tail(stride: int, device: torch.device) -> Tensor:
-    k = stride - 1
-    masks = [(2 << i) - 1 for i in range(stride)]
-    for branch in range(stride):
-        first = stride + branch * k
-        masks += [((2 << branch) - 1) | (((2 << j) - 1) << first) for j in range(k)]
-    return torch.tensor([m - (1 << 64) if m >= 1 << 63 else m for m in masks], device=device)
 
 
 def attention_rows(device: torch.device) -> Found:
@@ -134,19 +120,9 @@ def attention_rows(device: torch.device) -> Found:
         q = normal(device, 512, heads, dim)
         k, v = (normal(device, slots, kv_heads, dim) for _ in range(2))
 
-        def paged(
-            page_size: int, copies: int = 1, k: Tensor = k, v: Tensor = v, slots: int = slots
-        ) -> tuple[Tensor, ...]:
-            pages = -(-slots // page_size)
-            table = torch.randperm(pages * copies, device=device).view(copies, pages).to(torch.int32)
-            caches = []
-            for content in (k, v):
-                cache = torch.full((pages * copies, page_size, kv_heads, dim), torch.nan, device=device).bfloat16()
-                s = torch.arange(slots, device=device)
-                for c in range(copies):
-                    cache[table[c, s // page_size].long(), s % page_size] = content
-                caches.append(cache)
-            return (*caches, table)
+        def pages_of(page_size: int, copies: int = 1) -> tuple[Tensor, ...]:
+            each = [x.expand(copies, *x.shape) for x in (k, v)]
+            return tuple(paged(*each, [slots] * copies, page_size).values())
 
         def run(
             rows: Tensor, cache: tuple[Tensor, ...], lengths: list[int], counts: list[int], **options: Any
@@ -156,7 +132,7 @@ def attention_rows(device: torch.device) -> Found:
             most = options.pop("most", max(counts))
             return idlm_kernels.strided_attention(rows, *cache, seq_lens, start, max_query_len=most, **options)
 
-        cache = paged(64)
+        cache = pages_of(64)
         prefill = run(q, cache, [slots], [512])
         if context <= 1023:
             start = torch.tensor([0, 16], dtype=torch.int32, device=device)
@@ -170,16 +146,16 @@ def attention_rows(device: torch.device) -> Found:
         last = run(q[511:], cache, [slots], [1])
         yield judged(f"context {context}: the last row of a prefill alone", (last, prefill[511:]))
         for stride in (4, 8):
-            count, tail = stride * stride, branched_tail(stride, device)
+            count, tail = stride * stride, torch.tensor(quadratic_masks(stride), device=device)
             pairs = []
             for _ in range(REPEAT):
                 got = run(q[:count], cache, [context + count], [count], tail_mask=tail)
                 pairs.append((got[:stride], prefill[:stride]))
             yield judged(f"context {context}: clean rows of a branched step of {count}", *pairs)
-        odd = paged(24)
+        odd = pages_of(24)
         yield judged(f"context {context}: pages of 24", (run(q[:7], odd, [context + 7], [7]), prefill[:7]))
         if context <= 4096:
-            many = paged(64, 33)
+            many = pages_of(64, 33)
             batch = q[:7].repeat(33, 1, 1)
             pairs = []
             for _ in range(REPEAT):
@@ -357,26 +333,15 @@ def facts(device: torch.device, output: str = "") -> Found:
         Path(output).write_text(json.dumps(environment, indent=1) + "\n")
     source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def copy() -> None:
         target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    best, median = min(times[2:]), sorted(times[2:])[5]
-    print(f"copy of 2 GiB: {2 * (2 << 30) / median / 1e9:.2f} TB/s median, {2 * (2 << 30) / best / 1e9:.2f} best")
+
+    times = [2 * (2 << 30) / microseconds(copy, device=device, pick=pick) / 1e6 for pick in (statistics.median, min)]
+    print(f"copy of 2 GiB: {times[0]:.2f} TB/s median, {times[1]:.2f} best")
     a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-    times = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    print(f"8192^3 bf16 product: {2 * 8192**3 / sorted(times)[3] / 1e9:.0f} TFLOP/s")
+    flops = 2 * 8192**3 / microseconds(lambda: a @ b, device=device) / 1e6
+    print(f"8192^3 bf16 product: {flops:.0f} TFLOP/s")
     yield "device", "ok" if (p.major, p.minor) == (9, 0) else f"sm_{p.major}{p.minor} is no H100"
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 import idlm_kernels
-from bench.gpu_cases import PAGE_SIZE, RANK, Call, Case, cases
+from bench.gpu_cases import PAGE_SIZE, RANK, Case, cases
+from idlm_kernels import testing
 from idlm_kernels.generate import Engine, EngineOptions, GenerationResult, Generator, SamplingParams, StepPlan, engine
 from idlm_kernels.model import ModelConfig, Transformer
 from idlm_kernels.model.adapter import MODULES, Adapter
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
 from idlm_kernels.ops import OPS, self_check
+from idlm_kernels.testing import microseconds
 
-TOLERANCE = 1e-2  # norm of the error over norm of the result: a few roundings of bf16 (2^-9 each)
 L2_BYTES = 50 << 20  # of an H100; inputs that it holds are not read from memory when a call is timed again
 ACCEPTANCE = 0.8  # at which tokens/s are computed from the time of a step
 
+Call = Callable[[], Any]
 Timer = Callable[[list[Call]], float]  # median microseconds of one of the calls; every call has inputs of its own
 Finding = dict[str, Any]
 Piece = tuple[str, Callable[[], Iterator[Finding]]]
@@ -42,28 +44,7 @@ Peers = dict[tuple[str, ...], tuple[str, float]]
 
 def graph_timer(calls: list[Call]) -> float:
     """By replays of a CUDA graph that makes each call once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = [call() for call in calls]  # kept, so that no call overwrites the result of another
-    graph.replay()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    stop = time.monotonic() + 0.25
-    while len(found) < 10 or time.monotonic() < stop:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end))
-    del results
-    return statistics.median(found) * 1e3 / len(calls)
+    return microseconds(*calls, device="cuda")
 
 
 def copy_bandwidth(device: torch.device, timer: Timer, num_bytes: int) -> float:
@@ -94,35 +75,31 @@ class Setting:
 # The kernels
 
 
-def difference(got: Any, wanted: Any) -> str:
-    """`ok`, or how far a result is from the reference."""
-    if isinstance(got, tuple):
-        found = [difference(x, y) for x, y in zip(got, wanted, strict=True)]
-        return next((word for word in found if word != "ok"), "ok")
-    if not got.is_floating_point():
-        count = int((got != wanted).sum())
-        return "ok" if count == 0 else f"{count} of {got.numel()} differ"
-    error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-    return "ok" if error <= TOLERANCE else f"off by {error:.2g}"  # NaN is no number below the tolerance
+def judge(case: Case, call: testing.Call, function: Callable[..., Any]) -> None:
+    """Raise Wrong unless a result is near the reference's in higher precision, and rows alone have the same bits."""
+    got = call.run(function)
+    testing.check_norm(got.result, call.widened(case.wide).run().result)
+    if case.alone is not None:
+        case.alone(call, function, got)
 
 
 def measure(case: Case, backend: str, setting: Setting) -> Finding:
     """One figure. right: what is wrong with the result, or ok. in_l2: whether the L2 may hold what all timed calls read
     together, so that the time is not that of the memory."""
     with idlm_kernels.use_backend(backend):
-        problem = case.make()
-        right = difference(problem.call(), problem.reference())
-        if problem.alone is not None and right == "ok":
-            alone, among = (x.contiguous().view(torch.int16) for x in problem.alone())
-            right = "ok" if torch.equal(alone, among) else "bits of rows alone differ"
+        call, function = case.make(), getattr(idlm_kernels, case.op)
+        right = testing.verdict(judge, case, call, function)
         copies = min(max(256_000_000 // case.bytes, 8), 64)
-        microseconds = setting.timer([case.make().call for _ in range(copies)])
+        shared = {name: call[name] for name in case.shared}
+        rest = call.of(case.op, *(name for name in call.arguments if name not in shared))
+        calls = [partial(function, **rest.mapped(Tensor.clone).arguments, **shared) for _ in range(copies)]
+        time_of_one = setting.timer(calls)
     found: Finding = {
         "kind": "figure",
         "op": case.op,
         "backend": backend,
         "shape": case.shape,
-        "microseconds": microseconds,
+        "microseconds": time_of_one,
         "floor_us": case.bytes / setting.bandwidth * 1e6,
         "right": right,
         "in_l2": copies * case.bytes <= setting.l2_bytes,

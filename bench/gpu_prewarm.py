@@ -79,12 +79,10 @@ def selfcheck() -> None:
     """Each op of the Triton backend as its self-check calls it; the references are left out."""
     import idlm_kernels.triton as backend
     from idlm_kernels.ops import self_check as module
+    from idlm_kernels.testing import calls
 
-    def only_call(case: Any, op: str, arguments: Any) -> Any:
-        return module._call(case[0], op, arguments, case[1])[0]
-
-    module._compared = only_call
-    module._judge = module._same_bits = module._judge_laws = lambda *a, **k: None
+    module.check = lambda call, function, device: call.run(function, device)  # type: ignore[assignment]
+    module.check_bits = module.check_close = calls.check_bits = lambda *a, **k: None  # type: ignore[assignment]
     for op, check in module.CHECKS.items():
         attempt(f"self-check {op}", lambda: check((backend, CPU)))
 
@@ -94,16 +92,25 @@ def report() -> None:
     import idlm_kernels
     from bench import gpu_cases
     from idlm_kernels.model.random_weights import SHAPES
+    from idlm_kernels.testing import calls, problems
 
-    gpu_cases._normal = lambda device, *shape, scale=1.0: nothing(*shape)
+    def no_pages(k: Any, v: Any, lengths: Any, page_size: int, **_: Any) -> dict[str, Any]:
+        pages = -(-k.shape[1] // page_size) + 1
+        caches = {f"{x}_cache": nothing(len(k) * pages, page_size, *k.shape[2:]) for x in "kv"}
+        return {**caches, "page_table": torch.zeros(len(k), pages, dtype=torch.int32)}
+
+    problems.paged = no_pages
+    calls.Draw.normal = lambda self, *shape, scale=1.0, dtype=torch.bfloat16: nothing(*shape, dtype=dtype)  # type: ignore[method-assign]
+    calls.Call.run = lambda self, function, device=None: calls.Ran(function(**self.arguments), self.arguments)  # type: ignore[assignment,method-assign]
+    calls.check_bits = gpu_cases.check_bits = lambda *a, **k: None
     with idlm_kernels.use_backend("triton"):
         for case in gpu_cases.cases(SHAPES["qwen3-8b"], CPU):
 
             def run(case: Any = case) -> None:
-                problem = case.make()
-                problem.call()
-                if problem.alone is not None:
-                    problem.alone()
+                call, function = case.make(), getattr(idlm_kernels, case.op)
+                got = call.run(function)
+                if case.alone is not None:
+                    case.alone(call, function, got)
 
             attempt(f"{case.op} {case.shape}", run)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import python_ref
+from idlm_kernels.testing import same_bits
 from python_ref import QState
 from python_ref import sampling as ref
 from python_ref.noise import gumbel, uniform
@@ -353,8 +354,7 @@ class Outcome:
     def same_bits(self, other: Outcome) -> bool:
         q, p = self.q_state, other.q_state
         laws = q is None or p is None or all(
-            torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-            for a, b in ((q.logits, p.logits), (q.cut, p.cut), (q.log_norm, p.log_norm))
+            same_bits(a, b) for a, b in ((q.logits, p.logits), (q.cut, p.cut), (q.log_norm, p.log_norm))
         )  # fmt: skip
         return laws and bool(self.equal(other).all()) and torch.equal(self.status, other.status)
 

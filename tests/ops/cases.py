@@ -15,6 +15,7 @@ import idlm_kernels
 import python_ref
 from idlm_kernels import QState, StepState
 from idlm_kernels.ops import OPS
+from idlm_kernels.testing import Draw
 
 Arguments = dict[str, Any]
 
@@ -31,7 +32,7 @@ def reference(op: str) -> Callable[..., Any]:
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return Draw(seed=seed).normal(*shape, dtype=torch.float32)
 
 
 def _int32(*values: int) -> Tensor:

@@ -22,6 +22,7 @@ from idlm_kernels import (
     silu_and_mul,
     use_backend,
 )
+from idlm_kernels.testing import check_bits, same_bits
 
 FP64 = {"rtol": 1e-12, "atol": 1e-13}
 HALF_ULP = {torch.float64: 2.0**-50, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -47,12 +48,6 @@ def assert_rounded(got: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=1.01 * tolerance, atol=max(2e-6, tolerance / 8))
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal as bits: -0.0 is not 0.0, and a NaN equals itself."""
-    width = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(width), b.contiguous().view(width))
-
-
 # linear
 
 
@@ -69,7 +64,7 @@ def test_linear(dtype, has_bias):
     got = linear(x, weight, bias=bias if has_bias else None, out=out)
     assert got is out
     assert_rounded(got, exact)
-    assert same_bits(linear(x, weight, bias=bias if has_bias else None), got)
+    check_bits(linear(x, weight, bias=bias if has_bias else None), got)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -140,7 +135,7 @@ def test_gated_lora_linear(dtype, slices, has_bias):
     got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.5, bias=bias, slices=slices, out=out)
     assert got is out
     assert_rounded(got, exact)
-    assert same_bits(got[gate == 0], linear(x, weight, bias=bias)[gate == 0])
+    check_bits(got[gate == 0], linear(x, weight, bias=bias)[gate == 0])
 
 
 @pytest.mark.parametrize(
@@ -176,14 +171,14 @@ def test_rows_with_gate_0_keep_the_bits_of_linear(dtype, poison):
     lora_a[1, 2] = poison
     lora_b[3, 1] = poison
     got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.25, slices=[5, 3])
-    assert same_bits(got[off], plain[off])
+    check_bits(got[off], plain[off])
     assert not same_bits(got[on], plain[on])
     if poison != 0:
         assert not got[on].isfinite().all()
-    assert same_bits(gated_lora_linear(x, weight, lora_a, lora_b, gate, poison, slices=[5, 3])[off], plain[off])
+    check_bits(gated_lora_linear(x, weight, lora_a, lora_b, gate, poison, slices=[5, 3])[off], plain[off])
     x[on] = poison
     got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.25, slices=[5, 3])
-    assert same_bits(got[off], plain[off])
+    check_bits(got[off], plain[off])
 
 
 def test_a_slice_has_its_own_adapter():
@@ -216,7 +211,7 @@ def test_rms_norm(dtype, width):
     out = torch.full_like(x, NAN)
     assert rms_norm(x, weight, eps, out=out) is out
     assert_rounded(out, exact)
-    assert same_bits(rms_norm(x, weight, eps), out)
+    check_bits(rms_norm(x, weight, eps), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,9 +221,9 @@ def test_rms_norm_with_residual(dtype):
     weight, x_before = randn(32, seed=1, dtype=dtype), randn(4, 32, dtype=dtype)
     total = (x.double() + residual.double()).to(dtype)
     got = rms_norm(x, weight, 1e-6, residual=residual)
-    assert same_bits(residual, total)
-    assert same_bits(x, x_before)
-    assert same_bits(got, rms_norm(total, weight, 1e-6))
+    check_bits(residual, total)
+    check_bits(x, x_before)
+    check_bits(got, rms_norm(total, weight, 1e-6))
 
 
 def test_rms_norm_into_x():
@@ -236,10 +231,11 @@ def test_rms_norm_into_x():
     want = rms_norm(x, weight, 1e-6)
     in_place = x.clone()
     assert rms_norm(in_place, weight, 1e-6, out=in_place) is in_place
-    assert same_bits(in_place, want)
+    check_bits(in_place, want)
     total = x + residual
     rms_norm(x, weight, 1e-6, residual=residual, out=x)
-    assert same_bits(x, rms_norm(total, weight, 1e-6)) and same_bits(residual, total)
+    check_bits(x, rms_norm(total, weight, 1e-6))
+    check_bits(residual, total)
 
 
 def test_rms_norm_extremes():
@@ -270,7 +266,7 @@ def test_silu_and_mul(dtype):
     out = torch.full((30, 7), NAN, dtype=dtype)
     assert silu_and_mul(x, out=out) is out
     assert_rounded(out, exact)
-    assert same_bits(silu_and_mul(x), out)
+    check_bits(silu_and_mul(x), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -282,7 +278,7 @@ def test_linear_silu_and_mul_is_the_one_after_the_other(dtype):
         torch.tensor([1, 0, 0, 1, 0], dtype=torch.int32),
     )
     plain = silu_and_mul(linear(x, weight, bias=bias))
-    assert same_bits(linear_silu_and_mul(x, weight, bias=bias), plain)
+    check_bits(linear_silu_and_mul(x, weight, bias=bias), plain)
     out = torch.empty_like(plain)
     adapter = {"lora_a": a, "lora_b": b, "gate": gate, "scale": 0.5, "slices": [5, 3]}
     assert linear_silu_and_mul(x, weight, bias=bias, **adapter, out=out) is out
@@ -316,21 +312,21 @@ def test_embed(is_mask_dtype, dtype):
     want = torch.stack([row.to(wanted_dtype) for row in rows])
     out = torch.full((8, 4), NAN, dtype=wanted_dtype)
     assert embed(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype, out=out) is out
-    assert same_bits(out, want)
-    assert same_bits(embed(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype), want)
+    check_bits(out, want)
+    check_bits(embed(ids, weight, is_mask=is_mask, mask_embedding=mask_embedding, dtype=dtype), want)
 
 
 def test_embed_without_a_mask_embedding_looks_mask_rows_up():
     weight = randn(5, 4)
     is_mask = torch.tensor([True, False, True])
     got = embed(torch.tensor([4, 0, 9]), weight, is_mask=is_mask)
-    assert same_bits(got, torch.stack([weight[4], weight[0], torch.zeros(4, dtype=torch.float64)]))
+    check_bits(got, torch.stack([weight[4], weight[0], torch.zeros(4, dtype=torch.float64)]))
 
 
 def test_embed_keeps_the_bits_of_a_row():
     weight = torch.tensor([[-0.0, NAN, INF, 1e-45]])
     got = embed(torch.tensor([0]), weight, is_mask=torch.zeros(1, dtype=torch.bool))
-    assert same_bits(got, weight)
+    check_bits(got, weight)
 
 
 # rotary_table and qk_norm_rope_append
@@ -395,12 +391,12 @@ def test_qk_norm_rope_append(dtype, heads, has_norm):
     assert got is out
     assert_rounded(out, q)
     assert_rounded(k_cache.flatten(0, 1)[slots], k)
-    assert same_bits(v_cache.flatten(0, 1)[slots], v.to(dtype))
+    check_bits(v_cache.flatten(0, 1)[slots], v.to(dtype))
     others = [s for s in range(12) if s not in slots.tolist()]
     assert k_cache.flatten(0, 1)[others].isnan().all()
     assert (v_cache.flatten(0, 1)[others] == -INF).all()
     again = qk_norm_rope_append(qkv, positions.long(), rotary, slots, k_cache, v_cache, **options, eps=eps)
-    assert same_bits(again, out)
+    check_bits(again, out)
 
 
 def test_rotation_by_known_angles():
@@ -496,7 +492,7 @@ def test_strided_caches(layout, page_size):
     plain = torch.zeros(shape), torch.zeros(shape)
     strided = layout(shape)
     want = qk_norm_rope_append(qkv, positions, rotary, slots, *plain)
-    assert same_bits(qk_norm_rope_append(qkv, positions, rotary, slots, *strided), want)
+    check_bits(qk_norm_rope_append(qkv, positions, rotary, slots, *strided), want)
     for a, b in zip(plain, strided, strict=True):
         assert b.stride() != a.stride()
         assert torch.equal(a, b)
@@ -507,7 +503,7 @@ def test_strided_qkv():
     qkv, slots = wide[:, 3:27], torch.arange(4)
     caches = [torch.zeros(5, 1, 2, 4) for _ in range(4)]
     want = qk_norm_rope_append(qkv.contiguous(), slots, rotary, slots, *caches[:2])
-    assert same_bits(qk_norm_rope_append(qkv, slots, rotary, slots, *caches[2:]), want)
+    check_bits(qk_norm_rope_append(qkv, slots, rotary, slots, *caches[2:]), want)
     assert torch.equal(caches[0], caches[2]) and torch.equal(caches[1], caches[3])
 
 
@@ -517,9 +513,9 @@ def test_fp8_cache():
     narrow = [torch.zeros(2, 2, 1, 4).to(torch.float8_e4m3fn) for _ in range(2)]
     positions = torch.tensor([1, 2, 3])
     want = qk_norm_rope_append(qkv, positions, rotary, slots, *wide)
-    assert same_bits(qk_norm_rope_append(qkv, positions, rotary, slots, *narrow), want)
+    check_bits(qk_norm_rope_append(qkv, positions, rotary, slots, *narrow), want)
     for a, b in zip(wide, narrow, strict=True):
-        assert same_bits(a.to(torch.float8_e4m3fn), b)
+        check_bits(a.to(torch.float8_e4m3fn), b)
 
 
 # A row knows only itself
@@ -532,4 +528,5 @@ def test_row_ops_do_not_depend_on_other_rows(dtype):
     for t in range(9):
         row = slice(t, t + 1)
         alone = rms_norm(x[row], weight, 1e-6, residual=residual[row].clone()), silu_and_mul(x[row])
-        assert same_bits(alone[0], together[0][row]) and same_bits(alone[1], together[1][row])
+        check_bits(alone[0], together[0][row])
+        check_bits(alone[1], together[1][row])

@@ -1,4 +1,4 @@
-"""Judgements that the Triton tests share."""
+"""Where the Triton tests run, and planted faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from bench.ptx import Launch
@@ -24,34 +23,6 @@ PRETENDED = not ON_GPU and os.environ.get("IDLM_PRETEND_CARD") == "1"  # see pre
 # Where the tensors of a test live: on the GPU, or on the CPU, where the emulator or the interpreter takes them. It is
 # the default device in every test here, so that only what names a device needs this.
 DEVICE = torch.device("cuda") if ON_GPU else torch.device("cpu", 0) if PRETENDED else torch.device("cpu")
-
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of a tensor as integers, so that NaN equals NaN and -0.0 is not 0.0."""
-    return x.contiguous().view(_INTEGER[x.element_size()])
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
-def judge(got: Tensor, exact: Tensor, peer: Tensor, what: str = "result") -> None:
-    """Hold `got` to the contract: its error against fp64 is at most twice that of PyTorch in the same dtype (`peer`),
-    and Inf and NaN are where they are in `peer`."""
-    assert got.dtype == peer.dtype and got.shape == peer.shape, what
-    got64, peer64 = got.double(), peer.double()
-    for pattern in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(pattern(got64), pattern(peer64)), f"{what}: {pattern.__name__} differs"
-    finite = torch.isfinite(peer64)
-    if not finite.any():
-        return
-    error = (got64 - exact)[finite].abs().max()
-    allowed = 2 * (peer64 - exact)[finite].abs().max()
-    # One rounding of the largest value is granted where the peer happens to be exact.
-    allowed = allowed.clamp(min=torch.finfo(got.dtype).eps * float(exact[finite].abs().max()))
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_ieee(launches: Sequence[Launch]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from idlm_kernels.testing import bits
 from idlm_kernels.triton import (
     attention,
     attention_kernel,
@@ -29,8 +30,7 @@ from idlm_kernels.triton import (
 from python_ref import QState
 from tests.ops.cases import arguments
 from tests.ref.test_rerank import laws_for
-from tests.triton.support import bits
-from tests.triton.test_attention import Problem
+from tests.triton.test_attention import attend
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
 
@@ -72,15 +72,7 @@ STATE = (
 
 
 def _attention(**options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    problem = Problem((70, 9), (3, 2), **options)
-    found: dict[str, Any] = {}
-
-    def keep(*args: Any, **rest: Any) -> None:
-        names = ("q", "k_cache", "v_cache", "page_table", "seq_lens", "query_start_loc")
-        found.update(zip(names, args, strict=True), **rest)
-
-    problem.run(keep)
-    return attention.strided_attention, found
+    return attention.strided_attention, attend((70, 9), (3, 2), **options).arguments
 
 
 def _rejection() -> tuple[Callable[..., Any], dict[str, Any]]:

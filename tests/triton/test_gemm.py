@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import python_ref
 from bench.ptx import opcodes, recorded_launches
+from idlm_kernels.testing import (
+    Call,
+    GatedLoraLinear,
+    Linear,
+    LinearSiluAndMul,
+    check,
+    check_bits,
+    check_rows,
+    same_bits,
+)
 from idlm_kernels.triton import gemm, layers
 from idlm_kernels.triton.common import words_of_stream
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import INTERPRETED, caught, judge, mutant, same_bits
+from tests.triton.support import INTERPRETED, caught, mutant
 
 DTYPES = [torch.float16, torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
 BASE = DTYPES[0]
 
 
-def operands(rows: int, n: int, k: int, dtype: torch.dtype = BASE) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(rows, k).to(dtype)
-    weight = (torch.randn(n, k) / k**0.5).to(dtype)
-    return x, weight, torch.randn(n).to(dtype)
+def layer(rows: int, n: int, k: int, dtype: torch.dtype = BASE, seed: int = 0) -> Call:
+    return Linear(rows=rows, n=n, k=k, dtype=dtype).call(seed=seed)
 
 
 # linear
 
 
 def check_linear(module: ModuleType, rows: int = 7, n: int = 100, k: int = 584, dtype: torch.dtype = BASE) -> None:
-    x, weight, bias = operands(rows, n, k, dtype)
-    out = torch.empty(rows, n + 3, dtype=dtype)[:, :n]
-    for repetition in range(2):  # what one launch leaves behind must suit the next
+    call, out = layer(rows, n, k, dtype), torch.empty(rows, n + 3, dtype=dtype)[:, :n]
+    for _ in range(2):  # what one launch leaves behind must suit the next
         out.fill_(torch.nan)
-        got = module.linear(x, weight, bias=bias, out=out)
-        exact = python_ref.linear(x.double(), weight.double(), bias=bias.double())
-        judge(got, exact, python_ref.linear(x, weight, bias=bias), f"launch {repetition}")
-    judge(module.linear(x, weight), exact - bias.double(), python_ref.linear(x, weight))
+        check(call, partial(module.linear, out=out))
+    check(call.changed(bias=None), module.linear)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,25 +62,24 @@ def test_linear_at_model_shapes(rows: int, n: int, k: int) -> None:
 
 
 def test_linear_takes_any_layout() -> None:
-    x, weight, _ = operands(5, 70, 96)
+    x, weight = (layer(5, 70, 96)[name] for name in ("x", "weight"))
     wanted = gemm.linear(x, weight)
     odd = torch.zeros(5, 97, dtype=BASE)[:, 1:]
     odd.copy_(x)
-    assert same_bits(gemm.linear(odd, weight), wanted)
-    assert same_bits(gemm.linear(x, weight.T.contiguous().T), wanted)
-    assert same_bits(gemm.linear(x, torch.cat([weight, weight], 1)[:, :96]), wanted)
+    check_bits(gemm.linear(odd, weight), wanted)
+    check_bits(gemm.linear(x, weight.T.contiguous().T), wanted)
+    check_bits(gemm.linear(x, torch.cat([weight, weight], 1)[:, :96]), wanted)
 
 
 def test_linear_of_nothing() -> None:
-    x, weight, bias = operands(3, 8, 16)
+    x, weight, bias = layer(3, 8, 16).arguments.values()
     assert gemm.linear(x[:0], weight).shape == (0, 8)
     assert torch.equal(gemm.linear(x[:, :0], weight[:, :0], bias=bias), bias.expand(3, 8))
 
 
 def test_linear_reads_narrower_weights() -> None:
-    x, weight, _ = operands(5, 70, 96, torch.float32)
-    half = weight.half()
-    judge(gemm.linear(x, half), python_ref.linear(x.double(), half.double()), python_ref.linear(x, half))
+    call = layer(5, 70, 96, torch.float32)
+    check(call.changed(weight=call["weight"].half(), bias=None), gemm.linear)
 
 
 def test_config_depends_on_the_weight_alone_and_cuts_k_without_rest() -> None:
@@ -89,11 +94,11 @@ def test_config_depends_on_the_weight_alone_and_cuts_k_without_rest() -> None:
 # Row invariance
 
 
+ROWS = (slice(0, 1), slice(5, 12), slice(64, 80), slice(129, 130), slice(1, 65), slice(60, 128))
+
+
 def check_row_bits(module: ModuleType, n: int = 128, k: int = 1024) -> None:
-    x, weight, bias = operands(130, n, k)
-    whole = module.linear(x, weight, bias=bias)
-    for rows in (slice(0, 1), slice(5, 12), slice(64, 80), slice(129, 130), slice(1, 65), slice(60, 128)):
-        assert same_bits(module.linear(x[rows], weight, bias=bias), whole[rows])
+    check_rows(layer(130, n, k), module.linear, *ROWS)
 
 
 @pytest.mark.compiled
@@ -109,59 +114,30 @@ def test_row_bits_depend_on_the_row_alone_with_wide_tiles() -> None:
 
 @pytest.mark.compiled
 def test_parts_in_one_cta_give_the_bits_of_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, _ = operands(70, 192, 1024)
+    call = layer(70, 192, 1024)
     assert gemm.gemm_config(192, 1024, BASE).splits > 1
-    apart = gemm.linear(x, weight)
+    apart = call.run(gemm.linear)
     monkeypatch.setattr(gemm, "kMaxCtasApart", 0)
-    assert same_bits(gemm.linear(x, weight), apart)
-    assert same_bits(gemm.linear(x[3:10], weight), apart[3:10])
+    check_rows(call, gemm.linear, slice(70), slice(3, 10), among=apart)
 
 
 # gated_lora_linear
 
 
-class Adapter:
-    """Arguments of gated_lora_linear."""
-
-    def __init__(
-        self,
-        rows: int = 9,
-        k: int = 320,
-        slices: Sequence[int] = (70, 40, 90),
-        rank: int = 40,
-        dtype: torch.dtype = BASE,
-        gate_dtype: torch.dtype = torch.bool,
-    ):
-        self.slices, self.scale = list(slices), 0.7
-        n, num = sum(slices), len(slices)
-        self.x, self.weight, self.bias = operands(rows, n, k, dtype)
-        self.a = (torch.randn(num * rank, k) / k**0.5).to(dtype)
-        self.b = (torch.randn(n, rank) / rank**0.5).to(dtype)
-        self.gate = (torch.arange(rows) % 3 == 1).to(gate_dtype)
-
-    def run(self, module: ModuleType, rows: slice = slice(None)) -> Tensor:
-        inputs = (self.x[rows], self.weight, self.a, self.b, self.gate[rows], self.scale)
-        return module.gated_lora_linear(*inputs, bias=self.bias, slices=self.slices)
-
-    def exact(self) -> Tensor:
-        inputs = (t.double() for t in (self.x, self.weight, self.a, self.b))
-        return python_ref.gated_lora_linear(*inputs, self.gate, self.scale, bias=self.bias.double(), slices=self.slices)
-
-    def peer(self) -> Tensor:
-        """What PyTorch computes in this dtype, each product rounded."""
-        rank = self.b.shape[1]
-        shrunk = (self.x @ self.a.T).split(rank, dim=1)
-        update = torch.cat([s @ b.T for s, b in zip(shrunk, self.b.split(self.slices), strict=True)], 1)
-        base = torch.nn.functional.linear(self.x, self.weight, self.bias)
-        return torch.where((self.gate != 0).unsqueeze(1), base + self.scale * update, base)
+def adapter(**shapes: Any) -> Call:
+    return GatedLoraLinear(**{"rank": 40, "dtype": BASE, **shapes}).call()
 
 
-def check_adapter(module: ModuleType, problem: Adapter | None = None) -> None:
-    problem = Adapter() if problem is None else problem
-    got = problem.run(module)
-    judge(got, problem.exact(), problem.peer())
-    plain = module.linear(problem.x, problem.weight, bias=problem.bias)
-    assert same_bits(got[problem.gate == 0], plain[problem.gate == 0])
+def plain_of(call: Call, module: ModuleType) -> Tensor:
+    """The same layer without its adapter."""
+    return module.linear(call["x"], call["weight"], bias=call["bias"])
+
+
+def check_adapter(module: ModuleType, call: Call | None = None) -> None:
+    call = adapter() if call is None else call
+    got = check(call, module.gated_lora_linear).result
+    ungated = call["gate"] == 0
+    check_bits(got[ungated], plain_of(call, module)[ungated])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,26 +152,32 @@ def check_adapter(module: ModuleType, problem: Adapter | None = None) -> None:
     ],
 )
 def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
-    check_adapter(gemm, Adapter(rows, k, slices, rank, dtype))
+    check_adapter(gemm, adapter(rows=rows, k=k, slices=slices, rank=rank, dtype=dtype))
 
 
 @pytest.mark.parametrize("gate_dtype", [torch.uint8, torch.int32])
 def test_gate_is_whatever_is_not_zero(gate_dtype: torch.dtype) -> None:
-    problem = Adapter(gate_dtype=gate_dtype)
-    wanted = problem.run(gemm)
-    problem.gate *= 200 if gate_dtype == torch.uint8 else 1 << 20
-    assert same_bits(problem.run(gemm), wanted)
+    call = adapter(gate_dtype=gate_dtype)
+    wanted = call.run(gemm.gated_lora_linear).result
+    call["gate"].mul_(200 if gate_dtype == torch.uint8 else 1 << 20)
+    check_bits(call.run(gemm.gated_lora_linear).result, wanted)
+
+
+def spoilt_adapter(**shapes: Any) -> tuple[Call, Tensor]:
+    """Gated rows and an adapter that are not finite; and which rows are not gated."""
+    call = adapter(**shapes)
+    ungated = call["gate"] == 0
+    call["x"][~ungated] = torch.nan
+    call["lora_a"][3], call["lora_b"][::2] = torch.inf, torch.nan
+    return call, ungated
 
 
 def check_ungated_rows_are_untouched(module: ModuleType) -> None:
-    problem = Adapter()
-    problem.bias[0], problem.weight[0] = -0.0, 0.0
-    problem.x[problem.gate != 0] = torch.nan
-    problem.a[3], problem.b[::2] = torch.inf, torch.nan
-    plain = module.linear(problem.x, problem.weight, bias=problem.bias)
-    ungated = problem.gate == 0
-    assert plain[ungated].isfinite().all() and (plain[ungated, 0] == 0).all()
-    assert same_bits(problem.run(module)[ungated], plain[ungated])
+    call, ungated = spoilt_adapter()
+    call["bias"][0], call["weight"][0] = -0.0, 0.0
+    plain = plain_of(call, module)[ungated]
+    assert plain.isfinite().all() and (plain[:, 0] == 0).all()
+    check_bits(call.run(module.gated_lora_linear).result[ungated], plain)
 
 
 def test_ungated_rows_are_untouched() -> None:
@@ -204,21 +186,18 @@ def test_ungated_rows_are_untouched() -> None:
 
 def test_slices_do_not_touch_each_other() -> None:
     """A NaN in one slice's adapter stays in that slice, also inside a tile that two slices share."""
-    problem = Adapter()
-    wanted = problem.run(gemm)
-    problem.a[: problem.b.shape[1]] = torch.nan
-    got = problem.run(gemm)
-    first = problem.slices[0]
-    assert got[problem.gate != 0][:, :first].isnan().all()
-    assert same_bits(got[:, first:], wanted[:, first:])
+    call = adapter()
+    wanted = call.run(gemm.gated_lora_linear).result
+    call["lora_a"][: call["lora_b"].shape[1]] = torch.nan
+    got, first = call.run(gemm.gated_lora_linear).result, call["slices"][0]
+    assert got[call["gate"] != 0][:, :first].isnan().all()
+    check_bits(got[:, first:], wanted[:, first:])
 
 
 @pytest.mark.compiled
 def test_adapter_row_bits_depend_on_the_row_alone() -> None:
-    problem = Adapter(rows=130, k=1024)
-    whole = problem.run(gemm)
-    for rows in (slice(1, 2), slice(4, 11), slice(60, 76), slice(2, 66)):
-        assert same_bits(problem.run(gemm, rows), whole[rows])
+    rows = (slice(1, 2), slice(4, 11), slice(60, 76), slice(2, 66))
+    check_rows(adapter(rows=130, k=1024), gemm.gated_lora_linear, *rows)
 
 
 # linear_silu_and_mul
@@ -232,20 +211,24 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return same_bits(a, b)
 
 
-def check_activation(module: ModuleType, problem: Adapter | None = None) -> None:
+def activation(**shapes: Any) -> Call:
+    return LinearSiluAndMul(**{"k": 1024, "rank": 40, "dtype": BASE, **shapes}).call()
+
+
+def check_activation(module: ModuleType, call: Call | None = None) -> None:
     """Every row is silu_and_mul of the linear layer, to the bit, with and without an adapter."""
-    problem = Adapter(k=1024, slices=(51, 60, 89)) if problem is None else problem
-    rows, features = problem.x.shape[0], problem.weight.shape[0] // 2
-    adapter = {"lora_a": problem.a, "lora_b": problem.b, "gate": problem.gate, "scale": problem.scale}
-    out = torch.empty(rows, features + 3, dtype=problem.x.dtype)[:, :features]
-    plain = layers.silu_and_mul(gemm.linear(problem.x, problem.weight, bias=problem.bias))
+    call = activation() if call is None else call
+    without = call.of(call.op, "x", "weight", "bias")
+    rows, features = call["x"].shape[0], call["weight"].shape[0] // 2
+    out = torch.empty(rows, features + 3, dtype=call["x"].dtype)[:, :features]
+    plain = layers.silu_and_mul(plain_of(call, gemm))
     for _ in range(2):  # what one launch leaves behind must suit the next
         out.fill_(torch.nan)
-        assert module.linear_silu_and_mul(problem.x, problem.weight, bias=problem.bias, out=out) is out
+        assert without.run(partial(module.linear_silu_and_mul, out=out)).result is out
         assert agree(out, plain)
-    got = module.linear_silu_and_mul(problem.x, problem.weight, bias=problem.bias, **adapter, slices=problem.slices)
-    assert agree(got, layers.silu_and_mul(problem.run(gemm)))
-    ungated = problem.gate == 0
+    got = call.run(module.linear_silu_and_mul).result
+    assert agree(got, layers.silu_and_mul(call.run(gemm.gated_lora_linear).result))
+    ungated = call["gate"] == 0
     assert agree(got[ungated], plain[ungated]) and not same_bits(got, plain)
 
 
@@ -261,25 +244,22 @@ def check_activation(module: ModuleType, problem: Adapter | None = None) -> None
     ],
 )
 def test_activation(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
-    check_activation(gemm, Adapter(rows, k, slices, rank, dtype))
+    check_activation(gemm, activation(rows=rows, k=k, slices=slices, rank=rank, dtype=dtype))
 
 
 @pytest.mark.compiled
 def test_activation_with_wide_tiles() -> None:
-    check_activation(gemm, Adapter(9, 64, (8200, 8200), 16))
-    check_activation(gemm, Adapter(66, 64, (8200, 8200), 16))
+    check_activation(gemm, activation(rows=9, k=64, slices=(8200, 8200), rank=16))
+    check_activation(gemm, activation(rows=66, k=64, slices=(8200, 8200), rank=16))
 
 
 def check_activation_row_bits(module: ModuleType) -> None:
-    problem = Adapter(rows=130, k=1024, slices=(40, 40))
-    adapter = {"lora_a": problem.a, "lora_b": problem.b, "scale": problem.scale, "slices": problem.slices}
-    whole = module.linear_silu_and_mul(problem.x, problem.weight, bias=problem.bias, gate=problem.gate, **adapter)
-    for rows in (slice(0, 1), slice(5, 12), slice(64, 80), slice(129, 130), slice(1, 65), slice(60, 128)):
-        x, gate = problem.x[rows], problem.gate[rows]
-        part = module.linear_silu_and_mul(x, problem.weight, bias=problem.bias, gate=gate, **adapter)
-        assert same_bits(part, whole[rows])
-        plain = module.linear_silu_and_mul(x, problem.weight, bias=problem.bias)
-        assert same_bits(plain[gate == 0], whole[rows][gate == 0])
+    call = activation(rows=130, slices=(40, 40))
+    whole = check_rows(call, module.linear_silu_and_mul, *ROWS).result
+    plain = module.linear_silu_and_mul(call["x"], call["weight"], bias=call["bias"])
+    ungated = call["gate"] == 0
+    check_bits(plain[ungated], whole[ungated])
+    check_rows(call.of(call.op, "x", "weight", "bias"), module.linear_silu_and_mul, *ROWS)
 
 
 @pytest.mark.compiled
@@ -288,18 +268,15 @@ def test_activation_row_bits_depend_on_the_row_alone() -> None:
 
 
 def test_activation_of_rows_that_no_adapter_may_touch() -> None:
-    problem = Adapter(slices=(100, 100))
-    problem.x[problem.gate != 0] = torch.nan
-    problem.a[3], problem.b[::2] = torch.inf, torch.nan
-    ungated = problem.gate == 0
-    adapter = {"lora_a": problem.a, "lora_b": problem.b, "gate": problem.gate, "slices": problem.slices}
-    got = gemm.linear_silu_and_mul(problem.x, problem.weight, **adapter)
-    plain = gemm.linear_silu_and_mul(problem.x, problem.weight)
-    assert plain[ungated].isfinite().all() and same_bits(got[ungated], plain[ungated])
+    call, ungated = spoilt_adapter(slices=(100, 100))
+    got = call.run(gemm.linear_silu_and_mul).result[ungated]
+    plain = gemm.linear_silu_and_mul(call["x"], call["weight"], bias=call["bias"])[ungated]
+    assert plain.isfinite().all()
+    check_bits(got, plain)
 
 
 def test_activation_of_nothing() -> None:
-    x, weight, _ = operands(3, 8, 16)
+    x, weight, _ = layer(3, 8, 16).arguments.values()
     assert gemm.linear_silu_and_mul(x[:0], weight).shape == (0, 4)
     assert gemm.linear_silu_and_mul(x, weight[:0]).shape == (3, 0)
     assert (gemm.linear_silu_and_mul(x[:, :0], weight[:, :0]) == 0).all()
@@ -310,12 +287,12 @@ def test_activation_of_nothing() -> None:
 
 @pytest.mark.compiled
 def test_every_row_count_runs_the_same_matrix_instruction(softgpu: ModuleType) -> None:
-    problem = Adapter(130, 1024, (64, 128), 128)
+    call = adapter(rows=130, k=1024, slices=(64, 128), rank=128)
     with recorded_launches(softgpu) as launches:
         for rows in (1, 7, 16, 64, 65, 130):
-            gemm.linear(problem.x[:rows], problem.weight)
-            problem.run(gemm, slice(0, rows))
-            gemm.linear_silu_and_mul(problem.x[:rows], problem.weight)
+            gemm.linear(call["x"][:rows], call["weight"])
+            call.rows(slice(rows)).run(gemm.gated_lora_linear)
+            gemm.linear_silu_and_mul(call["x"][:rows], call["weight"])
     for launch in launches:
         assert opcodes(launch.ptx, "wgmma.mma") == {"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"}
         assert not opcodes(launch.ptx, "mma.sync")
@@ -324,14 +301,14 @@ def test_every_row_count_runs_the_same_matrix_instruction(softgpu: ModuleType) -
 
 @pytest.mark.compiled
 def test_no_adapter_work_without_a_gated_row(softgpu: ModuleType) -> None:
-    problem = Adapter(70, 1024, (64, 128), 128)
-    problem.gate[:] = False
+    call = adapter(rows=70, k=1024, slices=(64, 128), rank=128)
+    call["gate"].fill_(False)
     with recorded_launches(softgpu) as launches:
-        problem.run(gemm)
-        gemm.linear(problem.x, problem.weight, bias=problem.bias)
-    shrink, layer, plain = (launch.counters for launch in launches)
+        call.run(gemm.gated_lora_linear)
+        plain_of(call, gemm)
+    shrink, gated, plain = (launch.counters for launch in launches)
     assert shrink["wgmma_flops"] == 0
-    assert layer["wgmma_flops"] == plain["wgmma_flops"]
+    assert gated["wgmma_flops"] == plain["wgmma_flops"]
 
 
 def check_order_of_arrival(module: ModuleType) -> None:
@@ -363,11 +340,10 @@ def check_schedule_bits(module: ModuleType) -> None:
     from tests.softgpu_support import activate_triton
 
     for seed in range(16):
-        x, weight, _ = operands(7, 64, 1024)
-        wanted = module.linear(x, weight)
-        judge(wanted, python_ref.linear(x.double(), weight.double()), python_ref.linear(x, weight))
+        call = layer(7, 64, 1024, seed=seed).changed(bias=None)
+        wanted = check(call, module.linear).result
         with activate_triton().configured(sched="random", seed=seed, quantum=64):
-            assert same_bits(module.linear(x, weight), wanted)
+            check_bits(call.run(module.linear).result, wanted)
 
 
 @pytest.mark.compiled
@@ -464,7 +440,6 @@ MUTANTS = {
 @pytest.mark.planted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
-    check, old, new = MUTANTS[name]
-    check(gemm)
-    torch.manual_seed(0)
-    assert caught(check, mutant(gemm, old, new, tmp_path))
+    check_, old, new = MUTANTS[name]
+    check_(gemm)
+    assert caught(check_, mutant(gemm, old, new, tmp_path))

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from idlm_kernels.testing import Call, check_bits, same_bits
 from idlm_kernels.triton import attention, gemm, layers, rerank, sampling
 from python_ref import QState
 from tests.ref.test_rerank import laws_for
-from tests.triton.support import same_bits
-from tests.triton.test_attention import Problem
+from tests.triton.test_attention import attend
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
 
@@ -41,31 +41,28 @@ def like(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     return sparse(tuple(values.shape), strides).copy_(values)
 
 
+def check_far(call: Call, **far: Tensor) -> None:
+    """The bits of the call with some of its tensors replaced: by the same values far apart."""
+    wanted, left = call.run(attention.strided_attention)
+    check_bits(attention.strided_attention(**{**call.arguments, **far}), wanted)
+    check_bits(call["lse"], left["lse"])
+
+
 def test_slots_of_a_page_that_are_far_apart() -> None:
-    problem = Problem((259, 40), (7, 3), page_size=260)
-    k, v, table = problem.caches()
-    wanted, wanted_lse = problem.run(attention.strided_attention, (k, v, table))
-    far = [like(x, (64, 2**23, 64 * x.shape[0], 1)) for x in (k, v)]  # 259 * 2^23 > 2^31
-    got, lse = problem.run(attention.strided_attention, (far[0], far[1], table))
-    assert same_bits(got, wanted) and same_bits(lse, wanted_lse)
+    call = attend((259, 40), (7, 3), page_size=260)
+    caches = {name: call[name] for name in ("k_cache", "v_cache")}
+    # 259 * 2^23 > 2^31
+    check_far(call, **{name: like(x, (64, 2**23, 64 * x.shape[0], 1)) for name, x in caches.items()})
 
 
-@pytest.mark.parametrize("which", ["k", "v", "q", "out"])
+@pytest.mark.parametrize("which", ["k_cache", "v_cache", "q", "out"])
 def test_heads_that_are_far_apart(which: str) -> None:
-    problem = Problem((40,), (4,), heads=(3, 3))
-    k, v, table = problem.caches()
-    wanted, wanted_lse = problem.run(attention.strided_attention, (k, v, table))
-    out = None
-    if which == "k":
-        k = like(k, (16 * 64, 64, FAR, 1))
-    elif which == "v":
-        v = like(v, (16 * 64, 64, FAR, 1))
-    elif which == "q":
-        problem.q = like(problem.q, (64, FAR, 1))
+    call = attend((40,), (4,), heads=(3, 3, 64))
+    strides = (16 * 64, 64, FAR, 1) if "cache" in which else (64, FAR, 1)
+    if which == "out":
+        check_far(call, out=sparse(tuple(call["q"].shape), strides))
     else:
-        out = sparse(tuple(wanted.shape), (64, FAR, 1))
-    got, lse = problem.run(attention.strided_attention, (k, v, table), out=out)
-    assert same_bits(got, wanted) and same_bits(lse, wanted_lse)
+        check_far(call, **{which: like(call[which], strides)})
 
 
 @pytest.mark.parametrize("which", ["k", "v", "out"])
@@ -91,7 +88,7 @@ def test_laws_that_are_far_apart() -> None:
         wanted = sampling.verify_accept(**arguments, q_state=near)
         got = sampling.verify_accept(**arguments, q_state=far)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        assert same_bits(far.logits, near.logits)
+        check_bits(far.logits, near.logits)
         chain.follow(arguments, wanted, near)
 
 
@@ -101,7 +98,7 @@ def test_laws_of_reranked_drafts_that_are_far_apart() -> None:
     far = QState(like(near.logits, (near.logits.shape[2], FAR, 1)), near.cut.clone(), near.log_norm.clone())
     wanted = rerank.rerank_drafts(**args, q_state=near)
     assert torch.equal(rerank.rerank_drafts(**args, q_state=far), wanted)
-    assert same_bits(far.logits, near.logits)
+    check_bits(far.logits, near.logits)
 
 
 def test_more_requests_than_an_axis_of_a_grid_takes() -> None:
@@ -115,7 +112,7 @@ def test_more_requests_than_an_axis_of_a_grid_takes() -> None:
     table = torch.ones(batch, 1, dtype=torch.int32)
     got = attention.strided_attention(q, cache, cache, table, lengths, start, max_query_len=1)
     few = (cache, cache, table[:2], torch.tensor([3, 4]).int(), torch.tensor([0, 1, 2]).int())
-    assert same_bits(got, attention.strided_attention(q, *few, max_query_len=1))
+    check_bits(got, attention.strided_attention(q, *few, max_query_len=1))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

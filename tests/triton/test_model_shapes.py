@@ -19,12 +19,14 @@ import python_ref
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.model.random_weights import SHAPES, RandomCheckpoint
+from idlm_kernels.testing import QkNormRopeAppend, RmsNorm, check, check_bits, check_close, check_rows
+from idlm_kernels.testing.problems import repaged, request_rows
 from idlm_kernels.triton import attention, gemm, layers, sampling
-from tests.triton.support import DEVICE, judge, same_bits
-from tests.triton.test_attention import SPLIT, TOGETHER, Problem, rows_of
+from tests.triton.support import DEVICE
+from tests.triton.test_attention import SPLIT, TOGETHER, attend, check_same
 from tests.triton.test_attention import check as check_attention
 from tests.triton.test_end_to_end import recorded_rows
-from tests.triton.test_layers import Rope, check_rms_norm, check_rope, check_silu_and_mul
+from tests.triton.test_layers import check_rms_norm, check_silu_and_mul
 from tests.triton.test_rejection import Chain, check_chain
 from tests.triton.test_sampling import compare_steps
 
@@ -84,42 +86,36 @@ def test_embed(model: Model) -> None:
     table[ids] = bf16(NUM_ROWS, model.hidden_size)
     mask_embedding = bf16(model.hidden_size)
     got = layers.embed(ids, table, is_mask=mask_rows(), mask_embedding=mask_embedding)
-    assert same_bits(got, torch.where(mask_rows()[:, None], mask_embedding, table[ids]))
-    assert same_bits(layers.embed(ids, table, is_mask=mask_rows()), table[ids])  # MASK is a token of the model
+    check_bits(got, torch.where(mask_rows()[:, None], mask_embedding, table[ids]))
+    check_bits(layers.embed(ids, table, is_mask=mask_rows()), table[ids])
     for row in (CLEAN, MASK):
         alone = layers.embed(ids[row], table, is_mask=mask_rows()[row], mask_embedding=mask_embedding)
-        assert same_bits(alone, got[row])
+        check_bits(alone, got[row])
 
 
 @EVERY_MODEL
 def test_rms_norm(model: Model) -> None:
-    check_rms_norm(layers, torch.bfloat16, NUM_ROWS, model.hidden_size)
-    x, residual, weight = bf16(NUM_ROWS, model.hidden_size), bf16(NUM_ROWS, model.hidden_size), bf16(model.hidden_size)
-    sums = residual.clone()
-    whole = layers.rms_norm(x, weight, 1e-6, residual=sums)
-    for row in (CLEAN, MASK):
-        sum_ = residual[row].clone()
-        assert same_bits(layers.rms_norm(x[row], weight, 1e-6, residual=sum_), whole[row])
-        assert same_bits(sum_, sums[row])
+    check_rms_norm(layers, NUM_ROWS, model.hidden_size, torch.bfloat16)
+    check_rows(RmsNorm(rows=NUM_ROWS, width=model.hidden_size).call(), layers.rms_norm, CLEAN, MASK)
 
 
 @EVERY_MODEL
 def test_silu_and_mul(model: Model) -> None:
-    check_silu_and_mul(layers, torch.bfloat16, NUM_ROWS, model.intermediate_size)
+    check_silu_and_mul(layers, NUM_ROWS, model.intermediate_size, torch.bfloat16)
 
 
 @EVERY_MODEL
 def test_qk_norm_rope_append(model: Model) -> None:
-    heads = model.num_heads, model.num_kv_heads
-    problem = Rope(NUM_ROWS, heads, model.head_dim, dtype=torch.bfloat16, norm=model.qk_norm)
-    check_rope(layers, problem)
-    q, *caches = problem.run(layers.qk_norm_rope_append)
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    call = QkNormRopeAppend(rows=NUM_ROWS, heads=heads, norm=model.qk_norm).call()
+    whole = check(call, layers.qk_norm_rope_append)
+    check_rows(call, layers.qk_norm_rope_append, CLEAN, MASK, among=whole)
     for row in (CLEAN, MASK):
-        q_alone, *caches_alone = problem.run(layers.qk_norm_rope_append, row)
-        assert same_bits(q_alone, q[row])
-        for cache, alone in zip(caches, caches_alone, strict=True):
-            written = ~alone.isnan()
-            assert written.sum() == alone[0, 0].numel() and same_bits(alone[written], cache[written])
+        left = call.rows(row).run(layers.qk_norm_rope_append).left
+        for name in ("k_cache", "v_cache"):
+            written = ~left[name].isnan()
+            assert written.sum() == left[name][0, 0].numel()
+            check_bits(left[name][written], whole.left[name][written], name)
 
 
 # Matrices
@@ -163,15 +159,15 @@ def test_projection(model: Model, name: str) -> None:
     adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": scale, "slices": slices}
     plain = plain_op(x, weight)
     gated = gated_op(x, weight, gate=mask_rows(), **adapter)
-    judge(plain, exact, peer, "plain")
-    judge(gated[mask_rows()], exact_gated[mask_rows()], peer_gated[mask_rows()], "gated")
-    assert same_bits(gated[~mask_rows()], plain[~mask_rows()])
+    check_close(plain, exact, peer, "plain")
+    check_close(gated[mask_rows()], exact_gated[mask_rows()], peer_gated[mask_rows()], "gated")
+    check_bits(gated[~mask_rows()], plain[~mask_rows()])
     if name == "gate_up":
-        assert same_bits(plain, layers.silu_and_mul(gemm.linear(x, weight)))
-    assert same_bits(gated_op(x[MASK], weight, gate=mask_rows()[MASK], **adapter), gated[MASK])
+        check_bits(plain, layers.silu_and_mul(gemm.linear(x, weight)))
+    check_bits(gated_op(x[MASK], weight, gate=mask_rows()[MASK], **adapter), gated[MASK])
     # Two orders of a sum mostly give the same bf16. This bias leaves nothing but the sum's last bits, which differ.
     alone = plain_op(x[CLEAN], weight, **residue)
-    assert same_bits(alone, gated_op(x, weight, gate=mask_rows(), **adapter, **residue)[CLEAN])
+    check_bits(alone, gated_op(x, weight, gate=mask_rows(), **adapter, **residue)[CLEAN])
 
 
 HEADS = [
@@ -187,9 +183,9 @@ def test_lm_head(model: Model, num_ids: int) -> None:
     assert gemm.gemm_config(num_ids, k, torch.bfloat16) == gemm.gemm_config(model.vocab_size, k, torch.bfloat16)
     x, weight = bf16(NUM_ROWS, k), bf16(num_ids, k, scale=k**-0.5)
     exact = product(x, weight, torch.float64)
-    judge(gemm.linear(x, weight), exact, product(x, weight, torch.float32).bfloat16())
+    check_close(gemm.linear(x, weight), exact, product(x, weight, torch.float32).bfloat16())
     residue = -exact[CLEAN][0].float()
-    assert same_bits(gemm.linear(x[CLEAN], weight, bias=residue), gemm.linear(x, weight, bias=residue)[CLEAN])
+    check_bits(gemm.linear(x[CLEAN], weight, bias=residue), gemm.linear(x, weight, bias=residue)[CLEAN])
 
 
 # Attention
@@ -199,18 +195,16 @@ def test_lm_head(model: Model, num_ids: int) -> None:
 def test_attention(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step whose clean rows stand on both sides of a chunk's edge, beside a short request."""
     length = 2 * attention.kChunk - 2 + NUM_ROWS
-    heads = model.num_heads, model.num_kv_heads
-    problem = Problem((length, 40), (NUM_ROWS, NUM_ROWS), heads, model.head_dim, dtype=torch.bfloat16, tail="branched")
+    heads = model.num_heads, model.num_kv_heads, model.head_dim
+    call = attend((length, 40), (NUM_ROWS, NUM_ROWS), heads=heads, dtype=torch.bfloat16, tail="quadratic")
     for target in (SPLIT, TOGETHER):
-        check_attention(attention, problem, target)
-    whole, whole_lse = problem.run(attention.strided_attention)
-    problem.tail = None  # an AR step is plainly causal
+        check_attention(attention, call, target)
+    whole = call.run(attention.strided_attention)
     for row in range(NUM_CLEAN):
-        part = rows_of(problem, 0, slice(row, row + 1), length - NUM_ROWS + row + 1)
+        part = repaged(request_rows(call, 0, slice(row, row + 1)), 16)
         for target in (SPLIT, TOGETHER):
             monkeypatch.setattr(attention, "kTargetCtas", target)
-            alone, alone_lse = part.run(attention.strided_attention)
-            assert same_bits(alone[:1], whole[row : row + 1]) and same_bits(alone_lse[:1], whole_lse[row : row + 1])
+            check_same(part.run(attention.strided_attention), whole, among=slice(row, row + 1))
 
 
 # Sampling
@@ -319,6 +313,6 @@ def test_strided_decoding_has_the_bits_of_ar(
         for position, token, row in zip(positions, ids, logits, strict=True):
             if position not in wanted or token != text[position]:
                 break  # behind a draft that is not the text stand other sequences
-            assert same_bits(row, wanted[position])
+            check_bits(row, wanted[position])
             compared.add(position)
     assert compared == wanted.keys()

@@ -17,10 +17,11 @@ from torch import Tensor
 
 import python_ref
 from bench.ptx import recorded_launches
+from idlm_kernels.testing import check_bits
 from idlm_kernels.triton import sampling
 from python_ref import QState
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant
 from tests.triton.test_sampling import DTYPES, rows_of
 
 BASE = DTYPES[0]
@@ -94,7 +95,7 @@ def compare(module: ModuleType, arguments: dict[str, Any], q: QState) -> tuple[t
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
     assert status.tolist() == wanted_status.tolist()
-    assert same_bits(mine.logits, theirs.logits)
+    check_bits(mine.logits, theirs.logits)
     assert torch.equal(mine.cut, theirs.cut), (mine.cut, theirs.cut)
     torch.testing.assert_close(mine.log_norm, theirs.log_norm, rtol=2e-6, atol=2e-6)
     return wanted, mine

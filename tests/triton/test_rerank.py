@@ -16,6 +16,7 @@ import idlm_kernels
 import python_ref
 from bench.ptx import recorded_launches, resources
 from idlm_kernels.generate import SamplingParams, step
+from idlm_kernels.testing import check_bits
 from idlm_kernels.triton import rerank
 from python_ref import QState
 from python_ref.noise import STREAM_DRAFT, gumbel
@@ -30,7 +31,7 @@ from python_ref.sampling import (
 from tests.generate.test_rerank import with_head
 from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant, same_bits
+from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant
 from tests.triton.test_end_to_end import PROMPTS, tiny_generator
 
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
@@ -199,7 +200,7 @@ def check_padded(module: ModuleType) -> None:
     drafts = compare(module, args, q)
     assert drafts[::4].tolist() == args["drafts"][::4].tolist()
     for part in ("logits", "cut", "log_norm"):
-        assert same_bits(getattr(q, part)[::4], getattr(before, part)[::4])
+        check_bits(getattr(q, part)[::4], getattr(before, part)[::4])
 
 
 @pytest.mark.compiled
@@ -241,7 +242,7 @@ def test_a_request_alone_has_the_same_bits() -> None:
         own = laws_for(alone)
         assert rerank.rerank_drafts(**alone, q_state=own).tolist() == drafts[b : b + 1].tolist()
         for part in ("logits", "cut", "log_norm"):
-            assert same_bits(getattr(own, part), getattr(q, part)[b : b + 1])
+            check_bits(getattr(own, part), getattr(q, part)[b : b + 1])
 
 
 @pytest.mark.compiled

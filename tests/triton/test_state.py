@@ -8,40 +8,19 @@ from types import ModuleType
 import pytest
 import torch
 
-import python_ref
+from idlm_kernels.testing import Advance, check
 from idlm_kernels.triton import state
 from tests.softgpu_support import SCHEDULES
 from tests.triton.support import caught, mutant
 
 
-def check_advance(module: ModuleType) -> None:
-    batch, width, max_len = 40, 4, 30
-    results = (
-        torch.randint(0, width, (batch,), dtype=torch.int32),
-        torch.randint(-1, 12, (batch, width)),
-        torch.randint(0, 12, (batch, width - 1)),
-        torch.randint(0, width, (batch,), dtype=torch.int32),
-    )
-    results[1][:30, 0] = results[1][:30, 0].clamp(min=0)
-    state = {
-        "text": torch.randint(0, 12, (batch, max_len)),
-        "lengths": torch.randint(1, max_len + 1, (batch,), dtype=torch.int32),
-        "drafts": torch.randint(0, 12, (batch, width - 1)),
-        "num_drafts": torch.randint(0, width, (batch,), dtype=torch.int32),
-        "length_limits": torch.full((batch,), max_len, dtype=torch.int32),
-        "stop_ids": torch.stack([torch.randint(0, 12, (batch,)), torch.full((batch,), -1)], 1),
-        "finish": (torch.arange(batch) % 7 == 0).to(torch.int32) * 2,
-    }
-    other = {k: v.clone() for k, v in state.items()}
-    assert torch.equal(module.advance(*results, **state), python_ref.advance(*results, **other))
-    for name, value in state.items():
-        assert torch.equal(value, other[name]), name
+def check_advance(module: ModuleType, seed: int = 0) -> None:
+    check(Advance().call(seed=seed), module.advance)
 
 
 def test_advance() -> None:
     for seed in range(5):
-        torch.manual_seed(seed)
-        check_advance(state)
+        check_advance(state, seed)
 
 
 def test_advance_of_plain_decoding() -> None:
