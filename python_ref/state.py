@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RUNNING, STOPPED, LENGTH = 0, 1, 2  # values of `finish`
+from python_ref.contract import LENGTH, RUNNING, STOPPED
 
 
 def advance(

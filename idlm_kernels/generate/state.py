@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.generate.params import SamplingParams, signed_seed
-from python_ref.state import LENGTH, RUNNING, STOPPED
+from python_ref.contract import LENGTH, RUNNING, STOPPED
 
 __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
 

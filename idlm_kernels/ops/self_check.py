@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import python_ref
-from python_ref.sampling import QState, law, sanitise, scale_by_temperature
+from python_ref.contract import GREEDY_BELOW, QState
+from python_ref.sampling import law, sanitise, scale_by_temperature
 
 Arguments = dict[str, Any]
 Case = tuple[ModuleType, torch.device]
@@ -168,7 +169,7 @@ def _judge_laws(left: Arguments, exact_left: Arguments, next_num_drafts: Tensor)
         z = scale_by_temperature(z, temperature.unsqueeze(1))
         # A cut is rounded to fp32: what it is to keep lies at least that near.
         cut = q.cut.double() - 1e-6 * (1 + q.cut.double().abs())
-        laws.append(law(z, cut, q.log_norm.double(), (temperature < 1e-4).unsqueeze(1)))
+        laws.append(law(z, cut, q.log_norm.double(), (temperature < GREEDY_BELOW).unsqueeze(1)))
     difference = (laws[0] - laws[1])[next_num_drafts > 0].abs().max()
     if not difference < 1e-4:
         raise _Wrong(f"a law of a next draft is off by a probability of {difference:.3g}")

@@ -20,7 +20,7 @@ from idlm_kernels.triton.noise import gumbel, log, uniform
 from idlm_kernels.triton.rows import kGreedyBelow, kLargest, kNoId, lowest_id
 from idlm_kernels.triton.structs import DraftDistributions, SamplingParameters
 from python_ref import STREAM_DRAFT, STREAM_TARGET
-from python_ref.rerank import NUM_CANDIDATES
+from python_ref.contract import NUM_CANDIDATES
 
 kCandidates = tl.constexpr(NUM_CANDIDATES)
 kStreamTarget, kStreamDraft = tl.constexpr(STREAM_TARGET), tl.constexpr(STREAM_DRAFT)

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-kGreedyBelow = tl.constexpr(1e-4)
+from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN
+
+kGreedyBelow = tl.constexpr(GREEDY_BELOW)
 kLargest = tl.constexpr(3.4028234663852886e38)
-kNan, kInf, kEmptyRow, kBadDraft = (tl.constexpr(bit) for bit in (1, 2, 4, 8))  # bits of status
+kNan, kInf = tl.constexpr(STATUS_NAN), tl.constexpr(STATUS_INF)
+kEmptyRow, kBadDraft = tl.constexpr(STATUS_EMPTY_ROW), tl.constexpr(STATUS_BAD_DRAFT)
 kFinite = tl.constexpr(1 << 30)  # inner bit: the slice has a finite logit
 kNoId = tl.constexpr(0x7FFFFFFF)
 

@@ -28,7 +28,7 @@ from idlm_kernels.training.train import (
     make_batch,
     train,
 )
-from python_ref.rerank import NUM_CANDIDATES
+from python_ref.contract import NUM_CANDIDATES
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Trained
 from tests.training.support import CPU, dense, greedy_samples, random_samples

@@ -18,15 +18,9 @@ from bench.ptx import recorded_launches, resources
 from idlm_kernels.generate import SamplingParams, step
 from idlm_kernels.triton import rerank
 from python_ref import QState
-from python_ref.noise import STREAM_DRAFT, gumbel
-from python_ref.sampling import (
-    GREEDY_BELOW,
-    log_norm_of,
-    perturbed_argmax,
-    sanitise,
-    scale_by_temperature,
-    truncation_cut,
-)
+from python_ref.contract import GREEDY_BELOW, STREAM_DRAFT
+from python_ref.noise import gumbel
+from python_ref.sampling import log_norm_of, perturbed_argmax, sanitise, scale_by_temperature, truncation_cut
 from tests.generate.test_rerank import with_head
 from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
 from tests.softgpu_support import SCHEDULES
