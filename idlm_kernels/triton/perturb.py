@@ -1,8 +1,8 @@
-"""Every row of a call perturbed by its noise: the best (z + g, id) of each slice of ids, and what laws need.
+"""Every row of a call perturbed by its noise: the best (z + g, id) of each slice of ids, and what distributions need.
 
 Slices of a row run side by side; each reads its logits once. Blocks of ids of which none is kept draw no noise. What
 noise a MASK row takes is known before acceptance is, so one launch samples every row of a step. For `rejection` it also
-sums up the kept exp(z), from which the normaliser of a row's law follows.
+sums up the kept exp(z), from which the normaliser of a row's distribution follows.
 """
 
 from __future__ import annotations

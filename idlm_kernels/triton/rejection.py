@@ -2,13 +2,14 @@
 
 Two launches after the slices are sampled, both over slices of ids and requests:
 
-1. _residual_kernel: every CTA decides for itself which drafts stand (a few hundred numbers), then samples its slice of
-   the residual of the first one that does not, where one is needed: not for greedy requests, whose laws are points, nor
-   for a draft that is no id. Where the residual is empty, p is sampled: that is what the row's slices hold already.
-2. _conclude_kernel writes the results and replaces the laws in q_state by those of the new drafts.
+1. _residual_kernel: every CTA decides for itself which drafts are accepted (a few hundred numbers: cheaper than a
+   broadcast), then samples its slice of the residual of the first rejected one, where one is needed: not for greedy
+   requests, whose distributions are points, nor for a draft that is no id. Where the residual is empty, p is sampled:
+   that is what the row's slices hold already.
+2. _conclude_kernel writes the results and replaces the distributions in q_state by those of the new drafts.
 
-Bytes: p's row and q's row once more for a request that refuses a draft; K rows copied for one that proposes. The law of
-a row without a finite logit is a point on the lowest id; its normaliser is stored as -0.0, by which it is known.
+Bytes: p's row and q's row once more for a request that rejects a draft; K rows copied for one that proposes. A row
+without a finite logit is a point on the lowest id; its normaliser is stored as -0.0, by which it is known.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _distribution_of(slices, row, has_row, shape: tl.constexpr):
 
 @triton.jit
 def _probability(z, id_, log_norm, cut, mask_id):
-    """Of ids under the law (log_norm, cut) of their row."""
+    """Of ids under the distribution (log_norm, cut) of their row."""
     is_point = log_norm.to(tl.int32, bitcast=True) == kPointMass
     p = tl.where(z >= cut, tl.exp(z - log_norm), 0.0)
     return tl.where(is_point, tl.where(id_ == lowest_id(mask_id), 1.0, 0.0), p)

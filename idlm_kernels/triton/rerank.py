@@ -1,10 +1,10 @@
 """rerank_drafts: 3 + 2 K launches, none of which waits for the host (in torch the same is some 100).
 
-1. The largest logit of every 16 and every 256 ids of the K rows; for `rejection` it also clears the laws.
+1. The largest logit of every 16 and every 256 ids of the K rows; for `rejection` it also clears the distributions.
 2. Each row's 32 best candidates, in the 32 best chunks of the 32 best groups: three sorts of 1024, 512 and 512 (of two
    levels, 4096 and 2048 would be three times the work). Beside it the product of from_hidden with all rows.
 3. For each draft: the head's state, whose CTAs first choose the draft before it; then slices of the query and what they
-   add to the scores. The choice is a few hundred numbers, cheaper made by all than told to all.
+   add to the scores. Each CTA repeats the choice: a few hundred numbers, cheaper than a broadcast.
 4. The last choice.
 
 Bytes: the K logits rows once, 32 rows of the LM head and all matrices for each draft: at Qwen3-8B (H 4096, W 256) and

@@ -63,7 +63,7 @@ def _maxima_kernel(
     HAS_Q: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """The largest logit of every chunk of ids and of every group of chunks; laws are cleared on the way."""
+    """The largest logit of every chunk of ids and of every group of chunks; distributions are cleared on the way."""
     BLOCK_CHUNKS: tl.constexpr = BLOCK_GROUPS * kGroup
     place = tl.program_id(0).to(tl.int64)
     request, j = place // num_k, place % num_k

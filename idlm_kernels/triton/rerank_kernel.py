@@ -122,7 +122,7 @@ def _choose(
     writes,
     shape: tl.constexpr,
 ):
-    """Draft j of a request from the parts of its scores, the same for every caller; `writes` its law too."""
+    """Draft j of a request from the parts of its scores, the same for every caller; `writes` its distribution too."""
     c = tl.arange(0, kCandidates)
     place = (request * num_k + j) * kCandidates + c
     s = tl.arange(0, shape.BLOCK_SLICES)[:, None]
@@ -131,7 +131,7 @@ def _choose(
     id_ = tl.load(candidates.ids + place)
     x = tl.load(candidates.value + place) + gain
     if shape.HAS_Q:
-        x = x.to(q.of.logits.dtype.element_ty).to(tl.float32)  # the law is of what is kept
+        x = x.to(q.of.logits.dtype.element_ty).to(tl.float32)  # the distribution is of what is kept
     x = tl.where(x == x, tl.minimum(x, kLargest), float("-inf"))
     temperature = tl.load(parameters.temperature + request)
     is_greedy = temperature < kGreedyBelow
