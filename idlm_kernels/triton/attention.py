@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 import python_ref
@@ -57,12 +56,12 @@ def num_splits(ctas: int, num_chunks: int, workspace_bytes: int) -> int:
     return min(num_chunks, kTargetCtas // ctas)
 
 
-def index_type(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> tl.dtype:
+def index_bits(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> int:
     """Of the slot within a page and of the head. 64 bits only where a product with a stride needs them, since they take
     registers; rows and pages always have them."""
     strided = [(cache.shape[i], cache.stride(i)) for cache in (k_cache, v_cache) for i in (1, 2)]
     strided += [(x.shape[1], x.stride(1)) for x in (q, out)]
-    return tl.int64 if any((size - 1) * stride >= 2**31 for size, stride in strided) else tl.int32
+    return 64 if any((size - 1) * stride >= 2**31 for size, stride in strided) else 32
 
 
 def strided_attention(
@@ -166,7 +165,7 @@ def strided_attention(
             SAME_STRIDES=k_cache.stride() == v_cache.stride(),
             NUM_STAGES=config.num_stages,
             THREADS=32 * config.num_warps,
-            INDEX=index_type(q, k_cache, v_cache, y),
+            INDEX_BITS=index_bits(q, k_cache, v_cache, y),
         ),
         num_warps=config.num_warps,
     )

@@ -128,7 +128,7 @@ class Shape(NamedTuple):
     SAME_STRIDES: bool
     NUM_STAGES: int
     THREADS: int
-    INDEX: tl.dtype
+    INDEX_BITS: int  # of the slot within a page and of the head: 32 or 64
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def _attend_chunk(
             inside = inside & ((slot < first_of_step) | (bit == 1))
         page = tl.load(context.pages + slot // shape.PAGE_SIZE, mask=inside, other=0)
         page = tl.minimum(tl.maximum(page, 0), context.num_pages - 1).to(tl.int64)
-        offset = (slot % shape.PAGE_SIZE).to(shape.INDEX)
+        offset = (slot % shape.PAGE_SIZE).to(tl.int64 if shape.INDEX_BITS == 64 else tl.int32)
         place = page * cache.stride_k_page + offset * cache.stride_k_slot + kv_head * cache.stride_k_head
         pK = cache.k + (place[:, None] + d[None, :])
         if not shape.SAME_STRIDES:
@@ -364,7 +364,7 @@ def _attention_kernel(
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
     request = tile // HKV
-    kv_head = (tile % HKV).to(shape.INDEX)
+    kv_head = (tile % HKV).to(tl.int64 if shape.INDEX_BITS == 64 else tl.int32)
     packed = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + packed % GROUP
     d = tl.arange(0, BLOCK_D)

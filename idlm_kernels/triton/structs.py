@@ -5,7 +5,8 @@ tuple that a kernel is given: an integer for the value 1, a pointer for whether 
 what must not decide which kernel is compiled (numbers that change between steps, the state of some requests) is a flat
 argument of a kernel, which makes its structs of them.
 
-Fields are given by name inside of kernels: Triton's cache knows the source of a kernel, not the order of these.
+Fields are given by name inside of kernels: Triton's cache knows the source of a kernel, not the order of these. What
+the compiler knows of a call is a struct of numbers, flags and tuples of them: Triton writes it into its cache as JSON.
 """
 
 from __future__ import annotations
