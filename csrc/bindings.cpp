@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "idlm/sampling.h"
 #include "sampling/heuristics.h"
@@ -28,133 +30,131 @@ void raise_unless_ok(const Status& s) {
   }
 }
 
-// (data, row stride, dtype, rows, vocab, id_limit, mask_id, bias or 0, its stride, its dtype)
-using LogitsTuple = std::tuple<Address, int64_t, int, int, int, int, int, Address, int64_t, int>;
-// (temperature, top_k, top_p, min_p, seed)
-using SamplingTuple = std::tuple<Address, Address, Address, Address, Address>;
-// (stream, dependent launch, cluster size)
-using OptionsTuple = std::tuple<Address, bool, int>;
-// (logits, stride of requests, stride of drafts, dtype, cut, its stride, log_norm, its stride)
-using LawsTuple = std::tuple<Address, int64_t, int64_t, int, Address, int64_t, Address, int64_t>;
-// (number accepted, tokens, their stride, next drafts, their stride, their number)
-using OutTuple = std::tuple<Address, Address, int64_t, Address, int64_t, Address>;
+// A struct of the headers as a Python class: made of keywords, a field by its own name, a pointer as an address.
+template <class S>
+class Struct {
+ public:
+  Struct(py::module_& m, const char* name) : class_(m, name) {
+    class_.def(py::init([](const py::kwargs& fields) {
+      S made;
+      const py::object self = py::cast(&made, py::return_value_policy::reference);
+      for (const auto& [field, value] : fields) py::setattr(self, field, value);  // AttributeError for one that is none
+      return made;
+    }));
+  }
 
-Logits make(const LogitsTuple& t) {
-  Logits l;
-  int dtype, bias_dtype;
-  Address data, bias;
-  std::tie(data, l.row_stride, dtype, l.num_rows, l.vocab_size, l.id_limit, l.mask_id, bias, l.bias_row_stride, bias_dtype) = t;
-  l.data = pointer<const void>(data);
-  l.bias = pointer<const void>(bias);
-  l.dtype = static_cast<DType>(dtype);
-  l.bias_dtype = static_cast<DType>(bias_dtype);
-  return l;
-}
+  template <class T>
+  Struct& field(const char* name, T S::*member) {
+    if constexpr (std::is_pointer_v<T>) {
+      class_.def_property(
+          name, [member](const S& s) { return reinterpret_cast<Address>(s.*member); },
+          [member](S& s, Address a) { s.*member = pointer<std::remove_pointer_t<T>>(a); });
+    } else if constexpr (std::is_enum_v<T>) {
+      class_.def_property(
+          name, [member](const S& s) { return static_cast<int>(s.*member); },
+          [member](S& s, int value) { s.*member = static_cast<T>(value); });
+    } else {
+      class_.def_readwrite(name, member);
+    }
+    return *this;
+  }
 
-SamplingParams make(const SamplingTuple& t) {
-  return {pointer<const float>(std::get<0>(t)), pointer<const int32_t>(std::get<1>(t)), pointer<const float>(std::get<2>(t)),
-          pointer<const float>(std::get<3>(t)), pointer<const int64_t>(std::get<4>(t))};
-}
+ private:
+  py::class_<S> class_;
+};
 
-LaunchOptions make(const OptionsTuple& t) {
-  return {pointer<CUstream_st>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
-}
-
-void py_sample_rows(const LogitsTuple& logits, const SamplingTuple& sampling, Address positions, bool positions_are_int64,
-                    int noise_stream, Address ids, Address status, const OptionsTuple& options) {
-  SampleRowsParams p;
-  p.logits = make(logits);
-  p.sampling = make(sampling);
-  p.positions = pointer<const void>(positions);
-  p.positions_are_int64 = positions_are_int64;
-  p.noise_stream = noise_stream;
-  p.ids = pointer<int64_t>(ids);
-  p.status = pointer<int32_t>(status);
+template <class P, Status (*kKernels)(const P&, const LaunchOptions&)>
+void launch(const P& params, const LaunchOptions& options) {
   Status s;
   {
     py::gil_scoped_release release;
-    s = sample_rows(p, make(options));
+    s = kKernels(params, options);
   }
   raise_unless_ok(s);
 }
 
-void py_verify_accept(const LogitsTuple& logits, const SamplingTuple& sampling, int batch, int num_k, Address query_start_loc,
-                      Address num_drafts, Address drafts, int64_t drafts_stride, Address positions, bool branched,
-                      bool rejection, const LawsTuple& laws, Address status, const OutTuple& out, Address workspace,
-                      const OptionsTuple& options) {
-  VerifyAcceptParams p;
-  p.logits = make(logits);
-  p.sampling = make(sampling);
-  p.batch = batch;
-  p.num_k = num_k;
-  p.query_start_loc = pointer<const int32_t>(query_start_loc);
-  p.num_drafts = pointer<const int32_t>(num_drafts);
-  p.drafts = pointer<const int64_t>(drafts);
-  p.drafts_stride = drafts_stride;
-  p.positions = pointer<const int32_t>(positions);
-  p.branched = branched;
-  p.rejection = rejection;
-  p.draft_laws.logits = pointer<void>(std::get<0>(laws));
-  p.draft_laws.stride_request = std::get<1>(laws);
-  p.draft_laws.stride_draft = std::get<2>(laws);
-  p.draft_laws.dtype = static_cast<DType>(std::get<3>(laws));
-  p.draft_laws.cut = pointer<float>(std::get<4>(laws));
-  p.draft_laws.cut_stride = std::get<5>(laws);
-  p.draft_laws.log_norm = pointer<float>(std::get<6>(laws));
-  p.draft_laws.log_norm_stride = std::get<7>(laws);
-  p.status = pointer<int32_t>(status);
-  p.num_accepted = pointer<int32_t>(std::get<0>(out));
-  p.tokens = pointer<int64_t>(std::get<1>(out));
-  p.tokens_stride = std::get<2>(out);
-  p.next_drafts = pointer<int64_t>(std::get<3>(out));
-  p.next_drafts_stride = std::get<4>(out);
-  p.next_num_drafts = pointer<int32_t>(std::get<5>(out));
-  p.workspace = pointer<void>(workspace);
-  Status s;
-  {
-    py::gil_scoped_release release;
-    s = verify_accept(p, make(options));
-  }
-  raise_unless_ok(s);
-}
-
-// (number accepted, tokens, their stride, next drafts, their stride, their number)
-using ResultsTuple = std::tuple<Address, Address, int64_t, Address, int64_t, Address>;
-// (text, its stride, max_len, lengths, drafts, their stride, their number, finish)
-using StateTuple = std::tuple<Address, int64_t, int, Address, Address, int64_t, Address, Address>;
-// (length limits, stop ids, their stride, their number)
-using LimitsTuple = std::tuple<Address, Address, int64_t, int>;
-
-void py_advance(int batch, int num_k, const ResultsTuple& results, const StateTuple& state, const LimitsTuple& limits,
-                Address num_emitted, const OptionsTuple& options) {
-  AdvanceParams p;
-  p.batch = batch;
-  p.num_k = num_k;
-  p.num_accepted = pointer<const int32_t>(std::get<0>(results));
-  p.tokens = pointer<const int64_t>(std::get<1>(results));
-  p.tokens_stride = std::get<2>(results);
-  p.next_drafts = pointer<const int64_t>(std::get<3>(results));
-  p.next_drafts_stride = std::get<4>(results);
-  p.next_num_drafts = pointer<const int32_t>(std::get<5>(results));
-  p.text = pointer<int64_t>(std::get<0>(state));
-  p.text_stride = std::get<1>(state);
-  p.max_len = std::get<2>(state);
-  p.lengths = pointer<int32_t>(std::get<3>(state));
-  p.drafts = pointer<int64_t>(std::get<4>(state));
-  p.drafts_stride = std::get<5>(state);
-  p.num_drafts = pointer<int32_t>(std::get<6>(state));
-  p.finish = pointer<int32_t>(std::get<7>(state));
-  p.length_limits = pointer<const int32_t>(std::get<0>(limits));
-  p.stop_ids = pointer<const int64_t>(std::get<1>(limits));
-  p.stop_ids_stride = std::get<2>(limits);
-  p.num_stop_ids = std::get<3>(limits);
-  p.num_emitted = pointer<int32_t>(num_emitted);
-  Status s;
-  {
-    py::gil_scoped_release release;
-    s = advance(p, make(options));
-  }
-  raise_unless_ok(s);
+void define_structs(py::module_& m) {
+  Struct<Logits>(m, "Logits")
+      .field("data", &Logits::data)
+      .field("row_stride", &Logits::row_stride)
+      .field("dtype", &Logits::dtype)
+      .field("num_rows", &Logits::num_rows)
+      .field("vocab_size", &Logits::vocab_size)
+      .field("id_limit", &Logits::id_limit)
+      .field("mask_id", &Logits::mask_id)
+      .field("bias", &Logits::bias)
+      .field("bias_row_stride", &Logits::bias_row_stride)
+      .field("bias_dtype", &Logits::bias_dtype);
+  Struct<SamplingParams>(m, "SamplingParams")
+      .field("temperature", &SamplingParams::temperature)
+      .field("top_k", &SamplingParams::top_k)
+      .field("top_p", &SamplingParams::top_p)
+      .field("min_p", &SamplingParams::min_p)
+      .field("seed", &SamplingParams::seed);
+  Struct<LaunchOptions>(m, "LaunchOptions")
+      .field("stream", &LaunchOptions::stream)
+      .field("dependent_launch", &LaunchOptions::dependent_launch)
+      .field("cluster_size", &LaunchOptions::cluster_size);
+  Struct<SampleRowsParams>(m, "SampleRowsParams")
+      .field("logits", &SampleRowsParams::logits)
+      .field("sampling", &SampleRowsParams::sampling)
+      .field("positions", &SampleRowsParams::positions)
+      .field("positions_are_int64", &SampleRowsParams::positions_are_int64)
+      .field("noise_stream", &SampleRowsParams::noise_stream)
+      .field("ids", &SampleRowsParams::ids)
+      .field("status", &SampleRowsParams::status);
+  Struct<DraftLaws>(m, "DraftLaws")
+      .field("logits", &DraftLaws::logits)
+      .field("stride_request", &DraftLaws::stride_request)
+      .field("stride_draft", &DraftLaws::stride_draft)
+      .field("dtype", &DraftLaws::dtype)
+      .field("cut", &DraftLaws::cut)
+      .field("cut_stride", &DraftLaws::cut_stride)
+      .field("log_norm", &DraftLaws::log_norm)
+      .field("log_norm_stride", &DraftLaws::log_norm_stride);
+  Struct<VerifyAcceptParams>(m, "VerifyAcceptParams")
+      .field("logits", &VerifyAcceptParams::logits)
+      .field("sampling", &VerifyAcceptParams::sampling)
+      .field("batch", &VerifyAcceptParams::batch)
+      .field("num_k", &VerifyAcceptParams::num_k)
+      .field("query_start_loc", &VerifyAcceptParams::query_start_loc)
+      .field("num_drafts", &VerifyAcceptParams::num_drafts)
+      .field("drafts", &VerifyAcceptParams::drafts)
+      .field("drafts_stride", &VerifyAcceptParams::drafts_stride)
+      .field("positions", &VerifyAcceptParams::positions)
+      .field("branched", &VerifyAcceptParams::branched)
+      .field("rejection", &VerifyAcceptParams::rejection)
+      .field("draft_laws", &VerifyAcceptParams::draft_laws)
+      .field("status", &VerifyAcceptParams::status)
+      .field("num_accepted", &VerifyAcceptParams::num_accepted)
+      .field("tokens", &VerifyAcceptParams::tokens)
+      .field("tokens_stride", &VerifyAcceptParams::tokens_stride)
+      .field("next_drafts", &VerifyAcceptParams::next_drafts)
+      .field("next_drafts_stride", &VerifyAcceptParams::next_drafts_stride)
+      .field("next_num_drafts", &VerifyAcceptParams::next_num_drafts)
+      .field("workspace", &VerifyAcceptParams::workspace);
+  Struct<AdvanceParams>(m, "AdvanceParams")
+      .field("batch", &AdvanceParams::batch)
+      .field("num_k", &AdvanceParams::num_k)
+      .field("num_accepted", &AdvanceParams::num_accepted)
+      .field("tokens", &AdvanceParams::tokens)
+      .field("tokens_stride", &AdvanceParams::tokens_stride)
+      .field("next_drafts", &AdvanceParams::next_drafts)
+      .field("next_drafts_stride", &AdvanceParams::next_drafts_stride)
+      .field("next_num_drafts", &AdvanceParams::next_num_drafts)
+      .field("length_limits", &AdvanceParams::length_limits)
+      .field("stop_ids", &AdvanceParams::stop_ids)
+      .field("stop_ids_stride", &AdvanceParams::stop_ids_stride)
+      .field("num_stop_ids", &AdvanceParams::num_stop_ids)
+      .field("text", &AdvanceParams::text)
+      .field("text_stride", &AdvanceParams::text_stride)
+      .field("max_len", &AdvanceParams::max_len)
+      .field("lengths", &AdvanceParams::lengths)
+      .field("drafts", &AdvanceParams::drafts)
+      .field("drafts_stride", &AdvanceParams::drafts_stride)
+      .field("num_drafts", &AdvanceParams::num_drafts)
+      .field("finish", &AdvanceParams::finish)
+      .field("num_emitted", &AdvanceParams::num_emitted);
 }
 
 // "NAME, compute capability X.Y", or why there is no device or none that the kernels run on.
@@ -181,7 +181,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("choose_cluster_size", &choose_cluster_size, py::arg("num_rows"), py::arg("row_bytes"));
   m.def("bytes_per_cta", &bytes_per_cta, py::arg("row_bytes"), py::arg("cluster_size"));
   m.def("verify_accept_workspace_bytes", &verify_accept_workspace_bytes);
-  m.def("sample_rows", &py_sample_rows);
-  m.def("verify_accept", &py_verify_accept);
-  m.def("advance", &py_advance);
+  define_structs(m);
+  m.def("sample_rows", &launch<SampleRowsParams, &sample_rows>);
+  m.def("verify_accept", &launch<VerifyAcceptParams, &verify_accept>);
+  m.def("advance", &launch<AdvanceParams, &advance>);
 }

@@ -6,18 +6,21 @@ is the way to get a high-precision result to judge a kernel by. No function read
 """
 
 from python_ref.attention import strided_attention
-from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
-from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
-from python_ref.noise import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, philox4x32, uniform
-from python_ref.rerank import rerank_drafts
-from python_ref.sampling import (
+from python_ref.contract import (
     STATUS_BAD_DRAFT,
     STATUS_EMPTY_ROW,
     STATUS_INF,
     STATUS_NAN,
+    STREAM_ACCEPT,
+    STREAM_DRAFT,
+    STREAM_TARGET,
     QState,
-    sample_rows,
 )
+from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
+from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
+from python_ref.noise import gumbel, philox4x32, uniform
+from python_ref.rerank import rerank_drafts
+from python_ref.sampling import sample_rows
 from python_ref.state import advance
 from python_ref.step import StepState, commit_step, plan_rows
 from python_ref.verify import verify_accept

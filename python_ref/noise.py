@@ -12,10 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STREAM_TARGET = 0  # target, bonus and residual samples, every AR sample, and the drafts of `match`
-STREAM_DRAFT = 1  # drafts of `rejection`
-STREAM_ACCEPT = 2  # the acceptance uniform of `rejection`, at id 0
-STREAM_INPUT = 3  # what MASK rows embed, where that is noise
+from python_ref.contract import STREAM_ACCEPT, STREAM_INPUT, STREAM_TARGET
 
 _MASK32 = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from python_ref.noise import STREAM_DRAFT, STREAM_TARGET, gumbel_at
-from python_ref.sampling import GREEDY_BELOW, QState, log_norm_of, scale_by_temperature, truncation_cut
+from python_ref.contract import GREEDY_BELOW, NUM_CANDIDATES, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.noise import gumbel_at
+from python_ref.sampling import log_norm_of, scale_by_temperature, truncation_cut
 
-NUM_CANDIDATES = 32
 _CHUNK = 64
 
 

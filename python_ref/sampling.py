@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from python_ref.noise import STREAM_TARGET, gumbel
-
-STATUS_NAN = 1  # a logit was NaN, taken as -inf
-STATUS_INF = 2  # a logit was +inf, taken as the largest finite value
-STATUS_EMPTY_ROW = 4  # no finite logit: the lowest allowed id was taken
-STATUS_BAD_DRAFT = 8  # a draft id or draft count out of range: the draft was rejected
-
-GREEDY_BELOW = 1e-4  # temperatures below this mean argmax
-
-
-@dataclass
-class QState:
-    """The laws that the current drafts were drawn from, exactly as they were sampled (`rejection` only).
-
-    logits [B, K, V]: the MASK rows, logit_bias added; cut fp32 [B, K]: an id is kept iff logit / T >= cut;
-    log_norm fp32 [B, K]: log-sum-exp of the kept logits / T; both fp64 for fp64 logits. Read, then overwritten with
-    those of the next drafts; a request that is proposed none keeps what is there.
-    """
-
-    logits: Tensor
-    cut: Tensor
-    log_norm: Tensor
-
-    @classmethod
-    def empty(cls, batch: int, num_drafts: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> QState:
-        acc = torch.promote_types(dtype, torch.float32)
-        return cls(
-            torch.zeros(batch, num_drafts, vocab_size, dtype=dtype, device=device),
-            torch.zeros(batch, num_drafts, dtype=acc, device=device),
-            torch.zeros(batch, num_drafts, dtype=acc, device=device),
-        )
-
-    def requests(self, first: int, last: int) -> QState:
-        """A view of requests first .. last - 1."""
-        return QState(self.logits[first:last], self.cut[first:last], self.log_norm[first:last])
+from python_ref.contract import (
+    GREEDY_BELOW,
+    STATUS_EMPTY_ROW,
+    STATUS_INF,
+    STATUS_NAN,
+    STREAM_TARGET,
+)
+from python_ref.noise import gumbel
 
 
 def add_bias(logits: Tensor, logit_bias: Tensor | None) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Values of `finish`. IDLE: a place without a request, or whose prompt is being prefilled; FAILED: its logits were NaN.
-RUNNING, STOPPED, LENGTH, IDLE, FAILED = range(5)
+from python_ref.contract import LENGTH, RUNNING, STOPPED
 
 
 def advance(

@@ -10,15 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from python_ref.contract import (
+    FAILED,
+    FILL_MATCH,
+    MASK_DRAFTS,
+    NO_DRAFTS,
+    OVERRIDE_MATCH,
+    RUNNING,
+    STATUS_EMPTY_ROW,
+    STATUS_NAN,
+    SUFFIX_DRAFTS,
+)
 from python_ref.noise import noise_ids, uniform
-from python_ref.sampling import STATUS_EMPTY_ROW, STATUS_NAN
-from python_ref.state import FAILED, RUNNING, advance
-
-NO_DRAFTS, MASK_DRAFTS, SUFFIX_DRAFTS = 0, 1, 2  # values of `draft_source`
+from python_ref.state import advance
 
 LONGEST_MATCH = 8  # tokens that are compared with those before
-FILL_MATCH = 2  # a match of so many tokens drafts where MASK rows have no draft
-OVERRIDE_MATCH = 6  # so many replace the drafts of MASK rows
 
 # The first columns of what `commit_step` returns; the tokens follow, and then the bits of their logprobs as fp64.
 OUTCOME = ("num_drafts", "num_accepted", "num_emitted", "finish", "status", "draft_source")

@@ -24,11 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from python_ref.noise import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, uniform
+from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.noise import gumbel, uniform
 from python_ref.sampling import (
-    GREEDY_BELOW,
-    STATUS_BAD_DRAFT,
-    QState,
     add_bias,
     law,
     log_norm_of,

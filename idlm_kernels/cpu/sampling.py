@@ -25,16 +25,9 @@ from torch import Tensor
 import python_ref
 from idlm_kernels.cpu.noise import gumbel_at, gumbel_row
 from idlm_kernels.cpu.step import verify_greedy
-from python_ref.noise import STREAM_DRAFT, STREAM_TARGET, uniform
-from python_ref.sampling import (
-    GREEDY_BELOW,
-    STATUS_BAD_DRAFT,
-    QState,
-    add_bias,
-    law,
-    sanitise,
-    scale_by_temperature,
-)
+from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.noise import uniform
+from python_ref.sampling import add_bias, law, sanitise, scale_by_temperature
 
 _Floats = NDArray[np.float32]
 _GREEDY_BELOW = float(np.float32(GREEDY_BELOW))  # temperatures are fp32, and so is the bound that they are held to

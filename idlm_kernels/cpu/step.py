@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idlm_kernels.cpu import native
 from idlm_kernels.cpu.native import PackedWeight
-from python_ref.sampling import GREEDY_BELOW
+from python_ref.contract import GREEDY_BELOW
 
 Decided = tuple[Tensor, Tensor, Tensor, Tensor]
 

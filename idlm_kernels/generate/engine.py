@@ -39,7 +39,7 @@ from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
 from python_ref import QState
-from python_ref.sampling import GREEDY_BELOW
+from python_ref.contract import GREEDY_BELOW
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., None])

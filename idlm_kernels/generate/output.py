@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
-from python_ref.step import MASK_DRAFTS, SUFFIX_DRAFTS
+from python_ref.contract import MASK_DRAFTS, SUFFIX_DRAFTS
 
 SOURCES = {MASK_DRAFTS: "mask", SUFFIX_DRAFTS: "suffix"}
 _REASONS = {STOPPED: "stop", LENGTH: "length", FAILED: "error"}

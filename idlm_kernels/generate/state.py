@@ -12,7 +12,7 @@ from torch import Tensor
 from idlm_kernels.generate.params import SamplingParams, signed_seed
 from idlm_kernels.model.mask_input import MaskInput
 from python_ref import StepState
-from python_ref.state import FAILED, IDLE, LENGTH, RUNNING, STOPPED
+from python_ref.contract import FAILED, IDLE, LENGTH, RUNNING, STOPPED
 
 __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
 

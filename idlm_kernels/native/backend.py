@@ -5,6 +5,8 @@ Where the CUDA runtime is an emulator the same functions take CPU tensors (call 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,15 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _options(op: str, device: torch.device) -> tuple[int, bool, int]:
-    """(stream, programmatic dependent launch, cluster size)."""
+def _options(op: str, device: torch.device) -> Any:
+    """A LaunchOptions."""
     if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream, True, cluster_size
-    if device.type == "cpu" and emulated():
-        return 0, True, cluster_size
-    raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
+        stream = torch.cuda.current_stream(device).cuda_stream
+    elif device.type == "cpu" and emulated():
+        stream = 0
+    else:
+        raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
+    return load().LaunchOptions(stream=stream, cluster_size=cluster_size)
 
 
 def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tuple(_DTYPES)) -> int:
@@ -51,22 +55,32 @@ def _check_plan(op: str, num_k: int) -> None:
         )
 
 
-def _logits(op: str, logits: Tensor, id_limit: int, mask_id: int, bias: Tensor | None) -> tuple[int, ...]:
+def _logits(op: str, logits: Tensor, id_limit: int, mask_id: int, bias: Tensor | None) -> Any:
+    """A Logits."""
     rows, vocab_size = logits.shape
-    dtype = _dtype(op, "logits", logits)
-    bias_dtype = 2 if bias is None else _dtype(op, "logit_bias", bias)
-    bias_stride = 0 if bias is None else bias.stride(0)
-    return (
-        logits.data_ptr(),
-        logits.stride(0),
-        dtype,
-        rows,
-        vocab_size,
-        id_limit,
-        mask_id,
-        _address(bias),
-        bias_stride,
-        bias_dtype,
+    found = load().Logits(
+        data=logits.data_ptr(),
+        row_stride=logits.stride(0),
+        dtype=_dtype(op, "logits", logits),
+        num_rows=rows,
+        vocab_size=vocab_size,
+        id_limit=id_limit,
+        mask_id=mask_id,
+    )
+    if bias is not None:
+        found.bias_dtype = _dtype(op, "logit_bias", bias)
+        found.bias, found.bias_row_stride = bias.data_ptr(), bias.stride(0)
+    return found
+
+
+def _sampling(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor) -> Any:
+    """A SamplingParams."""
+    return load().SamplingParams(
+        temperature=temperature.data_ptr(),
+        top_k=top_k.data_ptr(),
+        top_p=top_p.data_ptr(),
+        min_p=min_p.data_ptr(),
+        seed=seed.data_ptr(),
     )
 
 
@@ -93,16 +107,16 @@ def sample_rows(
     ids = _empty((logits.shape[0],), torch.int64, logits.device) if out is None else out
     if not logits.shape[0]:
         return ids
-    load().sample_rows(
-        description,
-        tuple(x.data_ptr() for x in (temperature, top_k, top_p, min_p, seed)),
-        positions.data_ptr(),
-        positions.dtype == torch.int64,
-        stream,
-        ids.data_ptr(),
-        _address(status),
-        options,
+    params = load().SampleRowsParams(
+        logits=description,
+        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
+        positions=positions.data_ptr(),
+        positions_are_int64=positions.dtype == torch.int64,
+        noise_stream=stream,
+        ids=ids.data_ptr(),
+        status=_address(status),
     )
+    load().sample_rows(params, options)
     return ids
 
 
@@ -137,21 +151,20 @@ def verify_accept(
     description = _logits(op, logits, id_limit, mask_id, logit_bias)
     batch, num_k = drafts.shape
     _check_plan(op, num_k)
-    laws: tuple[int, ...] = (0, 0, 0, 2, 0, 0, 0, 0)
+    distributions = load().DraftLaws()
     if mode == "rejection" and num_k:
         assert q_state is not None
         # What was sampled from is stored without rounding, and biased logits are fp32.
         allowed = (torch.float32,) if logit_bias is not None else (logits.dtype, torch.float32)
-        law_dtype = _dtype(op, "q_state.logits", q_state.logits, allowed)
-        laws = (
-            q_state.logits.data_ptr(),
-            q_state.logits.stride(0),
-            q_state.logits.stride(1),
-            law_dtype,
-            q_state.cut.data_ptr(),
-            q_state.cut.stride(0),
-            q_state.log_norm.data_ptr(),
-            q_state.log_norm.stride(0),
+        distributions = load().DraftLaws(
+            logits=q_state.logits.data_ptr(),
+            stride_request=q_state.logits.stride(0),
+            stride_draft=q_state.logits.stride(1),
+            dtype=_dtype(op, "q_state.logits", q_state.logits, allowed),
+            cut=q_state.cut.data_ptr(),
+            cut_stride=q_state.cut.stride(0),
+            log_norm=q_state.log_norm.data_ptr(),
+            log_norm_stride=q_state.log_norm.stride(0),
         )
     if out is None:
         out = (
@@ -162,32 +175,31 @@ def verify_accept(
         )
     if not batch:
         return out
+    num_accepted, tokens, next_drafts, next_num_drafts = out
     workspace = _empty((batch, num_k + 1), torch.int32, device)
-    load().verify_accept(
-        description,
-        tuple(x.data_ptr() for x in (temperature, top_k, top_p, min_p, seed)),
-        batch,
-        num_k,
-        query_start_loc.data_ptr(),
-        num_drafts.data_ptr(),
-        drafts.data_ptr(),
-        drafts.stride(0),
-        positions.data_ptr(),
-        branched,
-        mode == "rejection",
-        laws,
-        _address(status),
-        (
-            out[0].data_ptr(),
-            out[1].data_ptr(),
-            out[1].stride(0),
-            out[2].data_ptr(),
-            out[2].stride(0),
-            out[3].data_ptr(),
-        ),
-        workspace.data_ptr(),
-        options,
+    params = load().VerifyAcceptParams(
+        logits=description,
+        sampling=_sampling(temperature, top_k, top_p, min_p, seed),
+        batch=batch,
+        num_k=num_k,
+        query_start_loc=query_start_loc.data_ptr(),
+        num_drafts=num_drafts.data_ptr(),
+        drafts=drafts.data_ptr(),
+        drafts_stride=drafts.stride(0),
+        positions=positions.data_ptr(),
+        branched=branched,
+        rejection=mode == "rejection",
+        draft_laws=distributions,
+        status=_address(status),
+        num_accepted=num_accepted.data_ptr(),
+        tokens=tokens.data_ptr(),
+        tokens_stride=tokens.stride(0),
+        next_drafts=next_drafts.data_ptr(),
+        next_drafts_stride=next_drafts.stride(0),
+        next_num_drafts=next_num_drafts.data_ptr(),
+        workspace=workspace.data_ptr(),
     )
+    load().verify_accept(params, options)
     return out
 
 
@@ -212,29 +224,28 @@ def advance(
     batch, num_k = drafts.shape
     _check_plan(op, num_k)
     emitted = _empty((batch,), torch.int32, device) if out is None else out
-    load().advance(
-        batch,
-        num_k,
-        (
-            num_accepted.data_ptr(),
-            tokens.data_ptr(),
-            tokens.stride(0),
-            next_drafts.data_ptr(),
-            next_drafts.stride(0),
-            next_num_drafts.data_ptr(),
-        ),
-        (
-            text.data_ptr(),
-            text.stride(0),
-            text.shape[1],
-            lengths.data_ptr(),
-            drafts.data_ptr(),
-            drafts.stride(0),
-            num_drafts.data_ptr(),
-            finish.data_ptr(),
-        ),
-        (length_limits.data_ptr(), stop_ids.data_ptr(), stop_ids.stride(0), stop_ids.shape[1]),
-        emitted.data_ptr(),
-        options,
+    params = load().AdvanceParams(
+        batch=batch,
+        num_k=num_k,
+        num_accepted=num_accepted.data_ptr(),
+        tokens=tokens.data_ptr(),
+        tokens_stride=tokens.stride(0),
+        next_drafts=next_drafts.data_ptr(),
+        next_drafts_stride=next_drafts.stride(0),
+        next_num_drafts=next_num_drafts.data_ptr(),
+        length_limits=length_limits.data_ptr(),
+        stop_ids=stop_ids.data_ptr(),
+        stop_ids_stride=stop_ids.stride(0),
+        num_stop_ids=stop_ids.shape[1],
+        text=text.data_ptr(),
+        text_stride=text.stride(0),
+        max_len=text.shape[1],
+        lengths=lengths.data_ptr(),
+        drafts=drafts.data_ptr(),
+        drafts_stride=drafts.stride(0),
+        num_drafts=num_drafts.data_ptr(),
+        finish=finish.data_ptr(),
+        num_emitted=emitted.data_ptr(),
     )
+    load().advance(params, options)
     return emitted

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_ref.sampling import QState, law, sanitise, scale_by_temperature
+from python_ref.contract import GREEDY_BELOW, QState
+from python_ref.sampling import law, sanitise, scale_by_temperature
 
 # What some results may be off, as a share of their largest value: lse and logprobs are fp32 and go through the
 # approximate exponentials and logarithms of a GPU. (op, argument), see `granted` of `check_close`.
@@ -117,7 +118,7 @@ def check_laws(got: dict[str, Any], exact: dict[str, Any], has_next: Tensor) -> 
         z = scale_by_temperature(z, temperature.unsqueeze(1))
         # A cut is rounded to fp32: what it is to keep lies at least that near.
         cut = q.cut.double() - 1e-6 * (1 + q.cut.double().abs())
-        laws.append(law(z, cut, q.log_norm.double(), (temperature < 1e-4).unsqueeze(1)))
+        laws.append(law(z, cut, q.log_norm.double(), (temperature < GREEDY_BELOW).unsqueeze(1)))
     difference = (laws[0] - laws[1])[has_next].abs().max()
     if not difference < LAW_TOLERANCE:
         raise Wrong(f"a law of a next draft is off by a probability of {float(difference):.3g}")

@@ -17,8 +17,8 @@ from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
 from idlm_kernels.training.lora import GatedLora
+from python_ref.contract import NUM_CANDIDATES
 from python_ref.noise import noise_ids
-from python_ref.rerank import NUM_CANDIDATES
 
 
 @dataclass

@@ -23,7 +23,7 @@ from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import CleanPass, DenseModel
 from idlm_kernels.training.distance import total_variation
 from idlm_kernels.training.lora import GatedLora, copy_all
-from python_ref.rerank import NUM_CANDIDATES
+from python_ref.contract import NUM_CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.attention_kernel import _attention_kernel
+from idlm_kernels.triton.attention_kernel import PagedCache, Rows, Shape, _attention_kernel
 from idlm_kernels.triton.common import launch, next_power_of_2, words_of_stream
 
 kChunk = 256  # slots; frozen: it decides the bits
@@ -57,12 +56,12 @@ def num_splits(ctas: int, num_chunks: int, workspace_bytes: int) -> int:
     return min(num_chunks, kTargetCtas // ctas)
 
 
-def index_type(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> tl.dtype:
+def index_bits(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> int:
     """Of the slot within a page and of the head. 64 bits only where a product with a stride needs them, since they take
     registers; rows and pages always have them."""
     strided = [(cache.shape[i], cache.stride(i)) for cache in (k_cache, v_cache) for i in (1, 2)]
     strided += [(x.shape[1], x.stride(1)) for x in (q, out)]
-    return tl.int64 if any((size - 1) * stride >= 2**31 for size, stride in strided) else tl.int32
+    return 64 if any((size - 1) * stride >= 2**31 for size, stride in strided) else 32
 
 
 def strided_attention(
@@ -119,28 +118,25 @@ def strided_attention(
     chunk_floats = num_rows * num_heads * num_chunks * (head_dim + 2)
     ctas = max(row_tiles * batch * num_kv_heads * config.num_warps // 4, 1)
     splits = num_splits(ctas, num_chunks, 4 * chunk_floats)
-    shape = (num_rows, num_heads, num_chunks) if splits > 1 else (0, 0, 0)
-    chunk_o = q.new_empty(*shape, head_dim, dtype=torch.float32)
-    chunk_ml = q.new_empty(*shape, 2, dtype=torch.float32)
+    scratch = (num_rows, num_heads, num_chunks) if splits > 1 else (0, 0, 0)
+    chunk_o = q.new_empty(*scratch, head_dim, dtype=torch.float32)
+    chunk_ml = q.new_empty(*scratch, 2, dtype=torch.float32)
     meetings = words_of_stream("meetings", kTargetCtas // 2, torch.int64, q) if splits > 1 else None
     launch(
         _attention_kernel,
         (row_tiles * (batch + 1) * num_kv_heads, splits),
         q,
-        q,
-        k_cache,
-        v_cache,
+        Rows(q, *q.stride()[:2]),
+        PagedCache(k_cache, v_cache, k_scale, v_scale, *k_cache.stride()[:3], *v_cache.stride()[:3]),
+        Rows(y, *y.stride()[:2]),
+        chunk_o,
+        chunk_ml,
+        meetings,
         page_table,
         seq_lens,
         query_start_loc,
         tail_mask,
-        k_scale,
-        v_scale,
-        y,
         lse,
-        chunk_o,
-        chunk_ml,
-        meetings,
         row_tiles,
         max_query_len,
         num_rows,
@@ -149,32 +145,28 @@ def strided_attention(
         max_slots,
         num_chunks,
         1 / math.sqrt(head_dim) if sm_scale is None else sm_scale,
-        q.stride(0),
-        q.stride(1),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
         page_table.stride(0),
-        y.stride(0),
-        y.stride(1),
         0 if lse is None else lse.stride(0),
-        HKV=num_kv_heads,
-        GROUP=group,
-        D=head_dim,
-        PAGE_SIZE=page_size,
-        CHUNK=kChunk,
-        BLOCK_M=config.block_m,
-        BLOCK_KV=config.block_kv,
-        BLOCK_D=max(next_power_of_2(head_dim), 16),
-        SPLITS=splits,
-        WINDOW=window,
-        HAS_TAIL=tail_mask is not None,
-        HAS_K_SCALE=k_scale is not None,
-        HAS_V_SCALE=v_scale is not None,
-        HAS_LSE=lse is not None,
-        SAME_STRIDES=k_cache.stride() == v_cache.stride(),
-        NUM_STAGES=config.num_stages,
-        THREADS=32 * config.num_warps,
-        INDEX=index_type(q, k_cache, v_cache, y),
+        shape=Shape(
+            HKV=num_kv_heads,
+            GROUP=group,
+            D=head_dim,
+            PAGE_SIZE=page_size,
+            CHUNK=kChunk,
+            BLOCK_M=config.block_m,
+            BLOCK_KV=config.block_kv,
+            BLOCK_D=max(next_power_of_2(head_dim), 16),
+            SPLITS=splits,
+            WINDOW=window,
+            HAS_TAIL=tail_mask is not None,
+            HAS_K_SCALE=k_scale is not None,
+            HAS_V_SCALE=v_scale is not None,
+            HAS_LSE=lse is not None,
+            SAME_STRIDES=k_cache.stride() == v_cache.stride(),
+            NUM_STAGES=config.num_stages,
+            THREADS=32 * config.num_warps,
+            INDEX_BITS=index_bits(q, k_cache, v_cache, y),
+        ),
         num_warps=config.num_warps,
     )
     return y

@@ -21,10 +21,67 @@ fp32 runs on FMA and is there for tests; fp64 is left to the references.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from idlm_kernels.triton.common import silu_times
+
+
+class Operands(NamedTuple):
+    x: Any  # [T, K]
+    weight: Any  # [N, K]
+    bias: Any  # [N] or None
+    out: Any  # [T, N], or [T, N / 2] with PAIRED
+    stride_x: Any
+    stride_weight: Any
+    stride_out: Any
+
+
+class Adapter(NamedTuple):
+    """A LoRA pair, its first factor applied."""
+
+    gate: Any  # [T] or None
+    b: Any  # [N, RANK] or None
+    h: Any  # [T, slices * RANK] or None
+    stride_b: Any
+    stride_h: Any
+    scale: Any  # a float: Triton does not specialise it
+
+
+class Shape(NamedTuple):
+    """What the compiler knows of a call."""
+
+    N: int
+    K: int
+    PARTS_N: int
+    BLOCK_N: int
+    BLOCK_T: int
+    BLOCK_K: int
+    ROW_TILES: int
+    SPLITS: int
+    BLOCKS_PER_SPLIT: int
+    IN_ONE_CTA: bool
+    SLICE_ENDS: tuple[int, ...]
+    RANK: int
+    BLOCK_RANK: int
+    HAS_BIAS: bool
+    HAS_LORA: bool
+    GATED_ONLY: bool
+    PAIRED: bool
+    NUM_STAGES: int
+
+
+class Tile(NamedTuple):
+    """Where a CTA reads: BLOCK_N rows of the weight, BLOCK_T rows of x, and as many more with ROW_TILES == 2."""
+
+    pW: Any  # [BLOCK_N, 1]
+    pX: Any  # [BLOCK_T, 1]
+    pX2: Any
+    has_n: Any  # [BLOCK_N, 1]
+    has_t: Any  # [BLOCK_T, 1]
+    has_t2: Any
 
 
 @triton.jit
@@ -37,28 +94,20 @@ def _dot(w, x, accumulator):
 def _multiply(
     accumulator,  # [BLOCK_N, BLOCK_T]
     second,  # the same for the next BLOCK_T rows, with ROW_TILES == 2
-    pW,  # [BLOCK_N, 1]
-    pX,  # [BLOCK_T, 1]
-    pX2,
-    has_n,  # [BLOCK_N, 1]
-    has_t,  # [BLOCK_T, 1]
-    has_t2,
+    tile,
     first_block,
     last_block,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """accumulator += W x^T over the K blocks first_block .. last_block - 1, in this order."""
-    for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-        has_k = k < K
-        w = tl.load(pW + k, mask=has_n & has_k, other=0.0)
-        x = tl.load(pX + k, mask=has_t & has_k, other=0.0)
+    for block in tl.range(first_block, last_block, num_stages=shape.NUM_STAGES):
+        k = block * shape.BLOCK_K + tl.arange(0, shape.BLOCK_K)[None, :]
+        has_k = k < shape.K
+        w = tl.load(tile.pW + k, mask=tile.has_n & has_k, other=0.0)
+        x = tl.load(tile.pX + k, mask=tile.has_t & has_k, other=0.0)
         accumulator = _dot(w, x, accumulator)
-        if ROW_TILES == 2:
-            x2 = tl.load(pX2 + k, mask=has_t2 & has_k, other=0.0)
+        if shape.ROW_TILES == 2:
+            x2 = tl.load(tile.pX2 + k, mask=tile.has_t2 & has_k, other=0.0)
             second = _dot(w, x2, second)
     return accumulator, second
 
@@ -104,29 +153,25 @@ def _activate(y, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
 def _with_adapter(
     y,  # [BLOCK_N, BLOCK_T]: sums, rounded
     sums,
-    gB,  # [N, RANK]
-    gH,  # [T, slices * RANK]
+    adapter,
     n,  # [BLOCK_N]
     t,  # [BLOCK_T]
     gated,  # [BLOCK_T]
     first,
-    scale,
-    stride_b,
-    stride_h,
-    N: tl.constexpr,
-    SLICE_ENDS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PAIRED: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """y with sums + scale * h B^T on gated rows. A tile may touch several slices: each takes its own columns of h."""
+    SLICE_ENDS: tl.constexpr = shape.SLICE_ENDS
+    N: tl.constexpr = shape.N
+    RANK: tl.constexpr = shape.RANK
+    BLOCK_RANK: tl.constexpr = shape.BLOCK_RANK
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    BLOCK_T: tl.constexpr = shape.BLOCK_T
     for s in tl.static_range(len(SLICE_ENDS)):
         begin = 0 if s == 0 else SLICE_ENDS[s - 1]
         end = SLICE_ENDS[s]
         touches = (first < end) & (first + BLOCK_N > begin)
-        if PAIRED:
+        if shape.PAIRED:
             column_end = first + BLOCK_N // 2
             touches = (first < end) & (column_end > begin) | (first + N // 2 < end) & (column_end + N // 2 > begin)
         if touches:
@@ -134,181 +179,103 @@ def _with_adapter(
             update = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
             for r_first in tl.static_range(0, RANK, BLOCK_RANK):
                 r = r_first + tl.arange(0, BLOCK_RANK)[None, :]
-                pB = gB + n[:, None].to(tl.int64) * stride_b + r
+                pB = adapter.b + n[:, None].to(tl.int64) * adapter.stride_b + r
                 b = tl.load(pB, mask=in_slice[:, None] & (r < RANK), other=0.0)
-                pH = gH + t[:, None].to(tl.int64) * stride_h + s * RANK + r
+                pH = adapter.h + t[:, None].to(tl.int64) * adapter.stride_h + s * RANK + r
                 h = tl.load(pH, mask=gated[:, None] & (r < RANK), other=0.0)
                 update = _dot(b, h, update)
             # Rows without the adapter keep what they had: selected, never added to.
-            y = tl.where(gated[None, :] & in_slice[:, None], (sums + scale * update).to(y.dtype), y)
+            y = tl.where(gated[None, :] & in_slice[:, None], (sums + adapter.scale * update).to(y.dtype), y)
     return y
 
 
 @triton.jit
 def _finish(
     sums,  # [BLOCK_N, BLOCK_T]
-    gBias,
-    gOut,
-    gGate,
-    gB,
-    gH,
+    operands,
+    adapter,
     n,
     has_n,
     t,
     first,
     num_rows,
-    scale,
-    stride_out,
-    stride_b,
-    stride_h,
-    N: tl.constexpr,
-    SLICE_ENDS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr,
-    GATED_ONLY: tl.constexpr,
-    PAIRED: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """Bias, adapter, the one rounding, the activation, and the store of a finished tile."""
+    out = operands.out
     has_t = t < num_rows
-    if HAS_BIAS:
-        sums += tl.load(gBias + n, mask=has_n, other=0.0).to(tl.float32)[:, None]
-    y = sums.to(gOut.dtype.element_ty)
-    if HAS_LORA or GATED_ONLY:
-        gated = tl.load(gGate + t, mask=has_t, other=0) != 0
-        if HAS_LORA:
+    if shape.HAS_BIAS:
+        sums += tl.load(operands.bias + n, mask=has_n, other=0.0).to(tl.float32)[:, None]
+    y = sums.to(out.dtype.element_ty)
+    if shape.HAS_LORA or shape.GATED_ONLY:
+        gated = tl.load(adapter.gate + t, mask=has_t, other=0) != 0
+        if shape.HAS_LORA:
             if tl.max(gated.to(tl.int32), axis=0) != 0:
-                y = _with_adapter(
-                    y,
-                    sums,
-                    gB,
-                    gH,
-                    n,
-                    t,
-                    gated,
-                    first,
-                    scale,
-                    stride_b,
-                    stride_h,
-                    N,
-                    SLICE_ENDS,
-                    RANK,
-                    BLOCK_RANK,
-                    BLOCK_N,
-                    BLOCK_T,
-                    PAIRED,
-                )
+                y = _with_adapter(y, sums, adapter, n, t, gated, first, shape)
         else:
             has_t = has_t & gated
-    width: tl.constexpr = N // 2 if PAIRED else N
-    if PAIRED:
-        y = _activate(y, BLOCK_N, BLOCK_T)
+    width: tl.constexpr = shape.N // 2 if shape.PAIRED else shape.N
+    if shape.PAIRED:
+        y = _activate(y, shape.BLOCK_N, shape.BLOCK_T)
     column = first + tl.arange(0, y.shape[0])
-    pOut = gOut + t[:, None].to(tl.int64) * stride_out + column[None, :]
+    pOut = out + t[:, None].to(tl.int64) * operands.stride_out + column[None, :]
     tl.store(pOut, tl.trans(y), mask=has_t[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "scale"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
-    gX,  # [T, K]
-    gW,  # [N, K]
-    gBias,  # [N]
-    gOut,  # [T, N]
+    operands,  # Operands
     gParts,  # fp32 [SPLITS, T, PARTS_N]
     gArrivals,  # int32, one per tile, zero between launches
-    gGate,  # [T]
-    gB,  # [N, RANK]
-    gH,  # [T, slices * RANK]
+    adapter,  # Adapter
     num_rows,
-    scale,
-    stride_x,
-    stride_w,
-    stride_out,
-    stride_b,
-    stride_h,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    PARTS_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCKS_PER_SPLIT: tl.constexpr,
-    IN_ONE_CTA: tl.constexpr,
-    SLICE_ENDS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr,
-    GATED_ONLY: tl.constexpr,
-    PAIRED: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    shape: tl.constexpr,
 ):
-    NUM_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BLOCK_N: tl.constexpr = shape.BLOCK_N
+    BLOCK_T: tl.constexpr = shape.BLOCK_T
+    ROW_TILES: tl.constexpr = shape.ROW_TILES
+    SPLITS: tl.constexpr = shape.SPLITS
+    PARTS_N: tl.constexpr = shape.PARTS_N
+    NUM_BLOCKS: tl.constexpr = (shape.K + shape.BLOCK_K - 1) // shape.BLOCK_K
     # Row tiles of one weight tile follow each other, so that they find it in L2.
     row_groups = tl.cdiv(num_rows, BLOCK_T * ROW_TILES)
     tile = tl.program_id(0)
     weight_tile = tile // row_groups
-    first = weight_tile * (BLOCK_N // 2 if PAIRED else BLOCK_N)  # column of the result
-    n, has_n = _weight_rows(first, N, BLOCK_N, PAIRED)
+    first = weight_tile * (BLOCK_N // 2 if shape.PAIRED else BLOCK_N)  # column of the result
+    n, has_n = _weight_rows(first, shape.N, BLOCK_N, shape.PAIRED)
     t = (tile % row_groups) * (BLOCK_T * ROW_TILES) + tl.arange(0, BLOCK_T)
     t2 = t + BLOCK_T
     has_t, has_t2 = (t < num_rows)[:, None], (t2 < num_rows)[:, None]
-    if GATED_ONLY:
-        gated = tl.load(gGate + t, mask=t < num_rows, other=0) != 0
+    if shape.GATED_ONLY:
+        gated = tl.load(adapter.gate + t, mask=t < num_rows, other=0) != 0
         any_gated = tl.max(gated.to(tl.int32), axis=0)
         has_t = has_t & gated[:, None]
         if ROW_TILES == 2:
-            gated2 = tl.load(gGate + t2, mask=t2 < num_rows, other=0) != 0
+            gated2 = tl.load(adapter.gate + t2, mask=t2 < num_rows, other=0) != 0
             any_gated = any_gated | tl.max(gated2.to(tl.int32), axis=0)
             has_t2 = has_t2 & gated2[:, None]
         if any_gated == 0:
             return
-    pW = gW + n[:, None].to(tl.int64) * stride_w
-    pX = gX + t[:, None].to(tl.int64) * stride_x
-    pX2 = gX + t2[:, None].to(tl.int64) * stride_x
+    read = Tile(
+        pW=operands.weight + n[:, None].to(tl.int64) * operands.stride_weight,
+        pX=operands.x + t[:, None].to(tl.int64) * operands.stride_x,
+        pX2=operands.x + t2[:, None].to(tl.int64) * operands.stride_x,
+        has_n=has_n[:, None],
+        has_t=has_t,
+        has_t2=has_t2,
+    )
 
     zeros = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     split = tl.program_id(1)
-    sums, sums2 = _multiply(
-        zeros,
-        zeros,
-        pW,
-        pX,
-        pX2,
-        has_n[:, None],
-        has_t,
-        has_t2,
-        split * BLOCKS_PER_SPLIT,
-        tl.minimum((split + 1) * BLOCKS_PER_SPLIT, NUM_BLOCKS),
-        K,
-        BLOCK_K,
-        ROW_TILES,
-        NUM_STAGES,
-    )
+    begin = split * shape.BLOCKS_PER_SPLIT
+    end = tl.minimum((split + 1) * shape.BLOCKS_PER_SPLIT, NUM_BLOCKS)
+    sums, sums2 = _multiply(zeros, zeros, read, begin, end, shape)
     if SPLITS > 1:
-        if IN_ONE_CTA:
+        if shape.IN_ONE_CTA:
             for later in range(1, SPLITS):
-                part, part2 = _multiply(
-                    zeros,
-                    zeros,
-                    pW,
-                    pX,
-                    pX2,
-                    has_n[:, None],
-                    has_t,
-                    has_t2,
-                    later * BLOCKS_PER_SPLIT,
-                    tl.minimum((later + 1) * BLOCKS_PER_SPLIT, NUM_BLOCKS),
-                    K,
-                    BLOCK_K,
-                    ROW_TILES,
-                    NUM_STAGES,
-                )
+                begin_later = later * shape.BLOCKS_PER_SPLIT
+                end_later = tl.minimum((later + 1) * shape.BLOCKS_PER_SPLIT, NUM_BLOCKS)
+                part, part2 = _multiply(zeros, zeros, read, begin_later, end_later, shape)
                 sums += part
                 sums2 += part2
         else:
@@ -331,30 +298,5 @@ def _linear_kernel(
                 sums2 = _reduce_parts(gParts, place, t2, num_rows, stride_part, PARTS_N, SPLITS)
 
     for row_tile in tl.static_range(ROW_TILES):
-        _finish(
-            sums if row_tile == 0 else sums2,
-            gBias,
-            gOut,
-            gGate,
-            gB,
-            gH,
-            n,
-            has_n,
-            t if row_tile == 0 else t2,
-            first,
-            num_rows,
-            scale,
-            stride_out,
-            stride_b,
-            stride_h,
-            N,
-            SLICE_ENDS,
-            RANK,
-            BLOCK_RANK,
-            BLOCK_N,
-            BLOCK_T,
-            HAS_BIAS,
-            HAS_LORA,
-            GATED_ONLY,
-            PAIRED,
-        )
+        sums_of, t_of = (sums, t) if row_tile == 0 else (sums2, t2)
+        _finish(sums_of, operands, adapter, n, has_n, t_of, first, num_rows, shape)

@@ -1,8 +1,8 @@
-"""Every row of a call perturbed by its noise: the best (z + g, id) of each slice of ids, and what laws need.
+"""Every row of a call perturbed by its noise: the best (z + g, id) of each slice of ids, and what distributions need.
 
 Slices of a row run side by side; each reads its logits once. Blocks of ids of which none is kept draw no noise. What
 noise a MASK row takes is known before acceptance is, so one launch samples every row of a step. For `rejection` it also
-sums up the kept exp(z), from which the normaliser of a row's law follows.
+sums up the kept exp(z), from which the normaliser of a row's distribution follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from idlm_kernels.triton.common import launch, next_power_of_2
 from idlm_kernels.triton.noise import noise
 from idlm_kernels.triton.rows import (
-    draft_count,
     key_of,
     kFinite,
     kGreedyBelow,
@@ -26,9 +25,11 @@ from idlm_kernels.triton.rows import (
     kNoId,
     or_,
     request_of,
+    span_of,
     transformed,
 )
-from idlm_kernels.triton.truncation import _cut_kernel
+from idlm_kernels.triton.structs import Logits, LogitsRow, SamplingParameters, Slices
+from idlm_kernels.triton.truncation import SampleShape, _cut_kernel
 from python_ref import STREAM_DRAFT
 
 kMaxNear = 8192
@@ -52,8 +53,7 @@ def add_exp(largest, total, z):
     do_not_specialize_on_alignment=["gTemperature", "gMinP", "gSeed", "gPositions", "gQueryStart", "gNumDrafts"],
 )
 def _perturb_kernel(
-    gLogits,  # [T, V]
-    gBias,  # [T, V]
+    logits,  # Logits
     gTemperature,  # by row, or by request with BY_REQUEST; so the next three
     gMinP,
     gSeed,
@@ -62,40 +62,29 @@ def _perturb_kernel(
     gNumDrafts,  # [B]
     gCut,  # [T]
     gLargest,  # [T]
-    gScore,  # fp32 [T, slices]
-    gId,  # int32 [T, slices]
-    gFlags,  # int32 [T, slices]
-    gMax,  # fp32 [T, slices]: the largest kept z; this and the next two with LAW
-    gTotal,  # fp32 [T, slices]: the sum of exp(z - largest) over what is kept
-    gLeast,  # fp32 [T, slices]: the least kept z
+    slices,  # Slices
     batch,
     num_k,
-    stride_logits,
-    stride_bias,
-    vocab_size,
     id_limit,
     mask_id,
     slice_ids,
     stream,
-    BY_REQUEST: tl.constexpr,
+    shape: tl.constexpr,
     BRANCHED: tl.constexpr,
-    LAW: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    owner = row
-    if BY_REQUEST:
-        owner = request_of(gQueryStart, row, batch, BLOCK_BATCH).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64)
+    owner = t
+    if shape.BY_REQUEST:
+        owner = request_of(gQueryStart, t, batch, shape.BLOCK_BATCH).to(tl.int64)
         if owner >= batch:
             return
     position = tl.load(gPositions + owner).to(tl.int32)
-    if BY_REQUEST:
+    if shape.BY_REQUEST:
         # Clean row i predicts position L + i; MASK row j of branch b predicts L + b + 1 + j (a chain has branch n).
-        start = tl.load(gQueryStart + owner)
-        n = draft_count(gNumDrafts, owner, tl.load(gQueryStart + owner + 1) - start, num_k)
-        i = tl.program_id(0) - start
+        span = span_of(gQueryStart, gNumDrafts, owner, num_k)
+        n = span.n
+        i = tl.program_id(0) - span.start
         k = tl.maximum(num_k, 1)
         ahead = i
         if i > n:
@@ -103,18 +92,17 @@ def _perturb_kernel(
             if BRANCHED:
                 branch = (i - n - 1) // k
             ahead = branch + 1 + (i - n - 1) % k
-            if LAW:
+            if shape.WITH_DISTRIBUTION:
                 stream = kStreamDraft
         position += 1 + ahead
     temperature, min_p = tl.load(gTemperature + owner), tl.load(gMinP + owner)
     is_greedy = temperature < kGreedyBelow
     least_share = min_p
-    if not LAW:
+    if not shape.WITH_DISTRIBUTION:
         least_share = tl.where(is_greedy, 0.0, min_p)
     seed = tl.load(gSeed + owner)
-    cut, largest = tl.load(gCut + row), tl.load(gLargest + row)
-    gRow = gLogits + row * stride_logits
-    gRowBias = gBias + row * stride_bias if HAS_BIAS else gBias
+    cut, largest = tl.load(gCut + t), tl.load(gLargest + t)
+    row = LogitsRow(logits=logits, row=t, temperature=temperature, id_limit=id_limit, mask_id=mask_id)
 
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], kNoId, tl.int32)
@@ -125,7 +113,7 @@ def _perturb_kernel(
     begin = tl.program_id(1) * slice_ids
     for first in range(begin, tl.minimum(begin + slice_ids, id_limit), BLOCK):
         id_ = first + tl.arange(0, BLOCK)
-        z, is_nan, is_inf = transformed(gRow, gRowBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z, is_nan, is_inf = transformed(row, id_)
         flags |= tl.where(is_nan, kNan, 0) | tl.where(is_inf, kInf, 0) | tl.where(z > float("-inf"), kFinite, 0)
         kept = (z > float("-inf")) & (key_of(z) >= cut)
         if least_share > 0.0:
@@ -137,130 +125,117 @@ def _perturb_kernel(
             is_better = kept & (score > best)
             best = tl.where(is_better, score, best)
             best_id = tl.where(is_better, id_, best_id)
-            if LAW:
+            if shape.WITH_DISTRIBUTION:
                 kept_max, kept_total = add_exp(kept_max, kept_total, tl.where(kept, z, float("-inf")))
                 kept_least = tl.minimum(kept_least, tl.where(kept, z, float("inf")))
     score = tl.max(best, axis=0)
     winner = tl.min(tl.where(best == score, best_id, kNoId), axis=0)
-    place = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(gScore + place, score)
-    tl.store(gId + place, winner)
-    tl.store(gFlags + place, tl.reduce(flags, 0, or_))
-    if LAW:
+    place = t * tl.num_programs(1) + tl.program_id(1)
+    tl.store(slices.score + place, score)
+    tl.store(slices.ids + place, winner)
+    tl.store(slices.flags + place, tl.reduce(flags, 0, or_))
+    if shape.WITH_DISTRIBUTION:
         top = tl.max(kept_max, axis=0)
-        tl.store(gMax + place, top)
+        tl.store(slices.max + place, top)
         tl.store(
-            gTotal + place, tl.sum(kept_total * tl.exp(kept_max - tl.where(top == float("-inf"), 0.0, top)), axis=0)
+            slices.total + place,
+            tl.sum(kept_total * tl.exp(kept_max - tl.where(top == float("-inf"), 0.0, top)), axis=0),
         )
-        tl.store(gLeast + place, tl.min(kept_least, axis=0))
+        tl.store(slices.least + place, tl.min(kept_least, axis=0))
 
 
 @dataclass(frozen=True)
 class SampledSlices:
-    """What the rows' slices hold, each [T, slices]: the best score, its id, flags; for laws also the largest kept z,
-    the sum of exp(z - largest) and the least kept z. A slice has `slice_ids` ids."""
+    """Rows of which every slice is sampled: the slices, and how many ids each has."""
 
-    score: Tensor
-    ids: Tensor
-    flags: Tensor
-    law: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
+    slices: Slices
     slice_ids: int
+
+    @property
+    def count(self) -> int:
+        return self.slices.score.shape[1]
 
 
 def sampled_slices(
-    logits: Tensor,
+    logits: Logits,
     positions: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    parameters: SamplingParameters,
     id_limit: int,
     mask_id: int,
     stream: int,
-    logit_bias: Tensor | None,
     query_start_loc: Tensor | None = None,
     num_drafts: Tensor | None = None,
     num_k: int = 0,
     branched: bool = False,
-    with_law: bool = False,
+    with_distribution: bool = False,
 ) -> SampledSlices:
-    """Launches 1 and 2. `with_law` is for `rejection`: laws too, and MASK rows are sampled with their own stream.
+    """Launches 1 and 2. `with_distribution` is for `rejection`: distributions too, and MASK rows are sampled with their
+    own stream.
 
-    Parameters (temperature, top_k, top_p, min_p, seed) and positions are by row, or, with query_start_loc, by request.
+    Parameters and positions are by row, or, with query_start_loc, by request.
     """
-    num_rows = logits.shape[0]
-    slices = min(triton.cdiv(id_limit, kMinSliceIds), kMaxSlices)
-    slice_ids = triton.cdiv(triton.cdiv(id_limit, slices), kBlockPerturb) * kBlockPerturb
-    slices = triton.cdiv(id_limit, slice_ids)
-    score = logits.new_empty(num_rows, slices, dtype=torch.float32)
-    ids, flags = (logits.new_empty(num_rows, slices, dtype=torch.int32) for _ in range(2))
-    law: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
-    if with_law:
-        law = torch.empty_like(score), torch.empty_like(score), torch.empty_like(score)
-    cut = logits.new_empty(num_rows, dtype=torch.int32)
-    largest = logits.new_empty(num_rows, dtype=torch.float32)
-    near = logits.new_empty(num_rows, kMaxNear, dtype=torch.float32)
-    temperature, top_k, top_p, min_p, seed = parameters
-    batch = temperature.shape[0]
-    by_request = query_start_loc is not None
+    rows, num_rows = logits.data, logits.data.shape[0]
+    count = min(triton.cdiv(id_limit, kMinSliceIds), kMaxSlices)
+    slice_ids = triton.cdiv(triton.cdiv(id_limit, count), kBlockPerturb) * kBlockPerturb
+    count = triton.cdiv(id_limit, slice_ids)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return rows.new_empty(*shape, dtype=dtype)
+
+    score = scratch(num_rows, count)
+    ids, flags = (scratch(num_rows, count, dtype=torch.int32) for _ in range(2))
+    distribution = [scratch(num_rows, count) if with_distribution else None for _ in range(3)]
+    slices = Slices(score, ids, flags, *distribution)
+    cut, largest = scratch(num_rows, dtype=torch.int32), scratch(num_rows)
+    near = scratch(num_rows, kMaxNear)
+    batch, by_request = parameters.temperature.shape[0], query_start_loc is not None
     block = min(kBlockCut, max(next_power_of_2(id_limit), 256))
-    common = {
-        "BY_REQUEST": by_request,
-        "LAW": with_law,
-        "BLOCK_BATCH": next_power_of_2(batch) if by_request else 1,
-        "HAS_BIAS": logit_bias is not None,
-    }
-    strides = (logits.stride(0), 0 if logit_bias is None else logit_bias.stride(0))
+    shape = SampleShape(
+        BY_REQUEST=by_request,
+        WITH_DISTRIBUTION=with_distribution,
+        BLOCK_BATCH=next_power_of_2(batch) if by_request else 1,
+    )
     launch(
         _cut_kernel,
         (num_rows,),
+        rows,
         logits,
-        logits,
-        logit_bias,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
+        *parameters[:4],
         query_start_loc,
         cut,
         largest,
         near,
         batch,
-        *strides,
-        logits.shape[1],
         id_limit,
         mask_id,
+        shape=shape,
         MAX_NEAR=kMaxNear,
         BLOCK=block,
         num_warps=block // 256,  # 16 bytes of bf16 per lane, and no lane without any
-        **common,
     )
     launch(
         _perturb_kernel,
-        (num_rows, slices),
+        (num_rows, count),
+        rows,
         logits,
-        logits,
-        logit_bias,
-        temperature,
-        min_p,
-        seed,
+        parameters.temperature,
+        parameters.min_p,
+        parameters.seed,
         positions,
         query_start_loc,
         num_drafts,
         cut,
         largest,
-        score,
-        ids,
-        flags,
-        *law,
+        slices,
         batch,
         num_k,
-        *strides,
-        logits.shape[1],
         id_limit,
         mask_id,
         slice_ids,
         stream,
+        shape=shape,
         BRANCHED=branched,
         BLOCK=kBlockPerturb,
         num_warps=4,
-        **common,
     )
-    return SampledSlices(score, ids, flags, law, slice_ids)
+    return SampledSlices(slices, slice_ids)

@@ -1,10 +1,10 @@
 """rerank_drafts: 3 + 2 K launches, none of which waits for the host (in torch the same is some 100).
 
-1. The largest logit of every 16 and every 256 ids of the K rows; for `rejection` it also clears the laws.
+1. The largest logit of every 16 and every 256 ids of the K rows; for `rejection` it also clears the distributions.
 2. Each row's 32 best candidates, in the 32 best chunks of the 32 best groups: three sorts of 1024, 512 and 512 (of two
    levels, 4096 and 2048 would be three times the work). Beside it the product of from_hidden with all rows.
 3. For each draft: the head's state, whose CTAs first choose the draft before it; then slices of the query and what they
-   add to the scores. The choice is a few hundred numbers, cheaper made by all than told to all.
+   add to the scores. Each CTA repeats the choice: a few hundred numbers, cheaper than a broadcast.
 4. The last choice.
 
 Bytes: the K logits rows once, 32 rows of the LM head and all matrices for each draft: at Qwen3-8B (H 4096, W 256) and
@@ -21,7 +21,16 @@ from torch import Tensor
 import python_ref
 from idlm_kernels.triton.common import launch, next_power_of_2
 from idlm_kernels.triton.rerank_candidates import _candidates_kernel, _maxima_kernel, kChunk, kGroup
-from idlm_kernels.triton.rerank_kernel import _last_kernel, _score_kernel, _state_kernel, kCandidates
+from idlm_kernels.triton.rerank_kernel import (
+    Candidates,
+    Head,
+    Shape,
+    _last_kernel,
+    _score_kernel,
+    _state_kernel,
+    kCandidates,
+)
+from idlm_kernels.triton.structs import DraftLogits
 from python_ref import QState
 
 kBlockGroups = 16  # of a CTA that looks for maxima: 4096 ids
@@ -83,18 +92,20 @@ def rerank_drafts(
     row_part = scratch(batch, num_k, width)
     value, ids = scratch(batch, num_k, kCandidates), scratch(batch, num_k, kCandidates, dtype=torch.int32)
     state, part = scratch(num_k, batch, width), scratch(batch, slices, kCandidates)
-    q = (None, None, None) if q_state is None else (q_state.logits, q_state.cut, q_state.log_norm)
-    q_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if q_state is not None:
-        q_strides = (*q_state.logits.stride()[:2], q_state.cut.stride(0), q_state.log_norm.stride(0))
-    scored = (part, value, ids, positions, temperature, top_k, top_p, min_p, seed, *q, result)
-    choice = {
-        "HAS_Q": q_state is not None,
-        "SLICES": slices,
-        "BLOCK_SLICES": next_power_of_2(slices),
-    }
-    block_k = min(next_power_of_2(size), 1024)
-    block_state = min(next_power_of_2(width), 256)
+    cut, log_norm = (None, None) if q_state is None else (q_state.cut, q_state.log_norm)
+    scored = (Candidates(part, value, ids), positions, temperature, top_k, top_p, min_p, seed)
+    q = DraftLogits.of(q_state)
+    shape = Shape(
+        H=size,
+        W=width,
+        BLOCK_W=kBlockW,
+        BLOCK_H=kBlockH,
+        BLOCK_K=min(next_power_of_2(size), 1024),
+        BLOCK_STATE=min(next_power_of_2(width), 256),
+        SLICES=slices,
+        BLOCK_SLICES=next_power_of_2(slices),
+        HAS_Q=q_state is not None,
+    )
 
     groups = num_groups if q_state is None else triton.cdiv(vocab_size, kChunk * kGroup)
     launch(
@@ -106,11 +117,12 @@ def rerank_drafts(
         num_drafts,
         chunk_max,
         group_max,
-        q[0],
+        q.logits,
         num_k,
         num_rows,
         logits.stride(0),
-        *q_strides[:2],
+        q.stride_request,
+        q.stride_draft,
         vocab_size,
         id_limit,
         mask_id,
@@ -146,13 +158,12 @@ def rerank_drafts(
         id_limit,
         mask_id,
         num_groups,
-        H=size,
-        W=width,
+        shape=shape,
         BLOCK_GROUPS=max(next_power_of_2(num_groups), kCandidates),
-        BLOCK_W=kBlockW,
-        BLOCK_K=block_k,
         num_warps=4,
     )
+    strides = (embedding.stride(0), from_previous.stride(0), from_state.stride(0))
+    head = Head(embedding, from_previous, from_state, *strides)
     by_state, by_query = num_served(batch, w_tiles), num_served(batch, slices)
     for j in range(num_k):
         launch(
@@ -162,30 +173,23 @@ def rerank_drafts(
             previous,
             num_drafts,
             row_part,
-            embedding,
-            from_previous,
-            from_state,
+            head,
             state,
             *scored,
+            q,
+            cut,
+            log_norm,
+            result,
             batch,
             j,
             num_k,
             by_state,
             mask_id,
             embedding.shape[0],
-            embedding.stride(0),
-            from_previous.stride(0),
-            from_state.stride(0),
-            *q_strides,
             result.stride(0),
-            H=size,
-            W=width,
+            shape=shape,
             IS_FIRST=j == 0,
-            BLOCK_W=kBlockW,
-            BLOCK_K=block_k,
-            BLOCK_STATE=block_state,
             num_warps=4,
-            **choice,
         )
         launch(
             _score_kernel,
@@ -203,10 +207,7 @@ def rerank_drafts(
             by_query,
             to_query.stride(0),
             head_rows.stride(0),
-            H=size,
-            W=width,
-            BLOCK_H=kBlockH,
-            BLOCK_STATE=block_state,
+            shape=shape,
             num_warps=8,
         )
     launch(
@@ -216,13 +217,16 @@ def rerank_drafts(
         num_drafts,
         drafts,
         *scored,
+        q,
+        cut,
+        log_norm,
+        result,
         num_k,
         mask_id,
         drafts.stride(0),
-        *q_strides,
         result.stride(0),
+        shape=shape,
         BLOCK_DRAFTS=next_power_of_2(num_k),
         num_warps=4,
-        **choice,
     )
     return result

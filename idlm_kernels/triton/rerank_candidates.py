@@ -63,7 +63,7 @@ def _maxima_kernel(
     HAS_Q: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """The largest logit of every chunk of ids and of every group of chunks; laws are cleared on the way."""
+    """The largest logit of every chunk of ids and of every group of chunks; distributions are cleared on the way."""
     BLOCK_CHUNKS: tl.constexpr = BLOCK_GROUPS * kGroup
     place = tl.program_id(0).to(tl.int64)
     request, j = place // num_k, place % num_k
@@ -115,13 +115,13 @@ def _candidates_kernel(
     id_limit,
     mask_id,
     num_groups,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """The first B K CTAs: the candidates of a row. Others: BLOCK_W entries of from_hidden unit(x) of several rows."""
+    W: tl.constexpr = shape.W
+    H: tl.constexpr = shape.H
+    BLOCK_W: tl.constexpr = shape.BLOCK_W
     num_mask_rows = batch * num_k
     if tl.program_id(0) < num_mask_rows:
         place = tl.program_id(0).to(tl.int64)
@@ -149,5 +149,5 @@ def _candidates_kernel(
         for row in range(first, tl.minimum(first + num_served, num_mask_rows)):
             if tl.load(gNumDrafts + row // num_k) > 0:
                 gX = gHidden + _mask_row(gFirstMask, row // num_k, row % num_k, num_rows) * stride_hidden
-                y, squares = _product(gFromHidden, gX, n, stride_from_hidden, W, H, BLOCK_W, BLOCK_K)
+                y, squares = _product(gFromHidden, gX, n, stride_from_hidden, W, H, BLOCK_W, shape.BLOCK_K)
                 tl.store(gRowPart + row * W + n, y * _inverse_rms(squares, H), mask=n < W)

@@ -10,18 +10,50 @@ is small here (one row per request) is bound by the bytes of the matrices, and t
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from idlm_kernels.triton.common import silu_times
 from idlm_kernels.triton.noise import gumbel, log, uniform
 from idlm_kernels.triton.rows import kGreedyBelow, kLargest, kNoId, lowest_id
+from idlm_kernels.triton.structs import DraftDistributions, SamplingParameters
 from python_ref import STREAM_DRAFT, STREAM_TARGET
-from python_ref.rerank import NUM_CANDIDATES
+from python_ref.contract import NUM_CANDIDATES
 
 kCandidates = tl.constexpr(NUM_CANDIDATES)
 kStreamTarget, kStreamDraft = tl.constexpr(STREAM_TARGET), tl.constexpr(STREAM_DRAFT)
 kUnitEps = tl.constexpr(2.0**-23)  # as torch's rms_norm of fp32
+
+
+class Head(NamedTuple):
+    """What the state of a draft is made of, less the product with the hidden row."""
+
+    embedding: Any  # [ids, H]
+    from_previous: Any  # [W, H]
+    from_state: Any  # [W, W]
+    stride_embedding: Any
+    stride_from_previous: Any
+    stride_from_state: Any
+
+
+class Candidates(NamedTuple):
+    part: Any  # fp32 [B, SLICES, 32]: what slices of the query add to the scores of the draft at hand
+    value: Any  # fp32 [B, K, 32]: logits
+    ids: Any  # int32 [B, K, 32]
+
+
+class Shape(NamedTuple):
+    H: int
+    W: int
+    BLOCK_W: int  # entries of the state per CTA
+    BLOCK_H: int  # entries of the query per CTA
+    BLOCK_K: int  # depth of the products with rows of H entries
+    BLOCK_STATE: int  # and of W entries
+    SLICES: int  # CTAs of a query
+    BLOCK_SLICES: int
+    HAS_Q: bool
 
 
 @triton.jit
@@ -79,66 +111,53 @@ def _noise_at(seed, id_, position, stream, BLOCK: tl.constexpr):
 
 @triton.jit
 def _choose(
-    gPart,  # fp32 [B, SLICES, 32]
-    gValue,  # [B, K, 32]
-    gId,  # [B, K, 32]
+    candidates,
     gPositions,  # [B]
-    gTemperature,  # [B]; so the next four
-    gTopK,
-    gTopP,
-    gMinP,
-    gSeed,
-    gQLogits,  # [B, K, V]
-    gQCut,  # [B, K]
-    gQLogNorm,  # [B, K]
+    parameters,  # SamplingParameters
+    q,  # DraftDistributions
     request,
     j,
     num_k,
-    stride_q_request,
-    stride_q_draft,
-    stride_cut,
-    stride_log_norm,
     mask_id,
     writes,
-    HAS_Q: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_SLICES: tl.constexpr,
+    shape: tl.constexpr,
 ):
-    """Draft j of a request from the parts of its scores, the same for every caller; `writes` its law too."""
+    """Draft j of a request from the parts of its scores, the same for every caller; `writes` its distribution too."""
     c = tl.arange(0, kCandidates)
     place = (request * num_k + j) * kCandidates + c
-    s = tl.arange(0, BLOCK_SLICES)[:, None]
-    gRequest = gPart + request * SLICES * kCandidates
-    gain = tl.sum(tl.load(gRequest + s * kCandidates + c[None, :], mask=s < SLICES, other=0.0), axis=0)
-    id_ = tl.load(gId + place)
-    x = tl.load(gValue + place) + gain
-    if HAS_Q:
-        x = x.to(gQLogits.dtype.element_ty).to(tl.float32)  # the law is of what is kept
+    s = tl.arange(0, shape.BLOCK_SLICES)[:, None]
+    gRequest = candidates.part + request * shape.SLICES * kCandidates
+    gain = tl.sum(tl.load(gRequest + s * kCandidates + c[None, :], mask=s < shape.SLICES, other=0.0), axis=0)
+    id_ = tl.load(candidates.ids + place)
+    x = tl.load(candidates.value + place) + gain
+    if shape.HAS_Q:
+        x = x.to(q.of.logits.dtype.element_ty).to(tl.float32)  # the distribution is of what is kept
     x = tl.where(x == x, tl.minimum(x, kLargest), float("-inf"))
-    temperature = tl.load(gTemperature + request)
+    temperature = tl.load(parameters.temperature + request)
     is_greedy = temperature < kGreedyBelow
     z = tl.div_rn(x, tl.zeros_like(x) + tl.where(is_greedy, 1.0, temperature))
     z = tl.where(x == float("-inf"), x, tl.minimum(tl.maximum(z, -kLargest), kLargest))
     is_empty = tl.max(z, axis=0) == float("-inf")
     largest = tl.where(is_empty, 0.0, tl.max(z, axis=0))
-    cut = _cut(z, largest, tl.load(gTopK + request), tl.load(gTopP + request), tl.load(gMinP + request))
-    stream = kStreamDraft if HAS_Q else kStreamTarget
+    top_k, top_p = tl.load(parameters.top_k + request), tl.load(parameters.top_p + request)
+    cut = _cut(z, largest, top_k, top_p, tl.load(parameters.min_p + request))
+    stream = kStreamDraft if shape.HAS_Q else kStreamTarget
     position = tl.load(gPositions + request) + 1 + j
-    noise = _noise_at(tl.load(gSeed + request), id_, position, stream, kCandidates)
+    noise = _noise_at(tl.load(parameters.seed + request), id_, position, stream, kCandidates)
     score = tl.where(is_greedy, z, tl.where(z >= cut, z + noise, float("-inf")))
     draft = tl.min(tl.where(score == tl.max(score, axis=0), id_, kNoId), axis=0)
     draft = tl.where(is_empty, lowest_id(mask_id), draft)
-    if HAS_Q:
+    if shape.HAS_Q:
         total = tl.sum(tl.where(z >= cut, tl.exp(z - largest), 0.0), axis=0)
         log_norm = largest + log(tl.where(is_empty, 1.0, total))
         if writes:
-            tl.store(gQCut + request * stride_cut + j, tl.where(is_empty, 0.0, cut))
-            tl.store(gQLogNorm + request * stride_log_norm + j, log_norm)
-            gQ = gQLogits + request * stride_q_request + tl.cast(j, tl.int64) * stride_q_draft
+            tl.store(q.cut + request * q.of.stride_cut + j, tl.where(is_empty, 0.0, cut))
+            tl.store(q.log_norm + request * q.of.stride_log_norm + j, log_norm)
+            gQ = q.of.logits + request * q.of.stride_request + tl.cast(j, tl.int64) * q.of.stride_draft
             # A point mass where nothing can be chosen; else the finite scores: ids that fill up stand for nothing.
             id_ = tl.where(is_empty, lowest_id(mask_id), id_)
             kept = tl.where(is_empty, c == 0, x > float("-inf"))
-            tl.store(gQ + id_, tl.where(is_empty, 0.0, x).to(gQLogits.dtype.element_ty), mask=kept)
+            tl.store(gQ + id_, tl.where(is_empty, 0.0, x).to(q.of.logits.dtype.element_ty), mask=kept)
     return draft.to(tl.int64)
 
 
@@ -161,23 +180,19 @@ def _choose(
 def _state_kernel(
     gPrevious,  # [B]
     gNumDrafts,  # [B]
-    gRowPart,  # [B, K, W]
-    gEmbedding,  # [ids, H]
-    gFromPrevious,  # [W, H]
-    gFromState,  # [W, W]
+    gRowPart,  # fp32 [B, K, W]
+    head,  # Head
     gState,  # fp32 [K, B, W]
-    gPart,  # fp32 [B, SLICES, 32], of draft j - 1; so all that follows
-    gValue,
-    gId,
-    gPositions,
-    gTemperature,
+    candidates,  # Candidates, the part that of draft j - 1
+    gPositions,  # [B]
+    gTemperature,  # [B]; so the next four
     gTopK,
     gTopP,
     gMinP,
     gSeed,
-    gQLogits,
-    gQCut,
-    gQLogNorm,
+    q_logits,  # DraftLogits
+    gQCut,  # [B, K]
+    gQLogNorm,  # [B, K]
     gOut,  # int64 [B, K]
     batch,
     j,
@@ -185,26 +200,17 @@ def _state_kernel(
     num_served,
     mask_id,
     num_tokens,
-    stride_embedding,
-    stride_from_previous,
-    stride_from_state,
-    stride_q_request,
-    stride_q_draft,
-    stride_cut,
-    stride_log_norm,
     stride_out,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    shape: tl.constexpr,
     IS_FIRST: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_SLICES: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_STATE: tl.constexpr,
 ):
     """BLOCK_W entries of s_j of several requests. Every CTA chooses draft j - 1 for itself, the first one writes it."""
+    W: tl.constexpr = shape.W
+    H: tl.constexpr = shape.H
+    BLOCK_W: tl.constexpr = shape.BLOCK_W
     TILES: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    parameters = SamplingParameters(temperature=gTemperature, top_k=gTopK, top_p=gTopP, min_p=gMinP, seed=gSeed)
+    q = DraftDistributions(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
     tile = tl.program_id(0) % TILES
     n = tile * BLOCK_W + tl.arange(0, BLOCK_W)
     first = (tl.program_id(0) // TILES * num_served).to(tl.int64)
@@ -214,43 +220,21 @@ def _state_kernel(
                 token = tl.load(gPrevious + request)
             else:
                 writes = tile == 0
-                token = _choose(
-                    gPart,
-                    gValue,
-                    gId,
-                    gPositions,
-                    gTemperature,
-                    gTopK,
-                    gTopP,
-                    gMinP,
-                    gSeed,
-                    gQLogits,
-                    gQCut,
-                    gQLogNorm,
-                    request,
-                    j - 1,
-                    num_k,
-                    stride_q_request,
-                    stride_q_draft,
-                    stride_cut,
-                    stride_log_norm,
-                    mask_id,
-                    writes,
-                    HAS_Q,
-                    SLICES,
-                    BLOCK_SLICES,
-                )
+                token = _choose(candidates, gPositions, parameters, q, request, j - 1, num_k, mask_id, writes, shape)
                 if writes:
                     tl.store(gOut + request * stride_out + j - 1, token)
             token = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-            gX = gEmbedding + token * stride_embedding
-            y, squares = _product(gFromPrevious, gX, n, stride_from_previous, W, H, BLOCK_W, BLOCK_K)
+            gX = head.embedding + token * head.stride_embedding
+            y, squares = _product(head.from_previous, gX, n, head.stride_from_previous, W, H, BLOCK_W, shape.BLOCK_K)
             row_part = tl.load(gRowPart + (request * num_k + j) * W + n, mask=n < W, other=0.0)
             x = row_part + y * _inverse_rms(squares, H)
             gMine = gState + (j * batch + request) * W
             if not IS_FIRST:
                 gBefore = gMine - batch.to(tl.int64) * W
-                x += _product(gFromState, gBefore, n, stride_from_state, W, W, BLOCK_W, BLOCK_STATE)[0]
+                carried, _ = _product(
+                    head.from_state, gBefore, n, head.stride_from_state, W, W, BLOCK_W, shape.BLOCK_STATE
+                )
+                x += carried
             tl.store(gMine + n, silu_times(x, 1.0), mask=n < W)
 
 
@@ -268,13 +252,13 @@ def _score_kernel(
     num_served,
     stride_to_query,
     stride_head,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_STATE: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """BLOCK_H entries of the query u = Q s_j of several requests, and what they add to the scores of the candidates."""
-    SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    W: tl.constexpr = shape.W
+    H: tl.constexpr = shape.H
+    BLOCK_H: tl.constexpr = shape.BLOCK_H
+    SLICES: tl.constexpr = shape.SLICES
     slice_ = tl.program_id(0) % SLICES
     h = slice_ * BLOCK_H + tl.arange(0, BLOCK_H)
     c = tl.arange(0, kCandidates)
@@ -285,7 +269,7 @@ def _score_kernel(
             gRows = gHeadRows + id_[:, None] * stride_head + h[None, :]
             direction = tl.load(gRows, mask=(h < H)[None, :], other=0.0).to(tl.float32)
             gX = gState + (j * batch + request) * W
-            query, _ = _product(gToQuery, gX, h, stride_to_query, H, W, BLOCK_H, BLOCK_STATE)
+            query, _ = _product(gToQuery, gX, h, stride_to_query, H, W, BLOCK_H, shape.BLOCK_STATE)
             part = tl.sum(direction * query[None, :], axis=1)
             place = request * SLICES + slice_
             tl.store(gPart + place * kCandidates + c, part)
@@ -310,62 +294,31 @@ def _score_kernel(
 def _last_kernel(
     gNumDrafts,  # [B]
     gDrafts,  # int64 [B, K]
-    gPart,  # [B, SLICES, 32]
-    gValue,
-    gId,
-    gPositions,
-    gTemperature,
+    candidates,  # Candidates
+    gPositions,  # [B]
+    gTemperature,  # [B]; so the next four
     gTopK,
     gTopP,
     gMinP,
     gSeed,
-    gQLogits,
-    gQCut,
-    gQLogNorm,
+    q_logits,  # DraftLogits
+    gQCut,  # [B, K]
+    gQLogNorm,  # [B, K]
     gOut,  # int64 [B, K]
     num_k,
     mask_id,
     stride_drafts,
-    stride_q_request,
-    stride_q_draft,
-    stride_cut,
-    stride_log_norm,
     stride_out,
-    HAS_Q: tl.constexpr,
-    SLICES: tl.constexpr,
-    BLOCK_SLICES: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_DRAFTS: tl.constexpr,
 ):
     """The last draft of a request, or its drafts as they were."""
+    parameters = SamplingParameters(temperature=gTemperature, top_k=gTopK, top_p=gTopP, min_p=gMinP, seed=gSeed)
+    q = DraftDistributions(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
     request = tl.program_id(0).to(tl.int64)
     gMine = gOut + request * stride_out
     if tl.load(gNumDrafts + request) > 0:
-        draft = _choose(
-            gPart,
-            gValue,
-            gId,
-            gPositions,
-            gTemperature,
-            gTopK,
-            gTopP,
-            gMinP,
-            gSeed,
-            gQLogits,
-            gQCut,
-            gQLogNorm,
-            request,
-            num_k - 1,
-            num_k,
-            stride_q_request,
-            stride_q_draft,
-            stride_cut,
-            stride_log_norm,
-            mask_id,
-            True,
-            HAS_Q,
-            SLICES,
-            BLOCK_SLICES,
-        )
+        draft = _choose(candidates, gPositions, parameters, q, request, num_k - 1, num_k, mask_id, True, shape)
         tl.store(gMine + num_k - 1, draft)
     else:
         i = tl.arange(0, BLOCK_DRAFTS)

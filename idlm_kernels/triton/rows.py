@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-kGreedyBelow = tl.constexpr(1e-4)
+from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN
+
+kGreedyBelow = tl.constexpr(GREEDY_BELOW)
 kLargest = tl.constexpr(3.4028234663852886e38)
-kNan, kInf, kEmptyRow, kBadDraft = (tl.constexpr(bit) for bit in (1, 2, 4, 8))  # bits of status
+kNan, kInf = tl.constexpr(STATUS_NAN), tl.constexpr(STATUS_INF)
+kEmptyRow, kBadDraft = tl.constexpr(STATUS_EMPTY_ROW), tl.constexpr(STATUS_BAD_DRAFT)
 kFinite = tl.constexpr(1 << 30)  # inner bit: the slice has a finite logit
 kNoId = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def transformed(gLogits, gBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS: tl.constexpr):
-    """z of ids of one row, -inf where it cannot be sampled, and where a NaN and where a +inf stood."""
+def transformed(row, id_):
+    """z of ids of a LogitsRow, -inf where it cannot be sampled, and where a NaN and where a +inf stood."""
     # Loaded up to the width of the table, whose alignment the compiler knows; then cut down to what is allowed.
-    inside = id_ < vocab_size
-    x = tl.load(gLogits + id_, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(gBias + id_, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where((id_ < id_limit) & (id_ != mask_id), x, float("-inf"))
+    logits = row.logits
+    inside = id_ < logits.vocab_size
+    x = tl.load(logits.data + row.row * logits.stride + id_, mask=inside, other=0.0).to(tl.float32)
+    if logits.bias is not None:
+        x += tl.load(logits.bias + row.row * logits.stride_bias + id_, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where((id_ < row.id_limit) & (id_ != row.mask_id), x, float("-inf"))
     is_nan, is_inf = x != x, x == float("inf")
     x = tl.where(is_nan, float("-inf"), tl.where(is_inf, kLargest, x))
-    divisor = tl.where(temperature < kGreedyBelow, 1.0, temperature)
+    divisor = tl.where(row.temperature < kGreedyBelow, 1.0, row.temperature)
     z = tl.div_rn(x, tl.zeros_like(x) + divisor)
     z = tl.where(x == float("-inf"), x, tl.minimum(tl.maximum(z, -kLargest), kLargest))
     return tl.where(z == 0.0, 0.0, z), is_nan, is_inf  # -0.0 and 0.0 tie
@@ -54,6 +60,22 @@ def request_of(gQueryStart, row, batch, BLOCK_BATCH: tl.constexpr):
     b = tl.arange(0, BLOCK_BATCH)
     ends = tl.load(gQueryStart + 1 + b, mask=b < batch, other=0x7FFFFFFF)
     return tl.sum((ends <= row).to(tl.int32), axis=0)
+
+
+class Span(NamedTuple):
+    """A request's part of a step."""
+
+    request: Any
+    start: Any  # its first row
+    m_rows: Any
+    n: Any  # how many drafts it has
+
+
+@triton.jit
+def span_of(gQueryStart, gNumDrafts, request, num_k):
+    start = tl.load(gQueryStart + request)
+    m_rows = tl.load(gQueryStart + request + 1) - start
+    return Span(request=request, start=start, m_rows=m_rows, n=draft_count(gNumDrafts, request, m_rows, num_k))
 
 
 @triton.jit

@@ -17,17 +17,16 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.triton.common import launch, next_power_of_2
-from idlm_kernels.triton.decision import best_of_slices, decide
+from idlm_kernels.triton.decision import Step, best_of_slices, decide
 from idlm_kernels.triton.perturb import sampled_slices
 from idlm_kernels.triton.rejection import judge
+from idlm_kernels.triton.structs import Logits, SamplingParameters
 from python_ref import STREAM_TARGET, QState
 
 
 @triton.jit(do_not_specialize=["num_rows", "mask_id"], do_not_specialize_on_alignment=["gOut", "gStatus"])
 def _pick_kernel(
-    gScore,  # [T, SLICES]
-    gId,
-    gFlags,
+    slices,  # Slices
     gOut,  # int64 [T]
     gStatus,  # int32 [T]
     num_rows,
@@ -39,7 +38,7 @@ def _pick_kernel(
 ):
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     has_row = row < num_rows
-    token, status = best_of_slices(gScore, gId, gFlags, row, has_row, mask_id, SLICES, BLOCK_SLICES)
+    token, status = best_of_slices(slices, row, has_row, mask_id, SLICES, BLOCK_SLICES)
     tl.store(gOut + row, token.to(tl.int64), mask=has_row)
     if HAS_STATUS:
         tl.store(gStatus + row, tl.load(gStatus + row, mask=has_row, other=0) | status, mask=has_row)
@@ -62,7 +61,7 @@ def sample_rows(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.sample_rows`."""
-    parameters = (temperature, top_k, top_p, min_p, seed)
+    parameters = SamplingParameters(temperature, top_k, top_p, min_p, seed)
     if logits.dtype == torch.float64 or (logit_bias is not None and logit_bias.dtype == torch.float64):
         return python_ref.sample_rows(
             logits,
@@ -79,21 +78,19 @@ def sample_rows(
     y = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     if num_rows == 0:
         return y
-    sampled = sampled_slices(logits, positions, parameters, id_limit, mask_id, stream, logit_bias)
+    sampled = sampled_slices(Logits.of(logits, logit_bias), positions, parameters, id_limit, mask_id, stream)
     block_rows = 32
     launch(
         _pick_kernel,
         (triton.cdiv(num_rows, block_rows),),
         logits,
-        sampled.score,
-        sampled.ids,
-        sampled.flags,
+        sampled.slices,
         y,
         status,
         num_rows,
         mask_id,
-        SLICES=sampled.score.shape[1],
-        BLOCK_SLICES=next_power_of_2(sampled.score.shape[1]),
+        SLICES=sampled.count,
+        BLOCK_SLICES=next_power_of_2(sampled.count),
         BLOCK_ROWS=block_rows,
         HAS_STATUS=status is not None,
         num_warps=4,
@@ -123,7 +120,7 @@ def verify_accept(
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `idlm_kernels.verify_accept`."""
-    parameters = (temperature, top_k, top_p, min_p, seed)
+    parameters = SamplingParameters(temperature, top_k, top_p, min_p, seed)
     batch, num_k = drafts.shape
     is_fp64 = logits.dtype == torch.float64 or (logit_bias is not None and logit_bias.dtype == torch.float64)
     if is_fp64 or batch == 0:
@@ -147,37 +144,33 @@ def verify_accept(
         a, count = (torch.empty(batch, dtype=torch.int32, device=logits.device) for _ in range(2))
         tokens = drafts.new_empty(batch, num_k + 1)
         out = (a, tokens, drafts.new_empty(batch, num_k), count)
+    step = Step(
+        Logits.of(logits, logit_bias),
+        query_start_loc,
+        num_drafts,
+        drafts,
+        positions,
+        parameters,
+        id_limit,
+        mask_id,
+        branched,
+        status,
+        out,
+    )
     sampled = sampled_slices(
-        logits,
+        step.logits,
         positions,
         parameters,
         id_limit,
         mask_id,
         STREAM_TARGET,
-        logit_bias,
         query_start_loc,
         num_drafts,
         num_k,
         branched,
-        with_law=mode == "rejection",
+        with_distribution=mode == "rejection",
     )
     if mode == "rejection":
         assert q_state is not None
-        return judge(
-            sampled,
-            logits,
-            query_start_loc,
-            num_drafts,
-            drafts,
-            positions,
-            temperature,
-            seed,
-            id_limit,
-            mask_id,
-            branched,
-            q_state,
-            logit_bias,
-            status,
-            out,
-        )
-    return decide(sampled, logits, query_start_loc, num_drafts, drafts, mask_id, branched, status, out)
+        return judge(sampled, step, q_state)
+    return decide(sampled, step)

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from idlm_kernels.triton.common import launch, next_power_of_2
+from python_ref.contract import LENGTH, RUNNING, STOPPED
 
-kRunning, kStopped, kLength = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # values of finish
+kRunning, kStopped, kLength = tl.constexpr(RUNNING), tl.constexpr(STOPPED), tl.constexpr(LENGTH)
 
 
 @triton.jit

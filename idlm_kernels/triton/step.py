@@ -21,15 +21,16 @@ from idlm_kernels.triton.common import launch, next_power_of_2
 from idlm_kernels.triton.noise import log, uniform_of_positions
 from idlm_kernels.triton.rows import kEmptyRow, kLargest, kNan
 from idlm_kernels.triton.state import kRunning, outcome_of
-from python_ref import StepState
-from python_ref.step import OUTCOME, Planned
+from python_ref import StepState, contract
+from python_ref.step import LONGEST_MATCH, OUTCOME, Planned
 
-kFailed = tl.constexpr(4)  # of finish, besides those of advance
-kNoDrafts, kMaskDrafts, kSuffixDrafts = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # values of draft_source
-kFillMatch, kOverrideMatch, kLongestMatch = tl.constexpr(2), tl.constexpr(6), tl.constexpr(8)
+kFailed = tl.constexpr(contract.FAILED)
+kNoDrafts, kMaskDrafts = tl.constexpr(contract.NO_DRAFTS), tl.constexpr(contract.MASK_DRAFTS)
+kSuffixDrafts = tl.constexpr(contract.SUFFIX_DRAFTS)
+kFillMatch, kOverrideMatch = tl.constexpr(contract.FILL_MATCH), tl.constexpr(contract.OVERRIDE_MATCH)
+kLongestMatch = tl.constexpr(LONGEST_MATCH)
 kFigures = tl.constexpr(len(OUTCOME))
-kAcceptStream = tl.constexpr(python_ref.STREAM_ACCEPT)
-kInputStream = tl.constexpr(python_ref.noise.STREAM_INPUT)
+kAcceptStream, kInputStream = tl.constexpr(contract.STREAM_ACCEPT), tl.constexpr(contract.STREAM_INPUT)
 kRequests = tl.constexpr(128)  # that a CTA counts at a time
 kTokens = tl.constexpr(1024)  # of the text, at a time
 kIds = tl.constexpr(2048)  # of a row of logits, at a time

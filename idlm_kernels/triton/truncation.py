@@ -8,12 +8,23 @@ which is in L2, until what is left of it fits into the list: the row is read som
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from idlm_kernels.triton.rows import key_of, kGreedyBelow, request_of, transformed, value_of
+from idlm_kernels.triton.structs import LogitsRow
 
 kNear = tl.constexpr(12.0)  # below the largest z: where nearly always all of a truncated row's kept values lie
+
+
+class SampleShape(NamedTuple):
+    """Of the kernels that go over all rows."""
+
+    BY_REQUEST: bool  # parameters and positions are those of requests
+    WITH_DISTRIBUTION: bool
+    BLOCK_BATCH: int
 
 
 @triton.jit
@@ -22,47 +33,35 @@ def _weight(z, largest):
     return (tl.exp(z - largest) * 17592186044416.0).to(tl.int64)
 
 
+class Values(NamedTuple):
+    """What a pass goes over."""
+
+    row: LogitsRow
+    near: Any  # fp32 [MAX_NEAR]
+    is_near: Any  # the listed values, or else all of the row's
+    count: Any
+
+
 @triton.jit
-def _at(
-    gLogits,
-    gBias,
-    gNear,
-    is_near,
-    count,
-    i,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
-    HAS_BIAS: tl.constexpr,
-):
+def _at(values, i):
     """z of the listed values i if is_near, else of the row's ids i."""
-    if is_near:
-        z = tl.load(gNear + i, mask=i < count, other=float("-inf"))
+    if values.is_near:
+        z = tl.load(values.near + i, mask=i < values.count, other=float("-inf"))
     else:
-        z, _, _ = transformed(gLogits, gBias, i, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z, _, _ = transformed(values.row, i)
     return z
 
 
 @triton.jit
 def _survey(
-    gLogits,
-    gBias,
-    gNear,
-    is_near,
-    count,
+    values,
     low,
     high,
     pivot1,
     pivot2,
     pivot3,
     largest,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
     BY_MASS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Of the keys low <= key < high: the amount and the number from each pivot on; the least and the greatest key."""
@@ -72,9 +71,9 @@ def _survey(
     num1, num2, num3 = none, none, none
     least = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     greatest = tl.full([BLOCK], -0x80000000, tl.int32)
-    for first in range(0, count, BLOCK):
+    for first in range(0, values.count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        z = _at(gLogits, gBias, gNear, is_near, count, i, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z = _at(values, i)
         key = key_of(z)
         inside = (key >= low) & (key < high)
         above1, above2, above3 = inside & (key >= pivot1), inside & (key >= pivot2), inside & (key >= pivot3)
@@ -109,8 +108,7 @@ def _pivot(low, high, quarter: tl.constexpr, by_value):
 
 @triton.jit
 def _find(
-    gLogits,
-    gBias,
+    row,
     gNear,
     is_near,
     count,
@@ -119,12 +117,7 @@ def _find(
     high,
     wanted,
     largest,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
     BY_MASS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     MAX_NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -137,33 +130,15 @@ def _find(
     beyond = tl.zeros([], tl.int64)  # the amount from high on
     while high - low > 1:
         if (is_near == 0) & (left <= MAX_NEAR):
-            count = _list_range(
-                gLogits, gBias, gNear, low, high, temperature, vocab_size, id_limit, mask_id, HAS_BIAS, BLOCK
-            )
+            count = _list_range(row, gNear, low, high, BLOCK)
             is_near = True
         by_value = turn % 4 != 3
         turn += 1
         pivot1, pivot2 = _pivot(low, high, 1, by_value), _pivot(low, high, 2, by_value)
         pivot3 = _pivot(low, high, 3, by_value)
+        values = Values(row=row, near=gNear, is_near=is_near, count=count)
         a1, a2, a3, n1, n2, n3, least, greatest = _survey(
-            gLogits,
-            gBias,
-            gNear,
-            is_near,
-            count,
-            low,
-            high,
-            pivot1,
-            pivot2,
-            pivot3,
-            largest,
-            temperature,
-            vocab_size,
-            id_limit,
-            mask_id,
-            BY_MASS,
-            HAS_BIAS,
-            BLOCK,
+            values, low, high, pivot1, pivot2, pivot3, largest, BY_MASS, BLOCK
         )
         if (beyond + a3).to(tl.float64) >= wanted:
             low, left = pivot3, n3
@@ -179,25 +154,13 @@ def _find(
 
 
 @triton.jit
-def _list_range(
-    gLogits,
-    gBias,
-    gNear,
-    low,
-    high,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _list_range(row, gNear, low, high, BLOCK: tl.constexpr):
     """Write the values with keys low <= key < high to gNear. Returns how many there are."""
     tl.debug_barrier()  # what stands there may still be read
     count = 0
-    for first in range(0, id_limit, BLOCK):
+    for first in range(0, row.id_limit, BLOCK):
         id_ = first + tl.arange(0, BLOCK)
-        z, _, _ = transformed(gLogits, gBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z, _, _ = transformed(row, id_)
         key = key_of(z)
         inside = (key >= low) & (key < high)
         tl.store(gNear + count + tl.cumsum(inside.to(tl.int32), axis=0) - 1, z, mask=inside)
@@ -207,27 +170,13 @@ def _list_range(
 
 
 @triton.jit
-def _kept(
-    gLogits,
-    gBias,
-    gNear,
-    is_near,
-    count,
-    cut,
-    largest,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _kept(values, cut, largest, BLOCK: tl.constexpr):
     """Mass and number of the values from the cut on."""
     mass = tl.zeros([BLOCK], tl.int64)
     num = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, count, BLOCK):
+    for first in range(0, values.count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        z = _at(gLogits, gBias, gNear, is_near, count, i, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z = _at(values, i)
         is_kept = key_of(z) >= cut
         mass += tl.where(is_kept, _weight(z, largest), 0)
         num += is_kept.to(tl.int32)
@@ -235,27 +184,15 @@ def _kept(
 
 
 @triton.jit
-def _list_near(
-    gLogits,
-    gBias,
-    gNear,
-    largest,
-    temperature,
-    vocab_size,
-    id_limit,
-    mask_id,
-    HAS_BIAS: tl.constexpr,
-    MAX_NEAR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _list_near(row, gNear, largest, MAX_NEAR: tl.constexpr, BLOCK: tl.constexpr):
     """Write the values from kNear below the largest on to gNear (as many as fit). Returns how many there are, their
     mass, and the mass of the row."""
     count = 0
     near_mass = tl.zeros([BLOCK], tl.int64)
     mass = tl.zeros([BLOCK], tl.int64)
-    for first in range(0, id_limit, BLOCK):
+    for first in range(0, row.id_limit, BLOCK):
         id_ = first + tl.arange(0, BLOCK)
-        z, _, _ = transformed(gLogits, gBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z, _, _ = transformed(row, id_)
         is_near = z >= largest - kNear
         place = count + tl.cumsum(is_near.to(tl.int32), axis=0) - 1
         tl.store(gNear + place, z, mask=is_near & (place < MAX_NEAR))
@@ -272,8 +209,7 @@ def _list_near(
     do_not_specialize_on_alignment=["gTemperature", "gTopK", "gTopP", "gMinP", "gQueryStart"],
 )
 def _cut_kernel(
-    gLogits,  # [T, V]
-    gBias,  # [T, V]
+    logits,  # Logits
     gTemperature,  # by row, or by request with BY_REQUEST; so the next three
     gTopK,
     gTopP,
@@ -283,50 +219,41 @@ def _cut_kernel(
     gLargest,  # fp32 [T]: the largest z
     gNear,  # fp32 [T, MAX_NEAR], scratch
     batch,
-    stride_logits,
-    stride_bias,
-    vocab_size,
     id_limit,
     mask_id,
-    BY_REQUEST: tl.constexpr,
-    LAW: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    shape: tl.constexpr,
     MAX_NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    owner = row
-    if BY_REQUEST:
-        owner = request_of(gQueryStart, row, batch, BLOCK_BATCH).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64)
+    owner = t
+    if shape.BY_REQUEST:
+        owner = request_of(gQueryStart, t, batch, shape.BLOCK_BATCH).to(tl.int64)
         if owner >= batch:
             return
     temperature = tl.load(gTemperature + owner)
     top_k, top_p, min_p = tl.load(gTopK + owner), tl.load(gTopP + owner), tl.load(gMinP + owner)
     by_count = (top_k > 0) & (top_k < id_limit)
     is_whole = (not by_count) & (top_p >= 1.0) & (min_p <= 0.0)
-    if not LAW:  # the law of a greedy row is cut as any other, its argmax needs no cut
+    if not shape.WITH_DISTRIBUTION:  # that of a greedy row is cut as any other, its argmax needs no cut
         is_whole = is_whole | (temperature < kGreedyBelow)
     if is_whole:
-        tl.store(gCut + row, -0x80000000)
-        tl.store(gLargest + row, 0.0)
+        tl.store(gCut + t, -0x80000000)
+        tl.store(gLargest + t, 0.0)
         return
 
-    gRow = gLogits + row * stride_logits
-    gRowBias = gBias + row * stride_bias if HAS_BIAS else gBias
+    row = LogitsRow(logits=logits, row=t, temperature=temperature, id_limit=id_limit, mask_id=mask_id)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, id_limit, BLOCK):
         id_ = first + tl.arange(0, BLOCK)
-        z, _, _ = transformed(gRow, gRowBias, id_, temperature, vocab_size, id_limit, mask_id, HAS_BIAS)
+        z, _, _ = transformed(row, id_)
         best = tl.maximum(best, z)
     largest = tl.max(best, axis=0)
-    tl.store(gLargest + row, largest)
+    tl.store(gLargest + t, largest)
     cut = tl.full([], -0x7F800001, tl.int64)  # the key of -inf
     if (largest > float("-inf")) & (by_count | (top_p < 1.0)):
-        gMine = gNear + row * MAX_NEAR
-        num_near, near_mass, mass = _list_near(
-            gRow, gRowBias, gMine, largest, temperature, vocab_size, id_limit, mask_id, HAS_BIAS, MAX_NEAR, BLOCK
-        )
+        gMine = gNear + t * MAX_NEAR
+        num_near, near_mass, mass = _list_near(row, gMine, largest, MAX_NEAR, BLOCK)
         share = top_p.to(tl.float64)
         is_enough = tl.where(by_count, num_near >= top_k, near_mass.to(tl.float64) >= share * mass.to(tl.float64))
         if is_enough:
@@ -336,61 +263,12 @@ def _cut_kernel(
         left = tl.where(is_enough, num_near, id_limit)
         beyond = key_of(largest).to(tl.int64) + 1
         if by_count:
-            cut = _find(
-                gRow,
-                gRowBias,
-                gMine,
-                is_near,
-                count,
-                left,
-                cut,
-                beyond,
-                top_k.to(tl.float64),
-                largest,
-                temperature,
-                vocab_size,
-                id_limit,
-                mask_id,
-                False,
-                HAS_BIAS,
-                MAX_NEAR,
-                BLOCK,
-            )
-            mass, left = _kept(
-                gRow,
-                gRowBias,
-                gMine,
-                is_near,
-                count,
-                cut,
-                largest,
-                temperature,
-                vocab_size,
-                id_limit,
-                mask_id,
-                HAS_BIAS,
-                BLOCK,
-            )
+            wanted = top_k.to(tl.float64)
+            cut = _find(row, gMine, is_near, count, left, cut, beyond, wanted, largest, False, MAX_NEAR, BLOCK)
+            values = Values(row=row, near=gMine, is_near=is_near, count=count)
+            mass, left = _kept(values, cut, largest, BLOCK)
         if top_p < 1.0:
-            cut = _find(
-                gRow,
-                gRowBias,
-                gMine,
-                is_near,
-                count,
-                left,
-                cut,
-                beyond,
-                share * mass.to(tl.float64),
-                largest,
-                temperature,
-                vocab_size,
-                id_limit,
-                mask_id,
-                True,
-                HAS_BIAS,
-                MAX_NEAR,
-                BLOCK,
-            )
+            wanted = share * mass.to(tl.float64)
+            cut = _find(row, gMine, is_near, count, left, cut, beyond, wanted, largest, True, MAX_NEAR, BLOCK)
             cut = tl.minimum(cut, beyond - 1)
-    tl.store(gCut + row, cut.to(tl.int32))
+    tl.store(gCut + t, cut.to(tl.int32))

@@ -26,20 +26,20 @@ def test_it_has_what_it_is_asked_first_for() -> None:
 
 
 def faulty(module: ModuleType, op: str) -> ModuleType:
-    """The compiled module, whose `op` is called with a wrong argument."""
+    """The compiled module, whose `op` is called with a wrong field."""
     right = getattr(module, op)
 
-    def sample_rows(description: tuple[int, ...], *rest: Any) -> None:
-        right((*description[:6], -1, *description[7:]), *rest)  # no MASK id
-
-    def verify_accept(*args: Any) -> None:
-        right(*args[:9], not args[9], *args[10:])  # the other kind of plan
-
-    def advance(batch: int, num_k: int, results: Any, state: Any, limits: tuple[int, ...], *rest: Any) -> None:
-        right(batch, num_k, results, state, (*limits[:3], 0), *rest)  # no stop ids
+    def called(params: Any, options: Any) -> None:
+        if op == "sample_rows":
+            params.logits.mask_id = -1
+        elif op == "verify_accept":
+            params.branched = not params.branched  # the other kind of plan
+        else:
+            params.num_stop_ids = 0
+        right(params, options)
 
     wrong = ModuleType("faulty")
-    setattr(wrong, op, {f.__name__: f for f in (sample_rows, verify_accept, advance)}[op])
+    vars(wrong).update(vars(module), **{op: called})
     return wrong
 
 

@@ -12,7 +12,7 @@ import torch
 import python_ref
 from idlm_kernels.native import backend
 from python_ref import QState
-from python_ref.sampling import STATUS_BAD_DRAFT
+from python_ref.contract import STATUS_BAD_DRAFT
 from tests.native.support import MIXES, Mix, Step, Tally, check_laws, check_step, decided_requests
 from tests.softgpu_support import SCHEDULES
 

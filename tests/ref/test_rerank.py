@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from python_ref import QState, rerank_drafts, sample_rows
-from python_ref.noise import STREAM_DRAFT, STREAM_TARGET
-from python_ref.rerank import NUM_CANDIDATES, best_candidates
-from python_ref.sampling import GREEDY_BELOW, law, sanitise, scale_by_temperature
+from python_ref.contract import GREEDY_BELOW, NUM_CANDIDATES, STREAM_DRAFT, STREAM_TARGET
+from python_ref.rerank import best_candidates
+from python_ref.sampling import law, sanitise, scale_by_temperature
 from tests.ref.laws import REJECT_BELOW, chi_square_p, counts_of
 
 WEIGHTS = ("embedding", "head_rows", "from_hidden", "from_previous", "from_state", "to_query")

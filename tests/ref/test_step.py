@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from idlm_kernels import StepState, commit_step, use_backend
 from python_ref import STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN, uniform
-from python_ref.state import FAILED, LENGTH, RUNNING, STOPPED
-from python_ref.step import LONGEST_MATCH, MASK_DRAFTS, NO_DRAFTS, OUTCOME, SUFFIX_DRAFTS, suffix_drafts
+from python_ref.contract import FAILED, LENGTH, MASK_DRAFTS, NO_DRAFTS, RUNNING, STOPPED, SUFFIX_DRAFTS
+from python_ref.step import LONGEST_MATCH, OUTCOME, suffix_drafts
 from tests.ref.steps import random_commit
 
 

@@ -31,7 +31,7 @@ from idlm_kernels.training.train import (
     save_run,
     train,
 )
-from python_ref.rerank import NUM_CANDIDATES
+from python_ref.contract import NUM_CANDIDATES
 from tests.tiny import MemoryCheckpoint, tiny_config
 from tests.training.conftest import Trained
 from tests.training.support import CPU, PROVENANCE, dense, greedy_samples, random_samples

@@ -96,7 +96,7 @@ def watched(launch: Any) -> Any:
     """A launch of a Triton kernel that takes tensors of the card alone."""
 
     def launching(kernel: Any, grid: Any, like: Tensor, *args: Any, **meta: Any) -> None:
-        if wrong := [i for i, x in enumerate(args) if isinstance(x, Tensor) and not on_card(x)]:
+        if wrong := [i for i, x in enumerate(args) if not all(map(on_card, _tensors(x)))]:
             raise RuntimeError(f"{kernel.fn.__name__}: arguments {wrong} are on the CPU")
         launch(kernel, grid, like, *args, **meta)
 

@@ -115,7 +115,9 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_tiles_are_for_prefill_of_a_full_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *_, **meta: launches.append((grid, meta["BLOCK_M"])))
+    monkeypatch.setattr(
+        attention, "launch", lambda kernel, grid, *_, **meta: launches.append((grid, meta["shape"].BLOCK_M))
+    )
     found = []
     for rows, batch, kv_heads in ((16, 64, 8), (17, 64, 8), (320, 1, 8), (256, 1, 8), (320, 1, 2)):
         q = torch.empty(batch * rows, 4 * kv_heads, 128, dtype=torch.bfloat16)
@@ -361,28 +363,28 @@ MUTANTS = {
     ),
     "a row alone reads what is older than its window": (
         check_spoilt,
-        "            low = first_of_step + only - WINDOW\n",
+        "            low = first_of_step + only - shape.WINDOW\n",
         "            low = low + 0\n",
     ),
     "causal edge off by one": (
         check,
-        "visible = step_slot <= i[:, None]",
-        "visible = step_slot < i[:, None]",
+        "visible = step_slot <= tile.i[:, None]",
+        "visible = step_slot < tile.i[:, None]",
     ),
     "own slot of the next row seen": (
         check_row_bits,
-        "visible = step_slot <= i[:, None]",
-        "visible = step_slot <= i[:, None] + 1",
+        "visible = step_slot <= tile.i[:, None]",
+        "visible = step_slot <= tile.i[:, None] + 1",
     ),
     "window edge off by one": (
         check_window,
-        "bitcast=True) <= WINDOW",
-        "bitcast=True) < WINDOW",
+        "bitcast=True) <= shape.WINDOW",
+        "bitcast=True) < shape.WINDOW",
     ),
     "window starts a chunk too late": (
         check_window,
-        "tl.maximum(first_of_step + first_row - WINDOW, 0)",
-        "tl.maximum(first_of_step + first_row - WINDOW + 256, 0)",
+        "tl.maximum(first_of_step + first_row - shape.WINDOW, 0)",
+        "tl.maximum(first_of_step + first_row - shape.WINDOW + 256, 0)",
     ),
     "tail bit of the neighbour": (
         check_tail,
@@ -397,15 +399,16 @@ MUTANTS = {
     ),
     "scale of K forgotten": (
         check_scales,
-        "scale_log2 = scale_log2 * tl.load(gKScale)",
+        "scale_log2 = scale_log2 * tl.load(cache.k_scale)",
         "scale_log2 = scale_log2 * 1.0",
     ),
-    "scale of V forgotten": (check_scales, "y = y * tl.load(gVScale)", "y = y * 1.0"),
+    "scale of V forgotten": (check_scales, "y = y * tl.load(output.v_scale)", "y = y * 1.0"),
     "sum not rescaled": (check, "total = total * old_share + tl.sum(p, axis=1)", "total = total + tl.sum(p, axis=1)"),
     "chunks relative to the length": (
         check_row_bits,
-        "            chunk * CHUNK,\n            tl.minimum((chunk + 1) * CHUNK, end),\n",
-        "            tl.maximum((chunk - 1) * CHUNK + end % CHUNK, 0),\n            chunk * CHUNK + end % CHUNK,\n",
+        "            chunk * shape.CHUNK,\n            tl.minimum((chunk + 1) * shape.CHUNK, end),\n",
+        "            tl.maximum((chunk - 1) * shape.CHUNK + end % shape.CHUNK, 0),\n"
+        "            chunk * shape.CHUNK + end % shape.CHUNK,\n",
     ),
     "fold forgets a rescaling": (
         check,
@@ -417,11 +420,11 @@ MUTANTS = {
         "(place < row_head + end_chunk)",
         "(place + 1 < row_head + end_chunk)",
     ),
-    "a chunk is skipped": (check, "end_chunk = tl.cdiv(end, CHUNK)", "end_chunk = end // CHUNK"),
+    "a chunk is skipped": (check, "end_chunk = tl.cdiv(end, shape.CHUNK)", "end_chunk = end // shape.CHUNK"),
     "page table by physical page": (
         check,
-        "tl.load(gPages + slot // PAGE_SIZE, mask=inside, other=0)",
-        "slot // PAGE_SIZE",
+        "tl.load(context.pages + slot // shape.PAGE_SIZE, mask=inside, other=0)",
+        "slot // shape.PAGE_SIZE",
     ),
     "head of the wrong group": (
         check,

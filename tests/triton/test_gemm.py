@@ -365,19 +365,21 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
         check_activation(gemm)
 
 
-SELECTED = "y = tl.where(gated[None, :] & in_slice[:, None], (sums + scale * update).to(y.dtype), y)"
+SELECTED = "y = tl.where(gated[None, :] & in_slice[:, None], (sums + adapter.scale * update).to(y.dtype), y)"
 MUTANTS = {
     "adapter added to every row": (
         check_ungated_rows_are_untouched,
         SELECTED,
-        "y = tl.where(in_slice[:, None], (sums + scale * update).to(y.dtype), y)",
+        "y = tl.where(in_slice[:, None], (sums + adapter.scale * update).to(y.dtype), y)",
     ),
     "adapter multiplied by the gate": (
         check_ungated_rows_are_untouched,
         SELECTED,
-        SELECTED.replace("gated[None, :] & ", "").replace("scale", "tl.where(gated, scale, 0.0)[None, :]"),
+        SELECTED.replace("gated[None, :] & ", "").replace(
+            "adapter.scale", "tl.where(gated, adapter.scale, 0.0)[None, :]"
+        ),
     ),
-    "scale forgotten": (check_adapter, "sums + scale * update", "sums + update"),
+    "scale forgotten": (check_adapter, "sums + adapter.scale * update", "sums + update"),
     "every slice takes the first h": (check_adapter, "s * RANK + r", "r"),
     "slice edge off by one": (
         check_adapter,
@@ -403,7 +405,7 @@ MUTANTS = {
         "config = gemm_config(n, k, x.dtype)",
         "config = gemm_config(n if num_rows < 65 else n * 100, k, x.dtype)",
     ),
-    "K tail not masked": (check_linear, "mask=has_n & has_k", "mask=has_n"),
+    "K tail not masked": (check_linear, "mask=tile.has_n & has_k", "mask=tile.has_n"),
     "row edge off by one": (check_linear, "    has_t = t < num_rows\n", "    has_t = t <= num_rows\n"),
     "up rows of the neighbour": (
         check_activation,
@@ -412,8 +414,8 @@ MUTANTS = {
     ),
     "activation of sums that are not rounded": (
         check_activation,
-        "y = sums.to(gOut.dtype.element_ty)",
-        "y = sums if PAIRED else sums.to(gOut.dtype.element_ty)",
+        "y = sums.to(out.dtype.element_ty)",
+        "y = sums if shape.PAIRED else sums.to(out.dtype.element_ty)",
     ),
     "gate and up swapped": (check_activation, "gate, up = tl.split(pairs)", "up, gate = tl.split(pairs)"),
     "slice of the up rows skipped": (
@@ -424,7 +426,7 @@ MUTANTS = {
     "activation before the adapter's second slice": (
         check_activation,
         "s * RANK + r",
-        "(0 if PAIRED else s) * RANK + r",
+        "(0 if shape.PAIRED else s) * RANK + r",
     ),
     "columns beyond the last gate row": (check_activation, "column < N // 2\n", "column <= N // 2\n"),
     "parts of paired tiles share their place": (

@@ -280,8 +280,8 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
 MUTANTS = {
     "residual of p": (
         check_many,
-        " - _probability(\n                z_q",
-        " - 0.0 * _probability(\n                z_q",
+        "p_cut, mask_id) - q_of_id",
+        "p_cut, mask_id) - 0.0 * q_of_id",
     ),
     "u < p / 2q": (check_many, "u * q < p)", "u * q * 2.0 < p)"),
     "the uniform of another stream": (check_many, "i, kStreamAccept,", "i, kStreamTarget,"),
@@ -296,7 +296,7 @@ MUTANTS = {
     "law of branch 0": (check_chain, "row = (start + first_mask + j)", "row = (start + 1 + n + j)"),
     "normaliser of one slice": (
         check_slices,
-        "inside = has_row[:, None] & (s < SLICES)\n    slice_max",
+        "inside = has_row[:, None] & (s < shape.SLICES)\n    slice_max",
         "inside = has_row[:, None] & (s < 1)\n    slice_max",
     ),
     "greedy by the law": (check_extremes, "tl.where(is_greedy, draft ==", "tl.where(temperature < -1.0, draft =="),

@@ -19,15 +19,9 @@ from idlm_kernels.generate import SamplingParams, step
 from idlm_kernels.testing import check_bits
 from idlm_kernels.triton import rerank
 from python_ref import QState
-from python_ref.noise import STREAM_DRAFT, gumbel
-from python_ref.sampling import (
-    GREEDY_BELOW,
-    log_norm_of,
-    perturbed_argmax,
-    sanitise,
-    scale_by_temperature,
-    truncation_cut,
-)
+from python_ref.contract import GREEDY_BELOW, STREAM_DRAFT
+from python_ref.noise import gumbel
+from python_ref.sampling import log_norm_of, perturbed_argmax, sanitise, scale_by_temperature, truncation_cut
 from tests.generate.test_rerank import with_head
 from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
 from tests.softgpu_support import SCHEDULES
@@ -331,15 +325,19 @@ MUTANTS = {
     "ties to the highest id": (check_ties, "tl.where(score == tl.max(score, axis=0), id_, kNoId)", "-id_"),
     "requests beyond the first eight": (check_shared, "triton.cdiv(batch, by_state)", "batch // by_state"),
     "noise of the next position": (check_samplers, "gPositions + request) + 1 + j", "gPositions + request) + 2 + j"),
-    "drafts from the target's stream": (check_samplers, "kStreamDraft if HAS_Q", "kStreamTarget if HAS_Q"),
+    "drafts from the target's stream": (check_samplers, "kStreamDraft if shape.HAS_Q", "kStreamTarget if shape.HAS_Q"),
     "noise by the quad": (check_samplers, "(id_ & 2) == 0, low", "(id_ & 4) == 0, low"),
-    "nothing carried on": (check_samplers, "BLOCK_W, BLOCK_STATE)[0]", "BLOCK_W, BLOCK_STATE)[0] * 0.0"),
+    "nothing carried on": (check_samplers, "x += carried", "x += carried * 0.0"),
     "state of another request": (check_samplers, "gBefore = gMine - batch", "gBefore = gMine - (batch - 1)"),
     "embedding not normalised": (check_samplers, "row_part + y * _inverse_rms(squares, H)", "row_part + y"),
-    "one slice of the query": (check_shapes, "+ c[None, :], mask=s < SLICES", "+ c[None, :], mask=s < 1"),
+    "one slice of the query": (check_shapes, "+ c[None, :], mask=s < shape.SLICES", "+ c[None, :], mask=s < 1"),
     "top-k without its ties": (check_ties, "above = z[None, :] > z", "above = z[None, :] >= z"),
     "top-p of the mass before top-k": (check_samplers, "weight = tl.where(kept,", "weight = tl.where(z > -9e9,"),
-    "law before it is rounded": (check_samplers, "x = x.to(gQLogits.dtype.element_ty).to(tl.float32)", "x = x * 1.0"),
+    "law before it is rounded": (
+        check_samplers,
+        "x = x.to(q.of.logits.dtype.element_ty).to(tl.float32)",
+        "x = x * 1.0",
+    ),
     "laws not cleared": (check_samplers, "nothing, mask=id_ < vocab_size", "nothing, mask=id_ < 16"),
     "laws of padded requests": (check_padded, "if tl.load(gNumDrafts + request) <= 0:", "if num_k <= 0:"),
     "drafts of padded requests": (check_padded, "tl.store(gMine + i, before, mask=i < num_k)", "tl.store(gMine, -1)"),

@@ -379,7 +379,7 @@ MUTANTS = {
     "no noise": (check_rows, SAMPLED, "score = z"),
     "temperature forgotten": (check_rows, "z = tl.div_rn(x, tl.zeros_like(x) + divisor)", "z = x"),
     "greedy with noise": (check_rows, "if not is_greedy:", "if temperature >= 0.0:"),
-    "top-k takes one more": (check_rows, "top_k.to(tl.float64),\n", "top_k.to(tl.float64) + 1,\n"),
+    "top-k takes one more": (check_rows, "wanted = top_k.to(tl.float64)\n", "wanted = top_k.to(tl.float64) + 1\n"),
     "ties of the k-th dropped": (
         check_ties,
         "return low\n",
@@ -387,13 +387,13 @@ MUTANTS = {
     ),
     "top-p of the largest's weight": (
         check_rows,
-        "share * mass.to(tl.float64),\n",
-        "share * 17592186044416.0,\n",
+        "wanted = share * mass.to(tl.float64)\n",
+        "wanted = share * 17592186044416.0\n",
     ),
     "what lies above the range forgotten": (check_rows, "n1 - n2, beyond + a2", "n1 - n2, beyond"),
     "range cut at the wrong pivot": (check_rows, "pivot2, pivot3, n2 - n3", "pivot3, pivot3 + 1, n2 - n3"),
     "min-p forgotten": (check_rows, "if least_share > 0.0:", "if least_share > 1.0:"),
-    "MASK can be sampled": (check_steps, "(id_ != mask_id), x", "(id_ != mask_id - 1), x"),
+    "MASK can be sampled": (check_steps, "(id_ != row.mask_id), x", "(id_ != row.mask_id - 1), x"),
     "highest id of ties": (
         check_ties,
         "tl.min(tl.where(best == score, best_id, kNoId), axis=0)",
@@ -403,10 +403,10 @@ MUTANTS = {
     "empty row yields MASK": (check_faults, "return tl.where(mask_id == 0, 1, 0)", "return mask_id * 0"),
     "accepts past a refusal": (
         check_steps,
-        "a = tl.min(tl.where(refused, i, n), axis=0)",
-        "a = n - tl.sum(refused.to(tl.int32), axis=0)",
+        "a = tl.min(tl.where(rejected, i, span.n), axis=0)",
+        "a = span.n - tl.sum(rejected.to(tl.int32), axis=0)",
     ),
-    "branch n instead of a": (check_steps, "first_mask += a * K", "first_mask += n * K"),
+    "branch n instead of a": (check_steps, "first_mask += a * K", "first_mask += span.n * K"),
     "MASK row predicts its own slot": (
         check_steps,
         "ahead = branch + 1 + (i - n - 1) % k",

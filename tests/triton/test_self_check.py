@@ -69,8 +69,8 @@ MUTANTS: dict[str, tuple[ModuleType, str, str, str]] = {
     "accepts past a refusal": (
         sampling,
         "verify_accept",
-        "a = tl.min(tl.where(refused, i, n), axis=0)",
-        "a = n - tl.sum(refused.to(tl.int32), axis=0)",
+        "a = tl.min(tl.where(rejected, i, span.n), axis=0)",
+        "a = span.n - tl.sum(rejected.to(tl.int32), axis=0)",
     ),
     "runs past the limit": (
         state,
