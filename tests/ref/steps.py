@@ -126,6 +126,12 @@ def verify(steps: list[Step], num_k: int, *, branched: bool, mode: str = "match"
 
 def random_commit(seed: int, num_k: int | None = None, device: Any = "cpu", **options: Any) -> dict[str, Any]:
     """Arguments of commit_step for some requests of every kind; texts of few ids, so that they repeat themselves."""
+    with torch.device("cpu"):
+        args = _random_commit(seed, num_k) | options
+    return {name: mapped(lambda x: x.to(device), value) for name, value in args.items()}
+
+
+def _random_commit(seed: int, num_k: int | None) -> dict[str, Any]:
     random = torch.Generator().manual_seed(seed)
 
     def ints(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -156,26 +162,22 @@ def random_commit(seed: int, num_k: int | None = None, device: Any = "cpu", **op
         page_table=torch.zeros(batch, 1, dtype=torch.int32),
         seed=ints(-(2**62), 2**62, batch, dtype=torch.int64),
     )
-    args = {
+    return {
         "num_accepted": accepted.to(torch.int32),
         "tokens": tokens,
         "next_drafts": next_drafts,
         "next_num_drafts": (proposed * num_k).to(torch.int32),
-        "state": mapped(lambda x: x.to(device), state),
+        "state": state,
         "branched": bool(ints(0, 2)),
         "suffix": bool(ints(0, 2)),
         "acceptance": [None, 0.0, 0.5, 1.0][int(ints(0, 4))],
-        **options,
     }
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
 
 
 def random_places(seed: int, num_k: int, page_size: int, device: Any = "cpu") -> StepState:
-    """A state for plan_rows: requests of every number of drafts, idle places, one that reaches beyond its pages."""
-    args = random_commit(seed, num_k)
-    random = torch.Generator().manual_seed(seed)
-    state = args["state"]
-    batch, max_len = state.text.shape
+    """A state for plan_rows: requests of every number of drafts, idle places, some that reach beyond their pages."""
+    state: StepState = random_commit(seed, num_k)["state"]
+    (batch, max_len), random = state.text.shape, torch.Generator().manual_seed(seed)
     pages = -(-(max_len + 4) // page_size)
-    table = torch.randperm(batch * pages, generator=random).view(batch, pages).to(torch.int32)
-    return mapped(lambda x: x.to(device), dataclasses.replace(state, page_table=table))
+    table = torch.randperm(batch * pages, generator=random, device="cpu").view(batch, pages).to(torch.int32)
+    return mapped(lambda x: x.to(device), dataclasses.replace(state, page_table=table))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import pytest
 from tests.softgpu_support import ROOT
 from tests.triton.support import INTERPRETED
 
-FAMILIES = ("attention", "gemm", "layers", "rejection", "rerank", "sampling", "state")
+FAMILIES = ("attention", "gemm", "layers", "rejection", "rerank", "sampling", "state", "step")
 
 
 @pytest.mark.emulator
