@@ -8,8 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idlm_kernels.native import emulated, load
+from idlm_kernels.native import load
+from idlm_kernels.native.gemm import (
+    gated_lora_linear,
+    linear,
+    linear_silu_and_mul,
+    prepare_weight,
+    silu_and_mul,
+    stream_of,
+)
 from python_ref import STREAM_TARGET, QState
+
+__all__ = [
+    "advance",
+    "gated_lora_linear",
+    "linear",
+    "linear_silu_and_mul",
+    "prepare_weight",
+    "sample_rows",
+    "silu_and_mul",
+    "verify_accept",
+]
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_DRAFTS = 31
@@ -28,11 +47,7 @@ def _address(x: Tensor | None) -> int:
 
 def _options(op: str, device: torch.device) -> tuple[int, bool, int]:
     """(stream, programmatic dependent launch, cluster size)."""
-    if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream, True, cluster_size
-    if device.type == "cpu" and emulated():
-        return 0, True, cluster_size
-    raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
+    return stream_of(op, device), True, cluster_size
 
 
 def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tuple(_DTYPES)) -> int:
