@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def check_adapter(problem: Problem) -> None:
         got = problem.gated()
         judge(got.cpu(), problem.exact(), problem.peer(), f"launch {launch}")
         assert same_bits(got[ungated], plain[ungated])
-    check_flags()
+        check_flags()
 
 
 def check_activation(problem: Problem) -> None:
@@ -141,3 +142,43 @@ def check_flags() -> None:
     """Between launches all flags are 0."""
     for words in gemm._flags_of.values():
         assert not words.any(), "flags are left behind"
+
+
+def check_chain(softgpu: ModuleType) -> None:
+    """Layers in a row that start as early as they may have the bits of layers one after the other."""
+    first, second = Problem(9, 512, (256, 256), 72, seed=1), Problem(9, 256, (512,), 40, seed=2)
+    rows = torch.cat([first.x, first.x[:7]])
+    keep: list[object] = []  # launches are held back, so what they read has to live on
+    arguments = gemm._adapter_arguments
+
+    def remembered(*args: object) -> object:
+        keep.append(arguments(*args))  # type: ignore[arg-type]
+        return keep[-1]
+
+    def run() -> list[torch.Tensor]:
+        outputs = [
+            torch.full(s, torch.nan, dtype=torch.bfloat16) for s in ((9, 256), (9, 512), (9, 256), (16, 512), (9, 16))
+        ]
+        second.x = outputs[0]
+        constant = gemm.prepare_weight(second.weight)
+        first.activated(out=outputs[0])
+        gemm.gated_lora_linear(outputs[0], constant, second.a, second.b, second.gate, 0.7, out=outputs[1])
+        first.x, before = outputs[1], first.x
+        first.activated(out=outputs[2])
+        first.x = before
+        gemm.linear(rows, first.weight, out=outputs[3])
+        gemm.linear(first.x, outputs[3], out=outputs[4])  # a weight that the launch before writes
+        return outputs
+
+    gemm._adapter_arguments = remembered  # type: ignore[assignment]
+    try:
+        wanted = run()
+        for options in ({}, {"sched": "random", "seed": 3}, {"async_": "late"}):
+            with softgpu.configured(pdl="early", **options):
+                got = run()
+                softgpu.synchronize()
+            for a, b in zip(got, wanted, strict=True):
+                assert b.isfinite().all() and same_bits(a, b)
+    finally:
+        gemm._adapter_arguments = arguments
+    check_flags()

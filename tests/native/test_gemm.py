@@ -14,6 +14,7 @@ from tests.native.gemm_support import (
     Problem,
     check_activation,
     check_adapter,
+    check_chain,
     check_flags,
     check_isolation,
     check_linear,
@@ -29,7 +30,16 @@ BF16, FP16 = torch.bfloat16, torch.float16
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     "rows, n, k",
-    [(1, 1, 8), (7, 100, 584), (16, 64, 64), (64, 200, 1024), (65, 130, 576), (130, 66, 72), (112, 960, 576)],
+    [
+        (1, 1, 8),
+        (7, 100, 584),
+        (16, 64, 64),
+        (64, 200, 1024),
+        (65, 130, 576),
+        (130, 66, 72),
+        (112, 960, 576),
+        (7, 64, 8192),
+    ],
 )
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
     check_linear(Problem(rows, k, (n,), 8, dtype, device))
@@ -74,6 +84,7 @@ ADAPTERS = [
     (65, 512, (130, 66), 256),
     (3, 72, (6,), 5),
     (64, 2048, (96, 32), 200),
+    (9, 8192, (30, 34), 72),
 ]
 
 
@@ -148,6 +159,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
         check_linear(Problem(7, 584, (100,), 8))
         check_adapter(Problem(9, 1024, (70, 90), 136))
         check_activation(Problem(66, 1024, (51, 61), 72))
+        check_linear(Problem(7, 8192, (60,), 8))  # every stage is filled twice
 
 
 def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> None:
@@ -181,43 +193,6 @@ def test_layers_in_a_row_under_early_dependent_launch(softgpu: ModuleType, modul
     """Each layer reads what the one before wrote, and starts as early as it may. A weight is constant or was written by
     the launch before."""
     check_chain(softgpu)
-
-
-def check_chain(softgpu: ModuleType) -> None:
-    first, second = Problem(9, 512, (256, 256), 72, seed=1), Problem(9, 256, (512,), 40, seed=2)
-    rows = torch.cat([first.x, first.x[:7]])
-    keep: list[object] = []  # launches are held back, so what they read has to live on
-    arguments = gemm._adapter_arguments
-
-    def remembered(*args: object) -> object:
-        keep.append(arguments(*args))  # type: ignore[arg-type]
-        return keep[-1]
-
-    def run() -> list[torch.Tensor]:
-        outputs = [torch.full(s, torch.nan, dtype=BF16) for s in ((9, 256), (9, 512), (9, 256), (16, 512), (9, 16))]
-        second.x = outputs[0]
-        constant = gemm.prepare_weight(second.weight)
-        first.activated(out=outputs[0])
-        gemm.gated_lora_linear(outputs[0], constant, second.a, second.b, second.gate, 0.7, out=outputs[1])
-        first.x, before = outputs[1], first.x
-        first.activated(out=outputs[2])
-        first.x = before
-        gemm.linear(rows, first.weight, out=outputs[3])
-        gemm.linear(first.x, outputs[3], out=outputs[4])  # a weight that the launch before writes
-        return outputs
-
-    gemm._adapter_arguments = remembered  # type: ignore[assignment]
-    try:
-        wanted = run()
-        for options in ({}, {"sched": "random", "seed": 3}, {"async_": "late"}):
-            with softgpu.configured(pdl="early", **options):
-                got = run()
-                softgpu.synchronize()
-            for a, b in zip(got, wanted, strict=True):
-                assert b.isfinite().all() and same_bits(a, b)
-    finally:
-        gemm._adapter_arguments = arguments
-    check_flags()
 
 
 def test_shapes(module: ModuleType) -> None:

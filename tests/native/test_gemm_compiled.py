@@ -78,37 +78,76 @@ def before_wait(text: str) -> list[str]:
 GLOBAL = re.compile(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global\b|\b(?:ld|st)\.(?:v\d\.)?[bsuf]\d+\b")
 
 
+def check_start(text: str) -> None:
+    """Before the previous kernel has ended no path touches anything but weights, and these by TMA."""
+    early = before_wait(text)
+    assert 50 < len(early) < len(text.splitlines()) - 50
+    assert not [line for line in early if GLOBAL.search(line)]
+    loads = [line for line in early if "cp.async.bulk.tensor" in line]
+    policies = {re.search(r"(%rd\d+);$", line)[1] for line in loads}  # type: ignore[index]
+    assert loads
+    for policy in policies:
+        found = re.findall(rf"mov\.[bu]64\s+{policy}, (\S+);", text)
+        assert found and {int(v, 0) for v in found} == {EVICT_FIRST}
+
+
+def check_handover(text: str) -> None:
+    """Who stores h fences it for TMA, meets the other threads and releases; who loads it acquires and fences. The words
+    are set back by whoever comes last, which it learns with acquire and release."""
+    code = [line.strip() for line in text.splitlines()]
+    code = [line for line in code if line and not line.startswith((".loc", "//", "$L", "{", "}"))]
+
+    def places(start: str) -> list[int]:
+        return [i for i, line in enumerate(code) if line.startswith(start)]
+
+    (release,) = places("red.release.gpu.global.add")
+    barrier = max(i for i in places("bar") if i < release)
+    last_store = max(i for i in places("st.global") if i < barrier)
+    fences = places("fence.proxy.async.global")
+    assert any(last_store < fence < barrier for fence in fences), "no fence between h and its news"
+    assert not any(code[i].startswith("st.global") for i in range(barrier, release))
+    assert release - barrier < 20, "no barrier before the news"
+    acquires, loads = places("ld.acquire.gpu.global"), places("cp.async.bulk")
+    assert acquires
+    for acquire in acquires:
+        fence = min((i for i in fences if i > acquire), default=len(code))
+        assert fence < min(i for i in loads if i > acquire), "no fence between the news and h"
+    assert len(places("atom.acq_rel.gpu.global.add")) == 1
+
+
 def test_only_weights_are_touched_before_the_previous_kernel_has_ended(kernels: dict[str, str]) -> None:
-    for name, text in kernels.items():
-        early = before_wait(text)
-        assert 50 < len(early) < len(text.splitlines()) - 50, name
-        assert not [line for line in early if GLOBAL.search(line)], name
-        loads = [line for line in early if "cp.async.bulk.tensor" in line]
-        policies = {re.search(r"(%rd\d+);$", line)[1] for line in loads}  # type: ignore[index]
-        assert loads
-        for policy in policies:
-            values = re.findall(rf"mov\.[bu]64\s+{policy}, (\S+);", text)
-            assert values and {int(v, 0) for v in values} == {EVICT_FIRST}, (name, policy, values)
+    for text in kernels.values():
+        check_start(text)
 
 
 def test_h_is_handed_over_in_order(kernels: dict[str, str]) -> None:
-    """Who stores h fences it for TMA, meets the other threads and releases; who loads it acquires and fences. The words
-    are set back by whoever acquired last."""
-    for name, text in with_adapter(kernels).items():
-        code = [line.strip() for line in text.splitlines()]
-        code = [line for line in code if line and not line.startswith((".loc", "//", "$L", "{", "}"))]
-        (release,) = (i for i, line in enumerate(code) if line.startswith("red.release.gpu.global.add"))
-        barrier = max(i for i in range(release) if code[i].startswith(("bar.sync", "barrier.sync")))
-        fences = [i for i, line in enumerate(code) if line.startswith("fence.proxy.async.global")]
-        stores = [i for i in range(barrier) if code[i].startswith("st.global")]
-        assert any(max(stores) < fence < barrier for fence in fences), name
-        acquires = [i for i, line in enumerate(code) if line.startswith("ld.acquire.gpu.global")]
-        assert acquires, name
-        for acquire in acquires:
-            following = code[acquire : acquire + 40]
-            fence = next(i for i, line in enumerate(following) if line.startswith("fence.proxy.async.global"))
-            assert not [line for line in following[:fence] if "cp.async.bulk" in line], name
-        assert len([line for line in code if line.startswith("atom.acq_rel.gpu.global.add")]) == 1, name
+    handing = with_adapter(kernels)
     for name, text in kernels.items():
-        if name not in with_adapter(kernels):
+        if name in handing:
+            check_handover(text)
+        else:
             assert not re.search(r"\b(red|atom|ld\.acquire)\.", text), f"{name} has flags"
+
+
+FAULTS = {
+    "h is stored without a fence": (check_handover, r"fence\.proxy\.async\.global;(?=[^;]*bar)", ""),
+    "h is loaded without a fence": (check_handover, r"(ld\.acquire.*?)fence\.proxy\.async\.global;", r"\1"),
+    "h is announced before all threads have stored it": (
+        check_handover,
+        r"bar\.sync 1, 128;(?=.{0,400}red\.release)",
+        "",
+    ),
+    "the news is not a release": (check_handover, r"red\.release", "red.relaxed"),
+    "the news is not acquired": (check_handover, r"ld\.acquire", "ld.relaxed"),
+    "x is loaded before the wait": (check_start, r"griddepcontrol\.wait;", ""),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_order_are_seen(name: str, kernels: dict[str, str]) -> None:
+    check, old, new = FAULTS[name]
+    for text in with_adapter(kernels).values():
+        changed, count = re.subn(old, new, text, flags=re.S)
+        assert count
+        with pytest.raises((AssertionError, ValueError)):
+            check(changed)
