@@ -10,6 +10,7 @@ from torch import Tensor
 
 from idlm_kernels.native import load
 from idlm_kernels.native.gemm import (
+    LIMITS,
     gated_lora_linear,
     linear,
     linear_silu_and_mul,
@@ -20,6 +21,7 @@ from idlm_kernels.native.gemm import (
 from python_ref import STREAM_TARGET, QState
 
 __all__ = [
+    "LIMITS",
     "advance",
     "gated_lora_linear",
     "linear",

@@ -29,6 +29,11 @@ def refusal(dtype: torch.dtype, k: int) -> str | None:
     return None
 
 
+# What `idlm doctor` says of them.
+_LIMIT = f"bf16 and fp16, K in multiples of {_VECTOR}"
+LIMITS = dict.fromkeys(("linear", "gated_lora_linear", "linear_silu_and_mul"), _LIMIT)
+
+
 def stream_of(op: str, device: torch.device) -> int:
     """The current stream. Raises ValueError on a device without one."""
     if device.type == "cuda":

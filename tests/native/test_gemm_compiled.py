@@ -3,6 +3,7 @@ launches tell each other, which softgpu cannot show."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +11,10 @@ from types import ModuleType
 
 import pytest
 
-from tests.native.support import Toolkit
+from bench.native_gemm import Case, measure
+from tests.native.support import ROOT, Toolkit
+
+BUDGET = json.loads((ROOT / "bench" / "budgets" / "native_gemm.json").read_text())
 
 EVICT_FIRST = 0x12F0000000000000  # kEvictFirst of csrc/common/hopper.cuh: how weights are loaded
 
@@ -151,3 +155,20 @@ def test_faults_of_order_are_seen(name: str, kernels: dict[str, str]) -> None:
         assert count
         with pytest.raises((AssertionError, ValueError)):
             check(changed)
+
+
+COUNTED = [Case("o", 7), Case("o", 7, 128), Case("qkv", 16, 128), Case("o", 128)]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
+def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> None:
+    """Weights are loaded once, stores fill their sectors, shared memory has no conflicts; the rest is as recorded."""
+    found = measure(case, softgpu)
+    assert found["weight_bytes_over_floor"] <= 1.01
+    assert found["shared_waves_over_ideal"] <= 1.05
+    assert found.get("stored_sectors_over_floor", 1) <= 1.05
+    assert found["weight_kb_in_flight_per_sm"] >= (64 if case.rows <= 64 else 48)
+    recorded = BUDGET[case.name]
+    for key in ("ctas", "cluster", "stages", "activation_bytes_over_weights"):
+        assert found[key] == recorded[key], key
+    assert found["warp_instructions"] <= 1.02 * recorded["warp_instructions"]
