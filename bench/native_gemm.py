@@ -3,7 +3,7 @@
     SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]
 
 For each launch: CTAs, cluster, stages of the ring and KB of weights that they keep in flight on an SM; bytes of W, A
-and B over their floor (each once per 128 rows); bytes of x and h, which come out of L2, over that floor; sectors stored
+and B over their floor (each once per 256 rows); bytes of x and h, which come out of L2, over that floor; sectors stored
 over the floor; shared-memory waves over the conflict-free count; warp instructions. --write records them in
 bench/budgets/native_gemm.json, which a test holds.
 """
@@ -60,22 +60,23 @@ class Case:
         return lambda: gemm.gated_lora_linear(x, weight, a, b, gate, 1.0, slices=slices)
 
     def floor(self) -> int:
-        """Bytes of W, A and B, each once per 128 rows."""
+        """Bytes of W, A and B, each once per 256 rows."""
         n, k, slices, _ = LAYERS[self.layer]
-        return -(-self.rows // 128) * 2 * (n * k + self.rank * (len(slices) * k + n))
+        return -(-self.rows // 256) * 2 * (n * k + self.rank * (len(slices) * k + n))
 
     def model(self) -> int:
-        """Bytes of x and h: x once per tile of 64 weight rows and of 64 rows of A, h once per tile and slice in it."""
+        """Bytes of x and h: x once per CTA tile of the weight and of A, h once per tile and slice in it."""
         n, k, slices, activation = LAYERS[self.layer]
-        tiles, h_tiles = n // 64, len(slices) * -(-self.rank // 64)
+        tile_rows = 64 if self.rows <= 64 else 128
+        tiles, h_tiles = n // tile_rows, len(slices) * -(-self.rank // tile_rows)
         return 2 * self.rows * ((tiles + h_tiles) * k + tiles * self.rank * (2 if activation else 1))
 
 
 def cases() -> Iterator[Case]:
     for layer in LAYERS:
-        for rows in (1, 7, 16, 64, 128):
+        for rows in (1, 7, 16, 64, 128, 224):
             yield Case(layer, rows)
-        for rows in (7, 16, 128):
+        for rows in (7, 16, 128, 224):
             yield Case(layer, rows, 128)
 
 
@@ -89,15 +90,17 @@ def measure(case: Case, softgpu: ModuleType) -> dict[str, Any]:
     case.call()()
     c, profile = softgpu.counters(), softgpu.profile()
     n, _, _, activation = LAYERS[case.layer]
-    stage_bytes = 8192 * (2 if case.rows <= 64 else 3)
+    row_tiles, token_tiles = (1, 1) if case.rows <= 64 else (2, 2) if case.rows <= 128 else (2, 4)
+    stage_bytes = 8192 * (row_tiles + token_tiles)
     stages = c["shared_bytes"] // stage_bytes
-    resident = min(c["ctas"], NUM_SMS * (228 * 1024 // (c["shared_bytes"] + 1024)))
+    per_sm = 228 * 1024 // (c["shared_bytes"] + 1024)
+    resident = min(c["ctas"], NUM_SMS * per_sm)
     stored = case.rows * n * 2 // (2 if activation else 1)
     entry = {
         "ctas": c["ctas"],
         "cluster": c["cluster"][0],
         "stages": stages,
-        "weight_kb_in_flight_per_sm": round(resident * stages * 8 / NUM_SMS),
+        "weight_kb_in_flight_per_sm": round(resident * stages * row_tiles * 8 / NUM_SMS),
         "weight_bytes_over_floor": round((c["tma_load_bytes"] - case.model()) / case.floor(), 4),
         "activation_bytes_over_weights": round(case.model() / case.floor(), 3),
         "shared_waves_over_ideal": round(

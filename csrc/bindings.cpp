@@ -287,5 +287,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("capture_id", &capture_id);
   m.attr("MAX_SLICES") = kMaxSlices;
   m.def("gemm_shape", [](int n, int k) { return std::pair{gemm::shape(n, k).splits, gemm::shape(n, k).h_splits}; });
-  m.def("gemm_stages", &gemm::fit, py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"));
+  m.def("gemm_stages", &gemm::fit, py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"),
+        py::arg("adapter"));
 }

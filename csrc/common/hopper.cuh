@@ -62,6 +62,17 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
 // Orders accesses of this thread and what it has acquired against accesses through the async proxy, to global memory.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- registers: the warps of a warpgroup give some back, or take some that others have given
+
+template <int kCount>
+__device__ __forceinline__ void lower_registers_to() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void raise_registers_to() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // ---- flags in L2
 
 __device__ __forceinline__ int32_t load_acquire(const int32_t* g) {

@@ -40,20 +40,29 @@ constexpr int64_t kSharedBytesPerCta = 227 * 1024;
 constexpr int32_t kMaxStages = 8;
 constexpr int64_t kBarrierBytes = 2 * kMaxStages * 8;  // full and empty, one of each per stage
 
+// A CTA has one tile of the weight and 64 tokens, 2 x 128, or 2 x 256: what further tokens cost is L2 traffic, which a
+// larger tile shares.
+constexpr int32_t token_tiles_for(int32_t num_rows) {
+  return num_rows <= kTileTokens ? 1 : num_rows <= 2 * kTileTokens ? 2 : 4;
+}
+constexpr int32_t row_tiles_for(int32_t token_tiles) { return token_tiles == 1 ? 1 : 2; }
+
 constexpr int64_t stage_bytes(int32_t token_tiles) {
-  return (kTileRows + kTileTokens * token_tiles) * int64_t{kBlockK} * 2;
+  return (kTileRows * row_tiles_for(token_tiles) + kTileTokens * token_tiles) * int64_t{kBlockK} * 2;
 }
 constexpr int64_t shared_bytes(int32_t stages, int32_t token_tiles) {
   return stages * stage_bytes(token_tiles) + kBarrierBytes;
 }
-// CTAs on an SM by registers: 4 x 160 threads of 96, 2 x 160 of 200.
-constexpr int32_t max_ctas_per_sm(int32_t token_tiles) { return token_tiles == 1 ? 4 : 2; }
+// CTAs on an SM by registers: 4 x 160 threads of 96; 2 x 288 of 112, or one of 168; one of 384.
+constexpr int32_t max_ctas_per_sm(int32_t token_tiles, bool adapter) {
+  return token_tiles == 1 ? 4 : token_tiles == 2 && !adapter ? 2 : 1;
+}
 
 // Stages of the ring: as many as there is room for when the fewest CTAs per SM hold the whole launch, and where none do,
 // those of 3 per SM. Qwen3-8B at 1 .. 64 rows: qkv, o and down 7 (56 KB of weights in flight per CTA), gate_up
 // 4; with an adapter of rank 128 qkv 7, o and down 4, gate_up 3: 8.4 MB and more in flight, 64 KB per SM.
-constexpr int32_t fit(int64_t clusters, int32_t cluster, int32_t token_tiles) {
-  const int32_t most = max_ctas_per_sm(token_tiles);
+constexpr int32_t fit(int64_t clusters, int32_t cluster, int32_t token_tiles, bool adapter) {
+  const int32_t most = max_ctas_per_sm(token_tiles, adapter);
   int32_t per_sm = 1;
   while (per_sm < most && int64_t{kGpcs} * (kSmsPerGpc * per_sm / cluster) < clusters) ++per_sm;
   if (int64_t{kGpcs} * (kSmsPerGpc * per_sm / cluster) < clusters) per_sm = most < 3 ? most : 3;

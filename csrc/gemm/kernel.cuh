@@ -13,7 +13,9 @@
 // own, and adds them to its sums where a row is gated: selected, never multiplied by 0. Only then it waits for h, whose
 // CTAs have the lowest indices, so that all of them have started. No gated row among the tokens: none of this.
 //
-//   bytes   W, A and B once per 64 or 128 tokens; x once per tile of W, out of L2
+// From 65 tokens on a CTA has two tiles of W, one per warpgroup, and 128 or 256 tokens.
+//
+//   bytes   W, A and B once per 64, 128 or 256 tokens; x once per CTA tile of W, out of L2
 //   bound   qkv of Qwen3-8B: 50.3 MB, 15.0 us at 3.35 TB/s; 64 padded tokens cost a fifth of the tensor cores at that rate
 #pragma once
 
@@ -26,23 +28,41 @@
 
 namespace idlm::gemm {
 
-constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kPartStride = kTileRows + 4;  // floats between tokens of a part: no bank conflicts, 16-byte alignment
 constexpr int kBlockBytes = kTileRows * kBlockK * 2;
-static_assert(stage_bytes(2) == 3 * kBlockBytes);
-static_assert(kTileTokens * kPartStride * 4 <= 3 * kBlockBytes, "a part takes the place of the stages");
+constexpr int kTileFloats = kTileTokens * kPartStride;
 
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// What depends on the tokens of a CTA.
+template <int kTokenTiles>
+struct Size {
+  static constexpr int kRowTiles = row_tiles_for(kTokenTiles);
+  static constexpr int kThreads = num_threads(kTokenTiles);
+  static constexpr bool kMovesRegisters = kTokenTiles == 4;  // 168 each; 128 sums, 32 of an update and the rest need more
+  static constexpr int kTokens = kTokenTiles * kTileTokens;
+  static constexpr int kPartFloats = kTokenTiles * kTileFloats;  // of a warpgroup
+  static constexpr uint32_t kRowBytes = kRowTiles * kBlockBytes;
+  static constexpr uint32_t kStageBytes = kRowBytes + kTokenTiles * kBlockBytes;
+  static_assert(kStageBytes == stage_bytes(kTokenTiles));
+  static_assert(kRowTiles * kPartFloats * 4 <= 3 * kStageBytes, "parts take the place of the stages");
+};
+
+__device__ __forceinline__ int32_t warpgroup() { return static_cast<int32_t>(threadIdx.x) / kGroupThreads; }
+__device__ __forceinline__ int32_t thread_of_group() { return static_cast<int32_t>(threadIdx.x) % kGroupThreads; }
+// All warps but those of the producer.
+template <int kRowTiles>
+__device__ __forceinline__ void multipliers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads * kRowTiles) : "memory");
+}
 
 // ---- the ring
 
 struct Ring {
   uint32_t tiles, barriers;  // addresses
   int32_t stages;
-  uint32_t bytes;  // of a stage: the rows, behind them the tokens
+  uint32_t bytes, row_bytes;  // of a stage, and of the rows in it; the tokens come behind them
 
   __device__ uint32_t rows(int32_t stage) const { return tiles + stage * bytes; }
-  __device__ uint32_t tokens(int32_t stage) const { return rows(stage) + kBlockBytes; }
+  __device__ uint32_t tokens(int32_t stage) const { return rows(stage) + row_bytes; }
   __device__ uint32_t full(int32_t stage) const { return barriers + 16 * stage; }
   __device__ uint32_t empty(int32_t stage) const { return barriers + 16 * stage + 8; }
 };
@@ -76,16 +96,16 @@ __device__ __forceinline__ void fill(const Ring& ring, Cursor& at, int32_t count
   }
 }
 
-// d += rows tokens^T over one stage.
+// d += rows tokens^T over the 64 columns of a stage; rows, tokens: addresses of tiles.
 template <class Element, int kTokenTiles>
-__device__ __forceinline__ void multiply(const Ring& ring, int32_t stage, float (&d)[kTokenTiles][32]) {
-  const uint64_t a = tile_descriptor(ring.rows(stage));
+__device__ __forceinline__ void multiply(uint32_t rows, uint32_t tokens, float (&d)[kTokenTiles][32]) {
+  const uint64_t a = tile_descriptor(rows);
   products_begin();
 #pragma unroll
   for (int k = 0; k < kSwizzleBytes; k += 32) {
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile)
-      product<Element>(d[tile], advanced(a, k), advanced(tile_descriptor(ring.tokens(stage) + tile * kBlockBytes), k), 1);
+      product<Element>(d[tile], advanced(a, k), advanced(tile_descriptor(tokens + tile * kBlockBytes), k), 1);
   }
   products_commit();
 }
@@ -94,30 +114,35 @@ __device__ __forceinline__ void multiply(const Ring& ring, int32_t stage, float 
 
 struct Work {
   bool is_h;
+  int32_t first_token;
   int32_t group;        // of tokens
   int32_t first_row;    // of the weight, or of h: its rank index
+  int32_t next_tile;    // the rows of the next warpgroup are this far on
+  int32_t second_half;  // and the second 32 rows of a tile so far
   int32_t slice;        // of h
   int32_t part, parts;  // which part of K, of how many; a cluster holds the parts of a tile side by side
   int32_t first_block, num_blocks;
 
-  __device__ Work(const Params& p, bool adapter) {
+  __device__ Work(const Params& p, bool adapter, int32_t row_tiles, int32_t tokens) {
     const int32_t size = static_cast<int32_t>(cluster_size()), rank = static_cast<int32_t>(cluster_rank());
     const int32_t cluster = static_cast<int32_t>(blockIdx.x) / size;
     // Groups of one tile follow each other, so that they find its rows in L2.
-    const int32_t h_clusters = adapter ? p.num_slices * p.rank_blocks * p.groups : 0;
+    const int32_t h_clusters = adapter ? p.num_slices * p.h_tiles * p.groups : 0;
     is_h = cluster < h_clusters;
     group = (is_h ? cluster : cluster - h_clusters) % p.groups;
+    first_token = group * tokens;
     const int32_t index = (is_h ? cluster : cluster - h_clusters) / p.groups;
     parts = is_h ? size : p.splits;
     part = rank % parts;
-    slice = is_h ? index / p.rank_blocks : 0;
-    const int32_t tile = index * (size / p.splits) + rank / p.splits;
-    first_row = is_h ? index % p.rank_blocks * kTileRows : tile * p.rows_per_tile;
+    slice = is_h ? index / p.h_tiles : 0;
+    next_tile = is_h ? kTileRows : p.rows_per_tile;
+    second_half = is_h ? kHalfRows : p.second_half;
+    const int32_t tile = is_h ? index % p.h_tiles : index * (size / p.splits) + rank / p.splits;
+    first_row = tile * row_tiles * next_tile;
     const bool idle = !is_h && tile >= p.tiles;  // fills the last cluster
     first_block = p.blocks * part / parts;
     num_blocks = idle ? 0 : p.blocks * (part + 1) / parts - first_block;
   }
-  __device__ int32_t first_token(int32_t tokens_per_group) const { return group * tokens_per_group; }
 };
 
 // A bit per token of a group: is there one, and is it gated? Whole warps call it.
@@ -147,24 +172,29 @@ struct Gated {
     return all != 0;
   }
   __device__ bool operator()(int32_t token) const {
-    static_assert(kTokenTiles <= 2);
-    return (token < kTileTokens ? tile[0] : tile[kTokenTiles - 1]) >> (token % kTileTokens) & 1;
+    uint64_t bits = tile[0];
+#pragma unroll
+    for (int i = 1; i < kTokenTiles; ++i) bits = token >= i * kTileTokens ? tile[i] : bits;
+    return bits >> (token % kTileTokens) & 1;
   }
 };
 
 // ---- the adapter's blocks (B, h) of a main CTA
 
-// Slices that the tile touches, one after the other; of each the blocks of the rank that are this part's.
+// Slices that the CTA's rows touch, one after the other; of each the blocks of the rank that are this part's.
 struct Updates {
   uint32_t slices = 0;  // bits
   int32_t per_slice;
   int32_t first_block, stride;
 
-  __device__ Updates(const Params& p, const Work& w) : first_block(w.part), stride(w.parts) {
+  __device__ Updates(const Params& p, const Work& w, int32_t row_tiles) : first_block(w.part), stride(w.parts) {
     per_slice = (p.rank_blocks - w.part + w.parts - 1) / w.parts;
-    for (int32_t s = 0; s < p.num_slices; ++s)
-      if (touches(p, w.first_row, s, p.silu_and_mul ? p.width : p.n) || touches(p, w.first_row + p.second_half, s, p.n))
-        slices |= 1u << s;
+    for (int32_t s = 0; s < p.num_slices; ++s) {
+      for (int32_t tile = 0; tile < row_tiles; ++tile) {
+        const int32_t row = w.first_row + tile * w.next_tile;
+        if (touches(p, row, s, p.silu_and_mul ? p.width : p.n) || touches(p, row + w.second_half, s, p.n)) slices |= 1u << s;
+      }
+    }
   }
   // Are rows first .. first + 31 that lie before `end` in slice s?
   static __device__ bool touches(const Params& p, int32_t first, int32_t s, int32_t end) {
@@ -185,7 +215,7 @@ struct Updates {
 __device__ __forceinline__ void wait_for_h(const Params& p, int32_t group, bool reads_h) {
   int32_t* arrived = p.flags + 2 * group;
   if (reads_h) {
-    const int32_t wanted = p.num_slices * p.rank_blocks * static_cast<int32_t>(cluster_size());
+    const int32_t wanted = p.num_slices * p.h_tiles * static_cast<int32_t>(cluster_size());
     while (load_acquire(arrived) != wanted) __nanosleep(64);
     fence_async_global();  // TMA reads what was acquired
   }
@@ -196,24 +226,26 @@ __device__ __forceinline__ void wait_for_h(const Params& p, int32_t group, bool 
 
 template <int kTokenTiles, bool kAdapter>
 __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const Work& w) {
-  const int32_t first_token = w.first_token(kTokenTiles * kTileTokens);
+  constexpr int kRowTiles = Size<kTokenTiles>::kRowTiles;
   const bool leader = lane_id() == 0;
   Cursor at;
   // A weight that another kernel may have written waits for that kernel like everything else.
   if (!p.weight_is_constant) wait_for_previous_kernel();
   if (leader) {
     const CUtensorMap* weight = w.is_h ? &p.lora_a : &p.weight;
-    const int32_t second_row = w.first_row + (w.is_h ? kHalfRows : p.second_half);
     fill(
         ring, at, w.num_blocks,
         [&](int32_t block, int32_t stage) {
-          const int32_t k = (w.first_block + block) * kBlockK;
-          load_box(ring.rows(stage), weight, ring.full(stage), k, w.first_row, w.slice, kEvictFirst);
-          load_box(ring.rows(stage) + kBlockBytes / 2, weight, ring.full(stage), k, second_row, w.slice, kEvictFirst);
+#pragma unroll
+          for (int32_t half = 0; half < 2 * kRowTiles; ++half) {
+            const int32_t row = w.first_row + half / 2 * w.next_tile + half % 2 * w.second_half;
+            load_box(ring.rows(stage) + half * (kBlockBytes / 2), weight, ring.full(stage), (w.first_block + block) * kBlockK,
+                     row, w.slice, kEvictFirst);
+          }
         },
         wait_for_previous_kernel,
         [&](int32_t block, int32_t stage) {
-          load_box(ring.tokens(stage), &p.x, ring.full(stage), (w.first_block + block) * kBlockK, first_token, 0, kEvictLast);
+          load_box(ring.tokens(stage), &p.x, ring.full(stage), (w.first_block + block) * kBlockK, w.first_token, 0, kEvictLast);
         });
   }
   __syncwarp();
@@ -221,14 +253,15 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
   if constexpr (kAdapter) {
     if (w.is_h || w.num_blocks == 0) return;
     wait_for_previous_kernel();
-    if (!Gated<kTokenTiles>(p, first_token).any() || !leader) return;
-    const Updates updates(p, w);
+    if (!Gated<kTokenTiles>(p, w.first_token).any() || !leader) return;
+    const Updates updates(p, w, kRowTiles);
     fill(
         ring, at, updates.count(),
         [&](int32_t i, int32_t stage) {
           const int32_t r = updates.block_of(i) * kBlockK, s = updates.slice_of(i);
-          for (int32_t half = 0; half < 2; ++half) {
-            const int32_t row = w.first_row + half * p.second_half;
+#pragma unroll
+          for (int32_t half = 0; half < 2 * kRowTiles; ++half) {
+            const int32_t row = w.first_row + half / 2 * w.next_tile + half % 2 * w.second_half;
             const bool touched = Updates::touches(p, row, s, p.n);
             // Rows that the slice does not touch are as good as none: row n is outside, nothing is read.
             load_box(ring.rows(stage) + half * (kBlockBytes / 2), &p.lora_b, ring.full(stage), r, touched ? row : p.n, 0,
@@ -237,53 +270,51 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
         },
         [&] { wait_for_h(p, w.group, updates.count() > 0); },
         [&](int32_t i, int32_t stage) {
-          load_box(ring.tokens(stage), &p.h, ring.full(stage), updates.block_of(i) * kBlockK, first_token,
+          load_box(ring.tokens(stage), &p.h, ring.full(stage), updates.block_of(i) * kBlockK, w.first_token,
                    updates.slice_of(i), kEvictLast);
         });
   }
 }
 
-// sums += scale (B h^T) where a token is gated and a row belongs to the slice.
+// sums += scale (B h^T) where a token is gated and a row belongs to the slice, 64 columns of the rank after the other.
 template <class Element, int kTokenTiles>
 __device__ __forceinline__ void add_updates(const Params& p, const Ring& ring, const Work& w, Cursor& at,
                                             const Gated<kTokenTiles>& gated, float (&sums)[kTokenTiles][32]) {
-  const Updates updates(p, w);
+  const Updates updates(p, w, Size<kTokenTiles>::kRowTiles);
   const int32_t lane = static_cast<int32_t>(lane_id());
-  const int32_t row = 16 * static_cast<int32_t>(warp_id()) + lane / 4;  // in the tile; the other one is 8 further on
-  const int32_t n = w.first_row + row / kHalfRows * p.second_half + row % kHalfRows;
-  for (int32_t i = 0; i < updates.count(); i += updates.per_slice) {
-    float update[kTokenTiles][32] = {};
-    for (int32_t j = 0; j < updates.per_slice; ++j, at.next(ring)) {
-      barrier_wait(ring.full(at.stage), at.parity);
-      multiply<Element>(ring, at.stage, update);
-      products_wait<0>();
-      if (lane == 0) barrier_arrive(ring.empty(at.stage));
-    }
+  const int32_t row = thread_of_group() / 32 * 16 + lane / 4;  // in the tile; the other one is 8 further on
+  const int32_t n = w.first_row + warpgroup() * w.next_tile + row / kHalfRows * w.second_half + row % kHalfRows;
+  for (int32_t i = 0; i < updates.count(); ++i, at.next(ring)) {
     const int32_t s = updates.slice_of(i), begin = s == 0 ? 0 : p.slice_ends[s - 1], end = p.slice_ends[s];
     const bool inside[2] = {n >= begin && n < end, n + 8 >= begin && n + 8 < end};
+    barrier_wait(ring.full(at.stage), at.parity);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
-      pin(update[tile]);
+      float update[1][32] = {};
+      multiply<Element>(ring.rows(at.stage) + warpgroup() * kBlockBytes, ring.tokens(at.stage) + tile * kBlockBytes, update);
+      products_wait<0>();
+      pin(update[0]);
       const uint64_t mine = gated.tile[tile] >> (2 * (lane % 4));
 #pragma unroll
       for (int e = 0; e < 32; ++e) {
         const bool wanted = (mine >> (e / 4 * 8 + e % 2) & 1) && inside[e / 2 % 2];
-        sums[tile][e] = wanted ? __fmaf_rn(p.scale, update[tile][e], sums[tile][e]) : sums[tile][e];
+        sums[tile][e] = wanted ? __fmaf_rn(p.scale, update[0][e], sums[tile][e]) : sums[tile][e];
       }
     }
+    if (lane == 0) barrier_arrive(ring.empty(at.stage));
   }
 }
 
-// The sums of this CTA's part, to sPart[token][row].
+// The sums of this warpgroup's tile and part, to sPart[token][row].
 template <class Element, int kTokenTiles, bool kAdapter>
 __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const Work& w, int32_t num_tokens, float* sPart) {
-  const int32_t lane = static_cast<int32_t>(lane_id()), warp = static_cast<int32_t>(warp_id());
+  const int32_t lane = static_cast<int32_t>(lane_id()), warp = thread_of_group() / 32;
   float sums[kTokenTiles][32] = {};
   Cursor at;
   int32_t last = 0;
   for (int32_t block = 0; block < w.num_blocks; ++block, at.next(ring)) {
     barrier_wait(ring.full(at.stage), at.parity);
-    multiply<Element>(ring, at.stage, sums);
+    multiply<Element>(ring.rows(at.stage) + warpgroup() * kBlockBytes, ring.tokens(at.stage), sums);
     products_wait<1>();  // those of the block before
     if (block > 0 && lane == 0) barrier_arrive(ring.empty(last));
     last = at.stage;
@@ -296,11 +327,11 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
   if constexpr (kAdapter) {
     if (!w.is_h) {
       wait_for_previous_kernel();
-      const Gated<kTokenTiles> gated(p, w.first_token(kTokenTiles * kTileTokens));
+      const Gated<kTokenTiles> gated(p, w.first_token);
       if (gated.any()) add_updates<Element>(p, ring, w, at, gated, sums);
     }
   }
-  consumers_sync();  // nobody reads the stages any more
+  multipliers_sync<Size<kTokenTiles>::kRowTiles>();  // nobody reads the stages any more
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
@@ -361,15 +392,15 @@ __device__ __forceinline__ float4 with_bias(const Params& p, float4 y, int32_t n
   return y;
 }
 
-// Each CTA of a tile finishes its share of the tokens.
+// Each CTA of a tile finishes its share of the tokens. first_row: of the tile.
 template <class Element>
-__device__ __forceinline__ void finish(const Params& p, const Work& w, int32_t first_token, int32_t num_tokens,
+__device__ __forceinline__ void finish(const Params& p, const Work& w, int32_t first_row, int32_t num_tokens,
                                        const float* sPart) {
   auto* out = static_cast<Element*>(p.out);
   const int32_t lanes = (p.silu_and_mul ? kHalfRows : kTileRows) / 4;  // of a token
-  const int32_t row = static_cast<int32_t>(threadIdx.x) % lanes * 4;
-  const int32_t column = w.first_row + row;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x) / lanes;; i += kConsumers / lanes) {
+  const int32_t row = thread_of_group() % lanes * 4;
+  const int32_t column = first_row + row;
+  for (int32_t i = thread_of_group() / lanes;; i += kGroupThreads / lanes) {
     const int32_t token = i * w.parts + w.part;
     if (token >= num_tokens) break;
     const int32_t offset = token * kPartStride + row;
@@ -379,84 +410,103 @@ __device__ __forceinline__ void finish(const Params& p, const Work& w, int32_t f
       const float4 up = with_bias<Element>(p, sums, column + p.second_half, true);
       y = {silu_times(y.x, up.x), silu_times(y.y, up.y), silu_times(y.z, up.z), silu_times(y.w, up.w)};
     }
-    store_four(out + (first_token + token) * p.out_stride + column, y, p.width - column, p.out_aligned);
+    store_four(out + (w.first_token + token) * p.out_stride + column, y, p.width - column, p.out_aligned);
   }
 }
 
 // h of the gated tokens, then the news of it.
 template <class Element, int kTokenTiles>
-__device__ __forceinline__ void finish_h(const Params& p, const Work& w, int32_t first_token, int32_t num_tokens,
+__device__ __forceinline__ void finish_h(const Params& p, const Work& w, int32_t first_row, int32_t num_tokens,
                                          const Gated<kTokenTiles>& gated, const float* sPart) {
   constexpr int32_t kLanes = kTileRows / 4;
   auto* gH = static_cast<Element*>(p.gH) + w.slice * p.h_slice_stride;
-  const int32_t row = static_cast<int32_t>(threadIdx.x) % kLanes * 4;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x) / kLanes;; i += kConsumers / kLanes) {
+  const int32_t row = thread_of_group() % kLanes * 4, r = first_row + row;
+  for (int32_t i = thread_of_group() / kLanes;; i += kGroupThreads / kLanes) {
     const int32_t token = i * w.parts + w.part;
     if (token >= num_tokens) break;
     if (!gated(token)) continue;
     const float4 h = add_parts(sPart, token * kPartStride + row, w);
-    store_four(gH + (first_token + token) * p.h_stride + w.first_row + row, h, p.rank - w.first_row - row, true);
+    store_four(gH + (w.first_token + token) * p.h_stride + r, h, p.rank - r, true);
   }
   fence_async_global();  // TMA of other CTAs reads it
-  consumers_sync();
+  multipliers_sync<Size<kTokenTiles>::kRowTiles>();
   if (threadIdx.x == 0) add_release(p.flags + 2 * w.group, 1);
 }
 
+// Returns once the parts of all CTAs of a tile are stored.
+__device__ __forceinline__ void meet(const Work& w) {
+  if (w.parts == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+// Returns once nobody reads this CTA's parts any more.
+__device__ __forceinline__ void leave(const Work& w) {
+  if (w.parts == 1) return;
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}
+
 template <class Element, int kTokenTiles, bool kAdapter>
-__global__ void __launch_bounds__(kThreads, max_ctas_per_sm(kTokenTiles)) linear_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(Size<kTokenTiles>::kThreads, max_ctas_per_sm(kTokenTiles, kAdapter))
+    linear_kernel(const __grid_constant__ Params p) {
+  using S = Size<kTokenTiles>;
   extern __shared__ __align__(1024) uint8_t sStages[];
-  constexpr int32_t kTokens = kTokenTiles * kTileTokens;
-  constexpr uint32_t kStageBytes = (1 + kTokenTiles) * kBlockBytes;
-  const Ring ring{shared_address(sStages), shared_address(sStages) + p.stages * kStageBytes, p.stages, kStageBytes};
-  float* sPart = reinterpret_cast<float*>(sStages);
-  const Work w(p, kAdapter);
-  const int32_t first_token = w.first_token(kTokens), num_tokens = min(p.num_rows - first_token, kTokens);
+  const uint32_t stages = shared_address(sStages);
+  const Ring ring{stages, stages + p.stages * S::kStageBytes, p.stages, S::kStageBytes, S::kRowBytes};
+  const Work w(p, kAdapter, S::kRowTiles, S::kTokens);
+  const int32_t num_tokens = min(p.num_rows - w.first_token, S::kTokens);
   if constexpr (kAdapter) {
     if (w.is_h) {
       wait_for_previous_kernel();
-      if (!Gated<kTokenTiles>(p, first_token).any()) return;  // the whole cluster does
+      if (!Gated<kTokenTiles>(p, w.first_token).any()) return;  // the whole cluster does
     }
   }
   if (threadIdx.x == 0) {
     for (int32_t stage = 0; stage < p.stages; ++stage) {
       barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), kConsumerWarps);
+      barrier_init(ring.empty(stage), S::kRowTiles * kGroupThreads / 32);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
-  if (warp_id() == kConsumerWarps) {
-    produce<kTokenTiles, kAdapter>(p, ring, w);
+  if (warpgroup() == S::kRowTiles) {
+    if constexpr (S::kMovesRegisters) lower_registers_to<40>();
+    if (thread_of_group() < 32) produce<kTokenTiles, kAdapter>(p, ring, w);
     __syncwarp();
+    meet(w);
+    leave(w);
   } else {
+    if constexpr (S::kMovesRegisters) raise_registers_to<232>();
+    float* sPart = reinterpret_cast<float*>(sStages) + warpgroup() * S::kPartFloats;
     consume<Element, kTokenTiles, kAdapter>(p, ring, w, num_tokens, sPart);
-  }
-  if (w.parts == 1) {
-    __syncthreads();
-  } else {
-    cluster_arrive();
-    cluster_wait();  // the parts of all CTAs are there
-  }
-  if (warp_id() < kConsumerWarps && w.num_blocks > 0) {
+    meet(w);
     wait_for_previous_kernel();
+    const int32_t first_row = w.first_row + warpgroup() * w.next_tile;
     if (kAdapter && w.is_h) {
-      finish_h<Element>(p, w, first_token, num_tokens, Gated<kTokenTiles>(p, first_token), sPart);
-    } else {
-      finish<Element>(p, w, first_token, num_tokens, sPart);
+      finish_h<Element>(p, w, first_row, num_tokens, Gated<kTokenTiles>(p, w.first_token), sPart);
+    } else if (w.num_blocks > 0) {
+      finish<Element>(p, w, first_row, num_tokens, sPart);
     }
-  }
-  if (w.parts > 1) {
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();  // nobody reads this CTA's part any more
+    leave(w);
   }
 }
 
+template <class Element, int kTokenTiles>
+Kernel kernel_of(bool adapter) {
+  return adapter ? linear_kernel<Element, kTokenTiles, true> : linear_kernel<Element, kTokenTiles, false>;
+}
 template <class Element>
 Kernel kernel_of(int32_t token_tiles, bool adapter) {
-  if (token_tiles == 1) return adapter ? linear_kernel<Element, 1, true> : linear_kernel<Element, 1, false>;
-  return adapter ? linear_kernel<Element, 2, true> : linear_kernel<Element, 2, false>;
+  switch (token_tiles) {
+    case 1: return kernel_of<Element, 1>(adapter);
+    case 2: return kernel_of<Element, 2>(adapter);
+    default: return kernel_of<Element, 4>(adapter);
+  }
 }
 
 }  // namespace idlm::gemm

@@ -95,7 +95,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   if (encode_function() == nullptr) return failure(Code::kCuda, "linear: the driver has no cuTensorMapEncodeTiled");
 
   const Shape cut = shape(l.n, l.k);
-  const int32_t token_tiles = l.num_rows <= kTileTokens ? 1 : 2;
+  const int32_t token_tiles = token_tiles_for(l.num_rows), row_tiles = row_tiles_for(token_tiles);
   Params p = {};
   p.num_rows = l.num_rows;
   p.n = l.n;
@@ -103,7 +103,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   p.width = l.silu_and_mul ? l.n / 2 : l.n;
   p.rows_per_tile = l.silu_and_mul ? kHalfRows : kTileRows;
   p.second_half = l.silu_and_mul ? p.width : kHalfRows;
-  p.tiles = ceil_div(p.width, p.rows_per_tile);
+  p.tiles = ceil_div(p.width, p.rows_per_tile * row_tiles);
   p.groups = ceil_div(l.num_rows, token_tiles * kTileTokens);
   p.splits = cut.splits;
   p.weight_is_constant = l.weight_is_constant;
@@ -126,6 +126,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     const AdapterParams& a = *adapter;
     p.rank = a.rank;
     p.rank_blocks = ceil_div(a.rank, kTileRows);
+    p.h_tiles = ceil_div(p.rank_blocks, row_tiles);
     p.num_slices = a.num_slices;
     std::copy(a.slice_ends, a.slice_ends + a.num_slices, p.slice_ends);
     p.gate = a.gate;
@@ -138,11 +139,11 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     map(&p.lora_a, {"lora_a", a.lora_a, a.num_slices, a.rank, l.k, a.lora_a_stride * a.rank, a.lora_a_stride}, kHalfRows);
     map(&p.lora_b, {"lora_b", a.lora_b, 1, l.n, a.rank, a.lora_b_stride * l.n, a.lora_b_stride}, kHalfRows);
     map(&p.h, {"h", a.h, a.num_slices, l.num_rows, a.rank, p.h_slice_stride, p.h_stride}, box_tokens);
-    clusters += int64_t{p.num_slices} * p.rank_blocks * p.groups;
+    clusters += int64_t{p.num_slices} * p.h_tiles * p.groups;
   }
   if (!status.ok()) return status;
   if (clusters * cluster > 0x7fffffff) return failure(Code::kInvalidArgument, "linear: too many rows for one launch");
-  p.stages = fit(clusters, cluster, token_tiles);
+  p.stages = fit(clusters, cluster, token_tiles, adapter != nullptr);
   const int64_t bytes = shared_bytes(p.stages, token_tiles);
 
   const Kernel kernel =
@@ -158,7 +159,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(num_threads(token_tiles));
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream;
     config.attrs = attributes;

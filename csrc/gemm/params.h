@@ -7,8 +7,9 @@
 
 namespace idlm::gemm {
 
-constexpr int kConsumerWarps = 4;  // one warpgroup
-constexpr int kThreads = 32 * (kConsumerWarps + 1);
+constexpr int kGroupThreads = 128;  // a warpgroup multiplies a tile of weight rows
+// The producer is a warp, or a warpgroup where registers are moved from it to those that multiply.
+constexpr int num_threads(int token_tiles) { return token_tiles == 1 ? 160 : token_tiles == 2 ? 288 : 384; }
 
 struct Params {
   // Tensors [planes, rows, columns] as TMA sees them.
@@ -20,7 +21,7 @@ struct Params {
 
   int32_t num_rows, n;
   int32_t blocks;        // of K
-  int32_t tiles;         // of weight rows
+  int32_t tiles;         // of weight rows, as CTAs take them
   int32_t groups;        // of tokens
   int32_t splits;        // parts of K of a tile of the weight
   int32_t stages;
@@ -38,6 +39,7 @@ struct Params {
 
   // The adapter.
   int32_t rank, rank_blocks, num_slices;
+  int32_t h_tiles;  // of the rank, as CTAs take them
   int32_t slice_ends[kMaxSlices];
   const void* gate;
   bool gate_is_int32;

@@ -111,7 +111,15 @@ def check_activation(problem: Problem) -> None:
 def check_row_bits(problem: Problem) -> None:
     """A row has the same bits in any company, with and without the adapter and the activation."""
     whole = (problem.linear(), problem.gated(), problem.activated())
-    for rows in (slice(0, 1), slice(5, 12), slice(64, 80), slice(129, 130), slice(1, 65), slice(60, 128)):
+    for rows in (
+        slice(0, 1),
+        slice(5, 12),
+        slice(64, 80),
+        slice(129, 130),
+        slice(1, 65),
+        slice(60, 128),
+        slice(10, 200),
+    ):
         parts = (problem.linear(rows), problem.gated(rows), problem.activated(rows))
         for part, all_rows in zip(parts, whole, strict=True):
             assert same_bits(part, all_rows[rows])

@@ -73,7 +73,7 @@ def test_bias_of_another_dtype(device: torch.device) -> None:
 
 @pytest.mark.parametrize("n, k", [(128, 1024), (70, 584)])
 def test_row_bits_depend_on_the_row_alone(n: int, k: int, device: torch.device) -> None:
-    check_row_bits(Problem(130, k, (n - 30, 30), 72, device=device))
+    check_row_bits(Problem(300, k, (n - 30, 30), 72, device=device))
 
 
 ADAPTERS = [
@@ -85,6 +85,8 @@ ADAPTERS = [
     (3, 72, (6,), 5),
     (64, 2048, (96, 32), 200),
     (9, 8192, (30, 34), 72),
+    (300, 576, (130, 50), 72),
+    (224, 2048, (20, 44), 24),
 ]
 
 
@@ -141,8 +143,9 @@ def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.d
         assert same_bits(problem.activated(), gemm.silu_and_mul(problem.gated()))
 
 
-def test_no_adapter_work_without_a_gated_row(softgpu: ModuleType, module: ModuleType) -> None:
-    problem = Problem(70, 1024, (64, 128), 128)
+@pytest.mark.parametrize("rows", [7, 70, 200])
+def test_no_adapter_work_without_a_gated_row(rows: int, softgpu: ModuleType, module: ModuleType) -> None:
+    problem = Problem(rows, 1024, (64, 128), 128)
     problem.gate[:] = False
     problem.linear()
     plain = softgpu.counters()
@@ -160,6 +163,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
         check_adapter(Problem(9, 1024, (70, 90), 136))
         check_activation(Problem(66, 1024, (51, 61), 72))
         check_linear(Problem(7, 8192, (60,), 8))  # every stage is filled twice
+        check_activation(Problem(150, 512, (30, 140), 72))
 
 
 def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> None:
@@ -215,13 +219,14 @@ def test_shapes(module: ModuleType) -> None:
 
 def test_stages(module: ModuleType) -> None:
     """Launches of Qwen3-8B at up to 64 rows: (clusters, cluster size) and stages; then 128 rows, and more than fit."""
-    assert module.gemm_stages(96, 2, 1) == 7  # qkv
-    assert module.gemm_stages(48 + 6, 4, 1) == 7  # with an adapter of rank 128 in three slices
-    assert module.gemm_stages(64, 4, 1) == 7 and module.gemm_stages(32 + 2, 8, 1) == 4  # o
-    assert module.gemm_stages(384, 1, 1) == 4 and module.gemm_stages(96 + 4, 4, 1) == 3  # gate_up
-    assert module.gemm_stages(64, 4, 2) == 4
-    assert module.gemm_stages(10**6, 1, 1) == 4
-    assert module.gemm_stages(1, 1, 1) == 8
+    assert module.gemm_stages(96, 2, 1, False) == 7  # qkv
+    assert module.gemm_stages(48 + 6, 4, 1, True) == 7  # with an adapter of rank 128 in three slices
+    assert module.gemm_stages(64, 4, 1, False) == 7 and module.gemm_stages(32 + 2, 8, 1, True) == 4  # o
+    assert module.gemm_stages(384, 1, 1, False) == 4 and module.gemm_stages(96 + 4, 4, 1, True) == 3  # gate_up
+    assert module.gemm_stages(32, 4, 2, False) == 7 and module.gemm_stages(192, 1, 2, False) == 3  # 128 rows
+    assert module.gemm_stages(32, 4, 4, True) == 4  # 256 rows
+    assert module.gemm_stages(10**6, 1, 1, False) == 4
+    assert module.gemm_stages(1, 1, 1, False) == 8
 
 
 @pytest.mark.parametrize("name, n, k, slices", [("qkv of SmolLM2", 960, 576, (576, 192, 192))])

@@ -80,8 +80,8 @@ MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
     ),
     "parts are read before they are there": (
         schedules,
-        "cluster_arrive();\n    cluster_wait();  // the parts",
-        "__syncthreads();  // the parts",
+        "    __syncthreads();\n  } else {\n    cluster_arrive();\n    cluster_wait();\n",
+        "    __syncthreads();\n  } else {\n    __syncthreads();\n",
     ),
     "the gate is off by one": (values, "(e / 4 * 8 + e % 2) & 1)", "(e / 4 * 8 + e % 2 + 1) & 1)"),
     "the adapter is added to every row": (
@@ -96,7 +96,11 @@ MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
         "sums[tile][e] = inside[e / 2 % 2] ? __fmaf_rn(p.scale * (mine >> (e / 4 * 8 + e % 2) & 1),",
     ),
     "a slice ends one row late": (isolation, "n >= begin && n < end,", "n >= begin && n <= end,"),
-    "every slice takes the first h": (values, "first_token,\n                   updates.slice_of(i)", "first_token, 0"),
+    "every slice takes the first h": (
+        values,
+        "w.first_token,\n                   updates.slice_of(i)",
+        "w.first_token, 0",
+    ),
     "the scale is forgotten": (values, "__fmaf_rn(p.scale,", "__fmaf_rn(1.0f,"),
     "the activation of sums that are not rounded": (
         values,
