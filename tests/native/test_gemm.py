@@ -229,9 +229,13 @@ def test_stages(module: ModuleType) -> None:
     assert module.gemm_stages(1, 1, 1, False) == 8
 
 
-@pytest.mark.parametrize("name, n, k, slices", [("qkv of SmolLM2", 960, 576, (576, 192, 192))])
-def test_model_shapes(name: str, n: int, k: int, slices: Sequence[int], device: torch.device) -> None:
-    check_adapter(Problem(7, k, slices, 16, device=device))
+@pytest.mark.parametrize(
+    "rows, k, slices, rank",
+    [(7, 576, (576, 192, 192), 16), (7, 1536, (576,), 64), (7, 4096, (4096,), 128), (5, 5120, (1024, 128, 128), 256)],
+    ids=["qkv of SmolLM2", "down of SmolLM2", "o of Qwen3-8B", "a part of qkv of Qwen3-32B"],
+)
+def test_model_shapes(rows: int, k: int, slices: Sequence[int], rank: int, device: torch.device) -> None:
+    check_adapter(Problem(rows, k, slices, rank, device=device))
 
 
 def test_silu_and_mul(device: torch.device) -> None:
