@@ -76,7 +76,7 @@ def cases() -> Iterator[Case]:
     for layer in LAYERS:
         for rows in (1, 7, 16, 64, 128, 224):
             yield Case(layer, rows)
-        for rows in (7, 16, 128, 224):
+        for rows in (7, 16, 64, 128, 224):
             yield Case(layer, rows, 128)
 
 
@@ -93,12 +93,14 @@ def measure(case: Case, softgpu: ModuleType) -> dict[str, Any]:
     row_tiles, token_tiles = (1, 1) if case.rows <= 64 else (2, 2) if case.rows <= 128 else (2, 4)
     stage_bytes = 8192 * (row_tiles + token_tiles)
     stages = c["shared_bytes"] // stage_bytes
-    per_sm = 228 * 1024 // (c["shared_bytes"] + 1024)
+    most = 4 if case.rows <= 64 else 2 if case.rows <= 128 and not case.rank else 1  # by registers
+    per_sm = min(most, 228 * 1024 // (c["shared_bytes"] + 1024))
     resident = min(c["ctas"], NUM_SMS * per_sm)
     stored = case.rows * n * 2 // (2 if activation else 1)
     entry = {
         "ctas": c["ctas"],
         "cluster": c["cluster"][0],
+        "ctas_per_sm": per_sm,
         "stages": stages,
         "weight_kb_in_flight_per_sm": round(resident * stages * row_tiles * 8 / NUM_SMS),
         "weight_bytes_over_floor": round((c["tma_load_bytes"] - case.model()) / case.floor(), 4),

@@ -53,7 +53,8 @@ constexpr int64_t stage_bytes(int32_t token_tiles) {
 constexpr int64_t shared_bytes(int32_t stages, int32_t token_tiles) {
   return stages * stage_bytes(token_tiles) + kBarrierBytes;
 }
-// CTAs on an SM by registers: 4 x 160 threads of 96; 2 x 288 of 112, or one of 168; one of 384.
+// CTAs on an SM by registers, of which each quarter of an SM has 512 per lane: 4 x 5 warps or 2 x 9 warps of up to 96, or
+// one of 9 or 12 warps of 168.
 constexpr int32_t max_ctas_per_sm(int32_t token_tiles, bool adapter) {
   return token_tiles == 1 ? 4 : token_tiles == 2 && !adapter ? 2 : 1;
 }
