@@ -1,6 +1,7 @@
 """What the Triton kernels ask of the machine at the shapes of Qwen3-8B, counted by softgpu: no GPU, no time.
 
     SOFTGPU_DIR=... python -m bench.counters [--write]
+    SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]    # see native_gemm.py
 
 For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
 of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
@@ -27,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bench import native_gemm
 from bench.ptx import Launch, recorded_launches, resources
 from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
 from python_ref import QState
@@ -279,12 +281,25 @@ def load_softgpu() -> ModuleType:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record the counts as the budget")
+    parser.add_argument("--family", choices=("all", "gemm"), default="all", help="gemm: the linear layers alone")
+    parser.add_argument(
+        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the linear layers of csrc"
+    )
     arguments = parser.parse_args()
+    if arguments.backend == "cuda":
+        if arguments.family != "gemm":
+            parser.error("--backend cuda counts --family gemm; python -m bench.native_counters counts sampling")
+        native_gemm.main(arguments.write)
+        return
+    if arguments.write and arguments.family != "all":
+        parser.error("--write records all families, wanted --family all")
     torch.manual_seed(0)
     softgpu = load_softgpu()
     columns: list[str] = []
     entries = []
     for case in cases():
+        if arguments.family == "gemm" and case.main != "linear":
+            continue
         for entry in measure(case, softgpu):
             if not columns:
                 columns = [*entry, "bytes_over_floor"] if "bytes_over_floor" not in entry else list(entry)

@@ -1,12 +1,20 @@
 // The Python module: addresses as integers, so that one build serves every torch version. The GIL is released around
 // launches; a status that is not ok becomes an exception here and nowhere else.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
+#include "gemm/heuristics.h"
+#include "idlm/gemm.h"
 #include "idlm/sampling.h"
 #include "sampling/heuristics.h"
 
@@ -157,6 +165,95 @@ void define_structs(py::module_& m) {
       .field("num_emitted", &AdvanceParams::num_emitted);
 }
 
+// (data, row stride)
+using MatrixTuple = std::tuple<Address, int64_t>;
+// (rows, n, k)
+using SizesTuple = std::tuple<int, int, int>;
+// (bias or 0, its dtype)
+using BiasTuple = std::tuple<Address, int>;
+// (A, B, gate, is the gate int32, scale, rank, ends of the slices, h, flags)
+using AdapterTuple = std::tuple<MatrixTuple, MatrixTuple, Address, bool, float, int, std::vector<int32_t>, Address, Address>;
+
+void py_linear(int dtype, const SizesTuple& sizes, const MatrixTuple& x, const MatrixTuple& weight, bool weight_is_constant,
+               const BiasTuple& bias, const MatrixTuple& out, bool with_activation, const std::optional<AdapterTuple>& adapter, Address stream,
+               bool dependent_launch) {
+  LinearParams p;
+  p.dtype = static_cast<DType>(dtype);
+  std::tie(p.num_rows, p.n, p.k) = sizes;
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
+  p.weight = pointer<const void>(std::get<0>(weight));
+  p.weight_stride = std::get<1>(weight);
+  p.weight_is_constant = weight_is_constant;
+  p.bias = pointer<const void>(std::get<0>(bias));
+  p.bias_dtype = static_cast<DType>(std::get<1>(bias));
+  p.out = pointer<void>(std::get<0>(out));
+  p.out_stride = std::get<1>(out);
+  p.silu_and_mul = with_activation;
+  AdapterParams a;
+  if (adapter) {
+    const auto& [lora_a, lora_b, gate, gate_is_int32, scale, rank, slice_ends, h, flags] = *adapter;
+    if (slice_ends.size() > kMaxSlices)
+      throw py::value_error("linear: " + std::to_string(slice_ends.size()) + " slices, this kernel takes 1 to " +
+                            std::to_string(kMaxSlices));
+    a.lora_a = pointer<const void>(std::get<0>(lora_a));
+    a.lora_a_stride = std::get<1>(lora_a);
+    a.lora_b = pointer<const void>(std::get<0>(lora_b));
+    a.lora_b_stride = std::get<1>(lora_b);
+    a.gate = pointer<const void>(gate);
+    a.gate_is_int32 = gate_is_int32;
+    a.scale = scale;
+    a.rank = rank;
+    a.num_slices = static_cast<int32_t>(slice_ends.size());
+    std::copy(slice_ends.begin(), slice_ends.end(), a.slice_ends);
+    a.h = pointer<void>(h);
+    a.flags = pointer<int32_t>(flags);
+  }
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = linear(p, adapter ? &a : nullptr, pointer<CUstream_st>(stream), dependent_launch);
+  }
+  raise_unless_ok(s);
+}
+
+void py_silu_and_mul(int dtype, int num_rows, int width, const MatrixTuple& x, const MatrixTuple& out, Address stream,
+                     bool dependent_launch) {
+  SiluAndMulParams p;
+  p.dtype = static_cast<DType>(dtype);
+  p.num_rows = num_rows;
+  p.width = width;
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
+  p.out = pointer<void>(std::get<0>(out));
+  p.out_stride = std::get<1>(out);
+  Status s;
+  {
+    py::gil_scoped_release release;
+    s = silu_and_mul(p, pointer<CUstream_st>(stream), dependent_launch);
+  }
+  raise_unless_ok(s);
+}
+
+// Of the capture that a stream is in; 0: none, or a driver that cannot tell.
+uint64_t capture_id(Address stream) {
+  using Info = CUresult (*)(CUstream, CUstreamCaptureStatus*, cuuint64_t*, void*, void*, void*);
+  static const Info info = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    (void)cudaGetDriverEntryPointByVersion("cuStreamGetCaptureInfo", &function, 12000, cudaEnableDefault, &result);
+#else
+    (void)cudaGetDriverEntryPoint("cuStreamGetCaptureInfo", &function, cudaEnableDefault, &result);
+#endif
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Info>(function) : nullptr;
+  }();
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  cuuint64_t id = 0;
+  if (info == nullptr || info(pointer<CUstream_st>(stream), &status, &id, nullptr, nullptr, nullptr) != CUDA_SUCCESS) return 0;
+  return status == CU_STREAM_CAPTURE_STATUS_ACTIVE ? id : 0;
+}
+
 // "NAME, compute capability X.Y", or why there is no device or none that the kernels run on.
 std::string device() {
   int id = 0;
@@ -185,4 +282,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("sample_rows", &launch<SampleRowsParams, &sample_rows>);
   m.def("verify_accept", &launch<VerifyAcceptParams, &verify_accept>);
   m.def("advance", &launch<AdvanceParams, &advance>);
+  m.def("linear", &py_linear);
+  m.def("silu_and_mul", &py_silu_and_mul);
+  m.def("h_bytes", &h_bytes, py::arg("num_rows"), py::arg("num_slices"), py::arg("rank"));
+  m.def("flag_words", &flag_words, py::arg("num_rows"));
+  m.def("capture_id", &capture_id);
+  m.attr("MAX_SLICES") = kMaxSlices;
+  m.def("gemm_shape", [](int n, int k) { return std::pair{gemm::shape(n, k).splits, gemm::shape(n, k).h_splits}; });
+  m.def("gemm_stages", &gemm::fit, py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"),
+        py::arg("adapter"));
 }

@@ -103,12 +103,17 @@ def doctor(
         if unusable is not None:
             console.print(f"Backend {backend.name} is not usable on {model}: {unusable}.", markup=False)
     _show(checks, console)
+    limits = {b.name: getattr(b.load(), "LIMITS", {}) for b, _, _, unusable in places if unusable is None}
+    for name, by_op in limits.items():
+        for op, limit in by_op.items():
+            console.print(f"{op} of {name} takes {limit}; the next backend in line computes the rest.", markup=False)
     if as_json:
         record = {
             "facts": facts,
             "ops": chosen,
             "rows_keep_their_bits": kept,
             "unusable": {f"{b.name} on {model}": why for b, model, _, why in places if why is not None},
+            "limits": limits,
             "checks": [{"verdict": check.word, **dataclasses.asdict(check)} for check in checks],
         }
         print(json.dumps(record), flush=True)

@@ -10,8 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm_kernels.native import emulated, load
+from idlm_kernels.native import load
+from idlm_kernels.native.gemm import (
+    LIMITS,
+    gated_lora_linear,
+    linear,
+    linear_silu_and_mul,
+    prepare_weight,
+    silu_and_mul,
+    stream_of,
+)
 from python_ref import STREAM_TARGET, QState
+
+__all__ = [
+    "LIMITS",
+    "advance",
+    "gated_lora_linear",
+    "linear",
+    "linear_silu_and_mul",
+    "prepare_weight",
+    "sample_rows",
+    "silu_and_mul",
+    "verify_accept",
+]
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_DRAFTS = 31
@@ -30,13 +51,7 @@ def _address(x: Tensor | None) -> int:
 
 def _options(op: str, device: torch.device) -> Any:
     """A LaunchOptions."""
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-    elif device.type == "cpu" and emulated():
-        stream = 0
-    else:
-        raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
-    return load().LaunchOptions(stream=stream, cluster_size=cluster_size)
+    return load().LaunchOptions(stream=stream_of(op, device), cluster_size=cluster_size)
 
 
 def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tuple(_DTYPES)) -> int:

@@ -227,7 +227,8 @@ def _warn(backend: Backend, op: str, model: str, reason: str, together: tuple[st
     )
 
 
-def _choose(op: str, device_type: str) -> tuple[str, Callable[..., Any]]:
+def _choose(op: str, device_type: str, after: str | None = None) -> tuple[str, Callable[..., Any]]:
+    """The first backend in line that computes `op`, or the first one behind `after`."""
     forced = current_backend()
     if forced != "auto" and device_type not in _backends[forced].device_types:
         where = " or ".join(_backends[forced].device_types)
@@ -235,7 +236,8 @@ def _choose(op: str, device_type: str) -> tuple[str, Callable[..., Any]]:
     line = [b for b in reversed(_backends.values()) if b.automatic and device_type in b.device_types]
     if forced != "auto":
         line = [_backends[forced], _backends["torch"]]
-    for backend in line:
+    names = [b.name for b in line]
+    for backend in line[names.index(after) + 1 if after in names else 0 :]:
         if forced == "auto" and backend.checked and not _trusted(backend, op, device_type):
             continue
         function = getattr(backend.load(), op, None)
@@ -250,6 +252,15 @@ def implementation(op: str, device_type: str) -> Callable[..., Any]:
     function = _chosen.get(key)
     if function is None:
         function = _chosen[key] = _choose(op, device_type)[1]
+    return function
+
+
+def next_implementation(after: str, op: str, device_type: str) -> Callable[..., Any]:
+    """For a backend that does not compute every problem of an op: the function of the next one in line."""
+    key = (_forced_here.get() or _forced, f"{op} after {after}", device_type)
+    function = _chosen.get(key)
+    if function is None:
+        function = _chosen[key] = _choose(op, device_type, after)[1]
     return function
 
 

@@ -69,6 +69,12 @@ def test_names_versions_and_the_backend_of_each_op() -> None:
         assert cells(op, done.stdout)[0][0] == backend
 
 
+def test_says_what_a_backend_does_not_take(fake: Callable[..., None]) -> None:
+    fake()
+    sys.modules["fake_backend"].LIMITS = {"embed": "fp16"}  # type: ignore[attr-defined]
+    assert "embed of fake takes fp16; the next backend in line computes the rest." in doctor().stdout
+
+
 def test_help_says_what_it_does() -> None:
     text = " ".join(doctor("--help").stdout.split())
     assert "every kernel for it is first compared with the references" in text

@@ -47,7 +47,7 @@ def test_resources(library: Path, toolkit: Toolkit) -> None:
 def test_instructions(kernels: dict[str, str]) -> None:
     assert set(kernels) == set(BUDGET["kernels"])
     for name, text in kernels.items():
-        family = "rows_kernel" if "rows_kernel" in name else "advance_kernel"
+        (family,) = (family for family in BUDGET["instructions"] if family in name)
         for wanted in BUDGET["instructions"][family]:
             assert wanted in text, f"{name}: no {wanted}"
         for unwanted in BUDGET["forbidden_instructions"]:
@@ -64,6 +64,8 @@ def test_nothing_is_touched_before_the_previous_kernel_has_ended(kernels: dict[s
     branch: all paths, those that leave early too, pass it first. (softgpu runs launches one after the other, so this is
     not checked dynamically.)"""
     for name, text in kernels.items():
+        if "linear_kernel" in name:  # reads weights before; test_gemm_compiled.py
+            continue
         before, wait, after = text.partition("griddepcontrol.wait;")
         assert wait and "griddepcontrol.wait" not in after, name
         assert not GLOBAL_ACCESS.search(before), f"{name}: memory is accessed before the wait"

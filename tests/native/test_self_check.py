@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from idlm_kernels.native import backend
+from idlm_kernels.native import backend, gemm
 from idlm_kernels.ops import _dispatch
 from idlm_kernels.ops.self_check import CHECKS, self_check
 
@@ -21,7 +21,7 @@ def test_the_kernels_pass(op: str, module: ModuleType, device: torch.device) -> 
 
 
 def test_it_has_what_it_is_asked_first_for() -> None:
-    assert set(OWN) >= {"sample_rows", "verify_accept", "advance"}
+    assert set(OWN) >= {"sample_rows", "verify_accept", "advance", "linear", "gated_lora_linear", "linear_silu_and_mul"}
     assert next(iter(_dispatch.checked_backends(torch.device("cuda")))).name == "cuda"
 
 
@@ -38,15 +38,19 @@ def faulty(module: ModuleType, op: str) -> ModuleType:
             params.num_stop_ids = 0
         right(params, options)
 
+    def linear(*args: Any) -> None:
+        right(*args[:5], (0, 2), *args[6:])  # no bias
+
     wrong = ModuleType("faulty")
-    vars(wrong).update(vars(module), **{op: called})
+    vars(wrong).update(vars(module), **{op: linear if op == "linear" else called})
     return wrong
 
 
-@pytest.mark.parametrize("op", ["sample_rows", "verify_accept", "advance"])
+@pytest.mark.parametrize("op", ["sample_rows", "verify_accept", "advance", "linear"])
 def test_faults_are_refused(op: str, module: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = faulty(module, op)
-    monkeypatch.setattr(backend, "load", lambda: wrong)
+    for part in (backend, gemm):
+        monkeypatch.setattr(part, "load", lambda: wrong)
     reason = self_check(backend, op, device)
     assert reason is not None and ("wanted" in reason or "off by" in reason)
 

@@ -8,11 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "idlm/dtype.h"
 #include "idlm/status.h"
 
 namespace idlm {
-
-enum class DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 enum StatusBit : int32_t { kStatusNan = 1, kStatusInf = 2, kStatusEmptyRow = 4, kStatusBadDraft = 8 };
 

@@ -1,0 +1,204 @@
+"""linear, gated_lora_linear, linear_silu_and_mul and silu_and_mul of backend `cuda`. The kernel: csrc/gemm/kernel.cuh.
+
+It takes bf16 and fp16 where rows of K values are whole vectors of 16 bytes (`refusal`). Every other problem goes to the
+next backend in line. The rule looks at dtype and K alone, so the rows of a layer never change between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from idlm_kernels.native import emulated, load
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_VECTOR = 8  # values of 16 bits that TMA wants rows to be a multiple of
+_MIN_FLAGS = 4096  # 2 per 64 rows
+
+_Matrix = tuple[int, int]  # address, row stride
+
+
+def refusal(dtype: torch.dtype, k: int) -> str | None:
+    """Why the CUDA kernel does not compute layers of K columns in a dtype; None if it does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+    if k == 0 or k % _VECTOR:
+        return f"it takes K in multiples of {_VECTOR}, not {k}"
+    return None
+
+
+# What `idlm doctor` says of them.
+_LIMIT = f"bf16 and fp16, K in multiples of {_VECTOR}"
+LIMITS = dict.fromkeys(("linear", "gated_lora_linear", "linear_silu_and_mul"), _LIMIT)
+
+
+def stream_of(op: str, device: torch.device) -> int:
+    """The current stream. Raises ValueError on a device without one."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).cuda_stream
+    if device.type == "cpu" and emulated():
+        return 0
+    raise ValueError(f"{op}: backend 'cuda' needs CUDA tensors, got tensors on {device}")
+
+
+def prepare_weight(weight: Tensor) -> Tensor:
+    """The weight with contiguous rows at multiples of 16 bytes. The kernel may read it before earlier work has ended,
+    so it must not be written any more."""
+    prepared = _for_tma(weight)
+    prepared._idlm_constant = True  # type: ignore[attr-defined]
+    return prepared
+
+
+def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """As `idlm_kernels.linear`."""
+    if refusal(x.dtype, x.shape[1]):
+        return _next("linear", x)(x, weight, bias=bias, out=out)
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    _run("linear", x, weight, bias, y, False, None)
+    return y
+
+
+def gated_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    slices: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """As `idlm_kernels.gated_lora_linear`; up to 16 slices."""
+    if refusal(x.dtype, x.shape[1]):
+        options = {"bias": bias, "slices": slices, "out": out, "workspace": workspace}
+        return _next("gated_lora_linear", x)(x, weight, lora_a, lora_b, gate, scale, **options)
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    adapter = (lora_a, lora_b, gate, scale, [weight.shape[0]] if slices is None else slices)
+    _run("gated_lora_linear", x, weight, bias, y, False, adapter)
+    return y
+
+
+def linear_silu_and_mul(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
+    slices: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """As `idlm_kernels.linear_silu_and_mul`; up to 16 slices."""
+    adapter = None
+    if lora_a is not None and lora_b is not None and gate is not None:
+        adapter = (lora_a, lora_b, gate, scale, [weight.shape[0]] if slices is None else slices)
+    if refusal(x.dtype, x.shape[1]):
+        # The activation is this backend's: whoever calls it apart gets the same bits.
+        if adapter is None:
+            return silu_and_mul(linear(x, weight, bias=bias), out=out)
+        return silu_and_mul(gated_lora_linear(x, weight, *adapter[:4], bias=bias, slices=adapter[4]), out=out)
+    y = x.new_empty(x.shape[0], weight.shape[0] // 2) if out is None else out
+    _run("linear_silu_and_mul", x, weight, bias, y, True, adapter)
+    return y
+
+
+def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As `idlm_kernels.silu_and_mul`."""
+    if x.dtype not in _DTYPES:
+        return _next("silu_and_mul", x)(x, out=out)
+    y = x.new_empty(x.shape[0], x.shape[1] // 2) if out is None else out
+    stream = stream_of("silu_and_mul", x.device)
+    load().silu_and_mul(_DTYPES[x.dtype], *y.shape, _matrix(x), _matrix(y), stream, True)
+    return y
+
+
+_Adapter = tuple[Tensor, Tensor, Tensor, float, Sequence[int]]  # A, B, gate, scale, slices
+
+
+def _run(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: bool, adapter: _Adapter | None
+) -> None:
+    stream = stream_of(op, x.device)
+    if y.numel() == 0:
+        return
+    x, weight = _for_tma(x), _for_tma(weight)
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+    arguments = None if adapter is None else _adapter_arguments(op, x, stream, *adapter)
+    load().linear(
+        _DTYPES[x.dtype],
+        (x.shape[0], *weight.shape),
+        _matrix(x),
+        _matrix(weight),
+        getattr(weight, "_idlm_constant", False),
+        (0, 2) if bias is None else (bias.data_ptr(), _DTYPES[bias.dtype]),
+        _matrix(y),
+        activation,
+        None if arguments is None else arguments[0],
+        stream,
+        True,
+    )
+
+
+def _adapter_arguments(
+    op: str, x: Tensor, stream: int, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float, slices: Sequence[int]
+) -> tuple[tuple[object, ...], tuple[Tensor, ...]]:
+    """What the module takes, and the tensors that have to live until the launch."""
+    module = load()
+    if len(slices) > module.MAX_SLICES:
+        raise ValueError(
+            f"{op}: slices are {len(slices)}, backend 'cuda' takes at most {module.MAX_SLICES}; use backend 'triton'"
+        )
+    rank = lora_b.shape[1]
+    lora_a, lora_b, gate = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), gate.contiguous()
+    h = torch.empty(module.h_bytes(x.shape[0], len(slices), rank), dtype=torch.uint8, device=x.device)
+    flags = _flags(module.flag_words(x.shape[0]), x.device, stream)
+    ends = [sum(slices[: i + 1]) for i in range(len(slices))]
+    factors = (_matrix(lora_a), _matrix(lora_b), gate.data_ptr(), gate.dtype == torch.int32, float(scale), rank)
+    return (*factors, ends, h.data_ptr(), flags.data_ptr()), (lora_a, lora_b, gate, h, flags)
+
+
+_flags_of: dict[tuple[torch.device, int, int, int], Tensor] = {}
+
+
+def _flags(count: int, device: torch.device, stream: int) -> Tensor:
+    """`count` words that are 0 between launches: one set per stream, since launches of one stream follow each other.
+
+    A graph gets a set of its own, which it sets to 0 at the start of every replay: neither another graph that was
+    captured on the same stream nor a replay that broke off can leave anything in it.
+    """
+    capture = load().capture_id(stream) if device.type == "cuda" else 0
+    key = (device, stream, capture, max(_MIN_FLAGS, 1 << (count - 1).bit_length()))
+    words = _flags_of.get(key)
+    if words is None:
+        words = _flags_of[key] = torch.zeros(key[-1], dtype=torch.int32, device=device)
+    return words
+
+
+def _matrix(x: Tensor) -> _Matrix:
+    return x.data_ptr(), x.stride(0) if x.shape[0] > 1 else -(-x.shape[1] // _VECTOR) * _VECTOR
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """x [rows, columns], or a copy, whose rows are contiguous and start at multiples of 16 bytes."""
+    rows, columns = x.shape
+    stride = x.stride(0) if rows > 1 else _VECTOR
+    fits = x.data_ptr() % 16 == 0 and stride % _VECTOR == 0 and (rows <= 1 or stride >= columns)
+    if fits and (columns <= 1 or x.stride(1) == 1):
+        return x
+    copy = x.new_empty(rows, -(-columns // _VECTOR) * _VECTOR)[:, :columns]
+    return copy.copy_(x)
+
+
+def _next(op: str, x: Tensor):  # type: ignore[no-untyped-def]
+    from idlm_kernels.ops._dispatch import next_implementation
+
+    return next_implementation("cuda", op, x.device.type)
