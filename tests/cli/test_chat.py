@@ -81,9 +81,11 @@ def test_stats_are_of_the_last_answer_and_of_all(folder: Path) -> None:
 
 
 def test_the_oldest_messages_make_room(folder: Path) -> None:
-    done = chat(folder, "one\ntwo\nthree\n", "--max-model-len", "130", "--seed", "7")
+    """A message goes with its answer, even where the message alone would be enough."""
     replies = Replies(folder)
     shown = replies.to("one") + replies.to("two")
+    all_of_it = len(f"{replies.text}user: three\nassistant: ".encode())
+    done = chat(folder, "one\ntwo\nthree\n", "--max-model-len", str(all_of_it + 11), "--seed", "7")
     replies.text = replies.text[replies.text.index("user: two") :]
     assert done.stdout == shown + replies.to("three")
     assert done.stderr.count("oldest messages are left out") == 1
