@@ -25,6 +25,8 @@ STATUS_BAD_DRAFT = 8  # a draft id or draft count out of range: the draft was re
 RUNNING = 0
 STOPPED = 1  # by an id
 LENGTH = 2  # by the length limit
+IDLE = 3  # of a slot of the batch without a request, or whose prompt is being prefilled
+FAILED = 4  # of a request whose logits were NaN
 
 GREEDY_BELOW = 1e-4  # temperatures below this mean argmax
 NUM_CANDIDATES = 32  # of a MASK row, among which re-ranking chooses

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from idlm_kernels.generate.params import SamplingParams, signed_seed
-from python_ref.contract import LENGTH, RUNNING, STOPPED
+from python_ref.contract import FAILED, IDLE, LENGTH, RUNNING, STOPPED
 
 __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
-
-IDLE = 3  # `finish` of a place without a request, or whose prompt is being prefilled
-FAILED = 4  # of a request whose logits were NaN
 
 
 @dataclass
