@@ -26,8 +26,8 @@ STATUS_BAD_DRAFT = 8  # a draft id or draft count out of range: the draft was re
 RUNNING = 0
 STOPPED = 1  # by an id
 LENGTH = 2  # by the length limit
-IDLE = 3  # a place without a request, or whose prompt is being prefilled
-FAILED = 4  # its logits were NaN
+IDLE = 3  # of a slot of the batch without a request, or whose prompt is being prefilled
+FAILED = 4  # of a request whose logits were NaN
 
 # Values of `draft_source`.
 NO_DRAFTS = 0

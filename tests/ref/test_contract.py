@@ -57,7 +57,7 @@ def test_every_status_bit_and_stream_of_the_header_is_in_the_contract() -> None:
 
 def test_the_numbers_stand_in_one_python_file() -> None:
     own = {name for name in vars(contract) if name.isupper()}
-    assert len(own) == 20
+    assert own >= {"RUNNING", "STATUS_NAN", "STREAM_TARGET", "GREEDY_BELOW"}
     for folder in ("python_ref", "idlm_kernels"):
         for path in (ROOT / folder).rglob("*.py"):
             if path == Path(contract.__file__):
