@@ -136,27 +136,28 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 
 #define IDLM_WGMMA_64X64X16(TYPES)                                                                                    \
   asm volatile(                                                                                                       \
-      "{\n\t.reg .pred p;\n\t"                                                                                        \
-      "setp.ne.b32 p, %34, 0;\n\t"                                                                                    \
+      "{\n\t.reg .pred accumulate;\n\t"                                                                               \
+      "setp.ne.b32 accumulate, 1, 0;\n\t"                                                                             \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES                                                             \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                      \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n\t}" \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                             \
+      "%32, %33, accumulate, 1, 1, 0, 0;\n\t}"                                                                        \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),   \
         "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),        \
         "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),       \
         "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                     \
-      : "l"(a), "l"(b), "r"(accumulate))
+      : "l"(a), "l"(b))
 
-// d (+)= a b^T. Thread i of the warpgroup holds rows 16 (i / 32) + i % 32 / 4 (+ 8) of d: d[4 j + 2 h + e] is in row
+// d += a b^T. Thread i of the warpgroup holds rows 16 (i / 32) + i % 32 / 4 (+ 8) of d: d[4 j + 2 h + e] is in row
 // .. + 8 h and column 8 j + 2 (i % 4) + e.
 template <class Element>
-__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, int32_t accumulate);
+__device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b);
 template <>
-__device__ __forceinline__ void product<__nv_bfloat16>(float (&d)[32], uint64_t a, uint64_t b, int32_t accumulate) {
+__device__ __forceinline__ void product<__nv_bfloat16>(float (&d)[32], uint64_t a, uint64_t b) {
   IDLM_WGMMA_64X64X16("bf16.bf16");
 }
 template <>
-__device__ __forceinline__ void product<__half>(float (&d)[32], uint64_t a, uint64_t b, int32_t accumulate) {
+__device__ __forceinline__ void product<__half>(float (&d)[32], uint64_t a, uint64_t b) {
   IDLM_WGMMA_64X64X16("f16.f16");
 }
 #undef IDLM_WGMMA_64X64X16

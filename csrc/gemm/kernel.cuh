@@ -3,15 +3,15 @@
 // y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale sum_r h[t, r] B[n, r] where gate[t], h = x A^T)  (-> silu and mul)
 //
 // Swapped operands: 64 rows of W fill the 64-row side of wgmma, 64 tokens its other side, so that a step of 7 or 16 rows
-// reads every weight once. A producer warp moves 64 columns of W and of x at a time by TMA into a ring of stages; four
-// consumer warps multiply. The CTAs of a cluster may share a tile and take a part of K each; the parts are added in their
+// reads every weight once. A producer warp moves 64 columns of W and of x at a time by TMA into a ring of stages; the four
+// warps of a warpgroup multiply. The CTAs of a cluster may share a tile and take a part of K each; the parts are added in their
 // order out of distributed shared memory. Where K is cut depends on (n, k) alone, and every row count runs the same
 // instruction over the same blocks of K in the same order: a row has the same bits in any company.
 //
 // The adapter is part of the launch. Its first clusters compute h of the gated rows (A is but another weight) and announce
 // it by a counter in L2. A main CTA runs its share of (B, h) through the ring as further blocks, into accumulators of their
-// own, and adds them to its sums where a row is gated: selected, never multiplied by 0. Only then it waits for h, whose
-// CTAs have the lowest indices, so that all of them have started. No gated row among the tokens: none of this.
+// own, and adds them to its sums where a row is gated: selected, never multiplied by 0. It waits for h behind its last block
+// of K, and h comes from the CTAs with the lowest indices, which have all started. No gated row: none of this is done.
 //
 // From 65 tokens on a CTA has two tiles of W, one per warpgroup, and 128 or 256 tokens.
 //
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply(uint32_t rows, uint32_t tokens, float (
   for (int k = 0; k < kSwizzleBytes; k += 32) {
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile)
-      product<Element>(d[tile], advanced(a, k), advanced(tile_descriptor(tokens + tile * kBlockBytes), k), 1);
+      product<Element>(d[tile], advanced(a, k), advanced(tile_descriptor(tokens + tile * kBlockBytes), k));
   }
   products_commit();
 }
@@ -233,6 +233,8 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
   if (!p.weight_is_constant) wait_for_previous_kernel();
   if (leader) {
     const CUtensorMap* weight = w.is_h ? &p.lora_a : &p.weight;
+    prefetch_map(weight);
+    prefetch_map(&p.x);
     fill(
         ring, at, w.num_blocks,
         [&](int32_t block, int32_t stage) {

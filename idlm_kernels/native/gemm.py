@@ -166,7 +166,7 @@ def _adapter_arguments(
     return (*factors, ends, h.data_ptr(), flags.data_ptr()), (lora_a, lora_b, gate, h, flags)
 
 
-_flags_of: dict[tuple[torch.device, int, int, int], Tensor] = {}
+_flags_of: dict[tuple[torch.device, int, int, int], Tensor] = {}  # by device, stream, capture and count
 
 
 def _flags(count: int, device: torch.device, stream: int) -> Tensor:
@@ -175,8 +175,7 @@ def _flags(count: int, device: torch.device, stream: int) -> Tensor:
     A graph gets a set of its own, which it sets to 0 at the start of every replay: neither another graph that was
     captured on the same stream nor a replay that broke off can leave anything in it.
     """
-    capture = load().capture_id(stream) if device.type == "cuda" else 0
-    key = (device, stream, capture, max(_MIN_FLAGS, 1 << (count - 1).bit_length()))
+    key = (device, stream, load().capture_id(stream), max(_MIN_FLAGS, 1 << (count - 1).bit_length()))
     words = _flags_of.get(key)
     if words is None:
         words = _flags_of[key] = torch.zeros(key[-1], dtype=torch.int32, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +197,23 @@ def test_layers_in_a_row_under_early_dependent_launch(softgpu: ModuleType, modul
     """Each layer reads what the one before wrote, and starts as early as it may. A weight is constant or was written by
     the launch before."""
     check_chain(softgpu)
+
+
+def test_every_captured_graph_has_flags_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set per stream and one per capture, whatever the number of rows up to 131,072."""
+    capture = {1: 0, 2: 0}
+    monkeypatch.setattr(gemm, "_flags_of", {})
+    monkeypatch.setattr(gemm, "load", lambda: SimpleNamespace(capture_id=capture.__getitem__))
+    cpu = torch.device("cpu")
+    eager = gemm._flags(2, cpu, 1)
+    assert gemm._flags(4096, cpu, 1) is eager and not eager.any()
+    assert gemm._flags(2, cpu, 2) is not eager
+    assert len(gemm._flags(5000, cpu, 1)) == 8192
+    capture[1] = 7
+    captured = gemm._flags(2, cpu, 1)
+    assert captured is not eager and gemm._flags(2, cpu, 1) is captured
+    capture[1] = 8
+    assert gemm._flags(2, cpu, 1) is not captured
 
 
 def test_shapes(module: ModuleType) -> None:
