@@ -52,7 +52,7 @@ class CostTable:
 
 
 # Steps of the default model by rows, in units of one row, to begin with: the compiled kernels on two Zen 5 cores.
-CPU_PRIOR = CostTable({1: 1.0, 3: 1.35, 4: 1.5, 7: 2.1, 9: 2.5, 16: 4.0, 64: 15.0})
+CPU_PRIOR = CostTable({1: 1.0, 3: 1.25, 4: 1.3, 7: 1.7, 9: 2.0, 16: 3.0, 64: 12.0})
 
 
 class LearnedCosts:
