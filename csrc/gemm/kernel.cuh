@@ -3,15 +3,15 @@
 // y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale sum_r h[t, r] B[n, r] where gate[t], h = x A^T)  (-> silu and mul)
 //
 // Swapped operands: 64 rows of W fill the 64-row side of wgmma, 64 tokens its other side, so that a step of 7 or 16 rows
-// reads every weight once. A producer warp moves 64 columns of W and of x at a time by TMA into a ring of stages; the four
-// warps of a warpgroup multiply. The CTAs of a cluster may share a tile and take a part of K each; the parts are added in their
-// order out of distributed shared memory. Where K is cut depends on (n, k) alone, and every row count runs the same
-// instruction over the same blocks of K in the same order: a row has the same bits in any company.
+// reads every weight once. A producer warp moves 64 columns of W and of x at a time by TMA into a ring of stages; the
+// four warps of a warpgroup multiply. The CTAs of a cluster may share a tile and take a part of K each; the parts are
+// added in their order out of distributed shared memory. Where K is cut depends on (n, k) alone, and every row count runs
+// the same instruction over the same blocks of K in the same order: a row has the same bits in any company.
 //
 // The adapter is part of the launch. Its first clusters compute h of the gated rows (A is but another weight) and announce
-// it by a counter in L2. A main CTA runs its share of (B, h) through the ring as further blocks, into accumulators of their
-// own, and adds them to its sums where a row is gated: selected, never multiplied by 0. It waits for h behind its last block
-// of K, and h comes from the CTAs with the lowest indices, which have all started. No gated row: none of this is done.
+// it by a counter in L2. A main CTA runs its share of (B, h) through the ring as further blocks, into accumulators of
+// their own, and adds them to its sums where a row is gated: selected, never multiplied by 0. It waits for h behind its
+// last block of K, and h comes from the CTAs with the lowest indices, which have all started. No gated row: none of this.
 //
 // From 65 tokens on a CTA has two tiles of W, one per warpgroup, and 128 or 256 tokens.
 //
@@ -157,10 +157,10 @@ struct Gated {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int32_t t = first_token + (2 * i + j) * 32 + static_cast<int32_t>(lane_id());
-        bool gated = false;
+        int32_t gate = 0;
         if (t < p.num_rows)
-          gated = p.gate_is_int32 ? static_cast<const int32_t*>(p.gate)[t] != 0 : static_cast<const uint8_t*>(p.gate)[t] != 0;
-        half[j] = __ballot_sync(~0u, gated);
+          gate = p.gate_is_int32 ? static_cast<const int32_t*>(p.gate)[t] : static_cast<const uint8_t*>(p.gate)[t];
+        half[j] = __ballot_sync(~0u, gate != 0);
       }
       tile[i] = uint64_t{half[1]} << 32 | half[0];
     }
@@ -192,7 +192,8 @@ struct Updates {
     for (int32_t s = 0; s < p.num_slices; ++s) {
       for (int32_t tile = 0; tile < row_tiles; ++tile) {
         const int32_t row = w.first_row + tile * w.next_tile;
-        if (touches(p, row, s, p.silu_and_mul ? p.width : p.n) || touches(p, row + w.second_half, s, p.n)) slices |= 1u << s;
+        if (touches(p, row, s, p.silu_and_mul ? p.width : p.n) || touches(p, row + w.second_half, s, p.n))
+          slices |= 1u << s;
       }
     }
   }
@@ -241,13 +242,14 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
 #pragma unroll
           for (int32_t half = 0; half < 2 * kRowTiles; ++half) {
             const int32_t row = w.first_row + half / 2 * w.next_tile + half % 2 * w.second_half;
-            load_box(ring.rows(stage) + half * (kBlockBytes / 2), weight, ring.full(stage), (w.first_block + block) * kBlockK,
-                     row, w.slice, kEvictFirst);
+            load_box(ring.rows(stage) + half * (kBlockBytes / 2), weight, ring.full(stage),
+                     (w.first_block + block) * kBlockK, row, w.slice, kEvictFirst);
           }
         },
         wait_for_previous_kernel,
         [&](int32_t block, int32_t stage) {
-          load_box(ring.tokens(stage), &p.x, ring.full(stage), (w.first_block + block) * kBlockK, w.first_token, 0, kEvictLast);
+          load_box(ring.tokens(stage), &p.x, ring.full(stage), (w.first_block + block) * kBlockK, w.first_token, 0,
+                   kEvictLast);
         });
   }
   __syncwarp();
@@ -293,7 +295,8 @@ __device__ __forceinline__ void add_updates(const Params& p, const Ring& ring, c
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       float update[1][32] = {};
-      multiply<Element>(ring.rows(at.stage) + warpgroup() * kBlockBytes, ring.tokens(at.stage) + tile * kBlockBytes, update);
+      multiply<Element>(ring.rows(at.stage) + warpgroup() * kBlockBytes, ring.tokens(at.stage) + tile * kBlockBytes,
+                        update);
       products_wait<0>();
       pin(update[0]);
       const uint64_t mine = gated.tile[tile] >> (2 * (lane % 4));
@@ -309,7 +312,8 @@ __device__ __forceinline__ void add_updates(const Params& p, const Ring& ring, c
 
 // The sums of this warpgroup's tile and part, to sPart[token][row].
 template <class Element, int kTokenTiles, bool kAdapter>
-__device__ __forceinline__ void consume(const Params& p, const Ring& ring, const Work& w, int32_t num_tokens, float* sPart) {
+__device__ __forceinline__ void consume(const Params& p, const Ring& ring, const Work& w, int32_t num_tokens,
+                                        float* sPart) {
   const int32_t lane = static_cast<int32_t>(lane_id()), warp = thread_of_group() / 32;
   float sums[kTokenTiles][32] = {};
   Cursor at;

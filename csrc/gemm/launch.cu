@@ -60,7 +60,8 @@ int64_t padded_rank(int32_t rank) { return (rank + 7) / 8 * 8; }
 
 Status check(const LinearParams& p, const AdapterParams* adapter) {
   const auto invalid = [](const char* what) { return failure(Code::kInvalidArgument, "linear: %s", what); };
-  if (p.dtype == DType::kFloat32) return failure(Code::kUnsupported, "linear: fp32 is not computed here, bf16 and fp16 are");
+  if (p.dtype == DType::kFloat32)
+    return failure(Code::kUnsupported, "linear: fp32 is not computed here, bf16 and fp16 are");
   if (p.n < 1 || p.k < 1 || p.num_rows < 0) return invalid("n and k must be positive, num_rows must not be negative");
   if (p.silu_and_mul && p.n % 2) return invalid("n must be even with silu_and_mul");
   if (!tma_takes(p.x, p.x_stride) || !tma_takes(p.weight, p.weight_stride))
@@ -146,8 +147,8 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   p.stages = fit(clusters, cluster, token_tiles, adapter != nullptr);
   const int64_t bytes = shared_bytes(p.stages, token_tiles);
 
-  const Kernel kernel =
-      l.dtype == DType::kBFloat16 ? kernel_bf16(token_tiles, adapter != nullptr) : kernel_fp16(token_tiles, adapter != nullptr);
+  const auto kernel_of = l.dtype == DType::kBFloat16 ? kernel_bf16 : kernel_fp16;
+  const Kernel kernel = kernel_of(token_tiles, adapter != nullptr);
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytesPerCta));
   if (error == cudaSuccess) {

@@ -91,7 +91,7 @@ def test_cmake_finds_them_too(toolkit: Toolkit, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.24)\nproject(engine LANGUAGES CXX)\n"
         f"list(APPEND CMAKE_MODULE_PATH {ROOT / 'csrc' / 'cmake'})\n"
-        'find_package(CUTLASS 4.2 REQUIRED)\nmessage(STATUS "found ${CUTLASS_VERSION} ${CUTLASS_INCLUDE_DIR}.")\n'
+        "find_package(CUTLASS 4.2 REQUIRED)\nmessage(STATUS \"found ${CUTLASS_VERSION} ${CUTLASS_INCLUDE_DIR}.\")\n"
     )
 
     def configure(name: str, *options: str) -> str:
