@@ -6,10 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <optional>
+#include <iterator>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -61,6 +60,13 @@ class Struct {
       class_.def_property(
           name, [member](const S& s) { return static_cast<int>(s.*member); },
           [member](S& s, int value) { s.*member = static_cast<T>(value); });
+    } else if constexpr (std::is_array_v<T>) {
+      class_.def_property(
+          name, [member](const S& s) { return std::vector(std::begin(s.*member), std::end(s.*member)); },
+          [member, name](S& s, const std::vector<std::remove_extent_t<T>>& values) {
+            if (values.size() > std::extent_v<T>) throw py::value_error(std::string(name) + " holds " + std::to_string(std::extent_v<T>) + " values");
+            std::copy(values.begin(), values.end(), s.*member);
+          });
     } else {
       class_.def_readwrite(name, member);
     }
@@ -71,12 +77,19 @@ class Struct {
   py::class_<S> class_;
 };
 
-template <class P, Status (*kKernels)(const P&, const LaunchOptions&)>
-void launch(const P& params, const LaunchOptions& options) {
+template <class T>
+struct SameType {
+  using type = T;
+};
+template <class T>
+using Same = typename SameType<T>::type;  // takes no part in the choice of T
+
+template <class P, class... Rest>
+void launch(Status (*kernels)(const P&, Rest...), const P& params, Same<Rest>... rest) {
   Status s;
   {
     py::gil_scoped_release release;
-    s = kKernels(params, options);
+    s = kernels(params, rest...);
   }
   raise_unless_ok(s);
 }
@@ -163,76 +176,42 @@ void define_structs(py::module_& m) {
       .field("num_drafts", &AdvanceParams::num_drafts)
       .field("finish", &AdvanceParams::finish)
       .field("num_emitted", &AdvanceParams::num_emitted);
-}
-
-// (data, row stride)
-using MatrixTuple = std::tuple<Address, int64_t>;
-// (rows, n, k)
-using SizesTuple = std::tuple<int, int, int>;
-// (bias or 0, its dtype)
-using BiasTuple = std::tuple<Address, int>;
-// (A, B, gate, is the gate int32, scale, rank, ends of the slices, h, flags)
-using AdapterTuple = std::tuple<MatrixTuple, MatrixTuple, Address, bool, float, int, std::vector<int32_t>, Address, Address>;
-
-void py_linear(int dtype, const SizesTuple& sizes, const MatrixTuple& x, const MatrixTuple& weight, bool weight_is_constant,
-               const BiasTuple& bias, const MatrixTuple& out, bool with_activation, const std::optional<AdapterTuple>& adapter, Address stream,
-               bool dependent_launch) {
-  LinearParams p;
-  p.dtype = static_cast<DType>(dtype);
-  std::tie(p.num_rows, p.n, p.k) = sizes;
-  p.x = pointer<const void>(std::get<0>(x));
-  p.x_stride = std::get<1>(x);
-  p.weight = pointer<const void>(std::get<0>(weight));
-  p.weight_stride = std::get<1>(weight);
-  p.weight_is_constant = weight_is_constant;
-  p.bias = pointer<const void>(std::get<0>(bias));
-  p.bias_dtype = static_cast<DType>(std::get<1>(bias));
-  p.out = pointer<void>(std::get<0>(out));
-  p.out_stride = std::get<1>(out);
-  p.silu_and_mul = with_activation;
-  AdapterParams a;
-  if (adapter) {
-    const auto& [lora_a, lora_b, gate, gate_is_int32, scale, rank, slice_ends, h, flags] = *adapter;
-    if (slice_ends.size() > kMaxSlices)
-      throw py::value_error("linear: " + std::to_string(slice_ends.size()) + " slices, this kernel takes 1 to " +
-                            std::to_string(kMaxSlices));
-    a.lora_a = pointer<const void>(std::get<0>(lora_a));
-    a.lora_a_stride = std::get<1>(lora_a);
-    a.lora_b = pointer<const void>(std::get<0>(lora_b));
-    a.lora_b_stride = std::get<1>(lora_b);
-    a.gate = pointer<const void>(gate);
-    a.gate_is_int32 = gate_is_int32;
-    a.scale = scale;
-    a.rank = rank;
-    a.num_slices = static_cast<int32_t>(slice_ends.size());
-    std::copy(slice_ends.begin(), slice_ends.end(), a.slice_ends);
-    a.h = pointer<void>(h);
-    a.flags = pointer<int32_t>(flags);
-  }
-  Status s;
-  {
-    py::gil_scoped_release release;
-    s = linear(p, adapter ? &a : nullptr, pointer<CUstream_st>(stream), dependent_launch);
-  }
-  raise_unless_ok(s);
-}
-
-void py_silu_and_mul(int dtype, int num_rows, int width, const MatrixTuple& x, const MatrixTuple& out, Address stream,
-                     bool dependent_launch) {
-  SiluAndMulParams p;
-  p.dtype = static_cast<DType>(dtype);
-  p.num_rows = num_rows;
-  p.width = width;
-  p.x = pointer<const void>(std::get<0>(x));
-  p.x_stride = std::get<1>(x);
-  p.out = pointer<void>(std::get<0>(out));
-  p.out_stride = std::get<1>(out);
-  Status s;
-  {
-    py::gil_scoped_release release;
-    s = silu_and_mul(p, pointer<CUstream_st>(stream), dependent_launch);
-  }
-  raise_unless_ok(s);
+  Struct<LinearParams>(m, "LinearParams")
+      .field("dtype", &LinearParams::dtype)
+      .field("x", &LinearParams::x)
+      .field("x_stride", &LinearParams::x_stride)
+      .field("weight", &LinearParams::weight)
+      .field("weight_stride", &LinearParams::weight_stride)
+      .field("weight_is_constant", &LinearParams::weight_is_constant)
+      .field("bias", &LinearParams::bias)
+      .field("bias_dtype", &LinearParams::bias_dtype)
+      .field("out", &LinearParams::out)
+      .field("out_stride", &LinearParams::out_stride)
+      .field("num_rows", &LinearParams::num_rows)
+      .field("n", &LinearParams::n)
+      .field("k", &LinearParams::k)
+      .field("silu_and_mul", &LinearParams::silu_and_mul);
+  Struct<AdapterParams>(m, "AdapterParams")
+      .field("lora_a", &AdapterParams::lora_a)
+      .field("lora_a_stride", &AdapterParams::lora_a_stride)
+      .field("lora_b", &AdapterParams::lora_b)
+      .field("lora_b_stride", &AdapterParams::lora_b_stride)
+      .field("gate", &AdapterParams::gate)
+      .field("gate_is_int32", &AdapterParams::gate_is_int32)
+      .field("scale", &AdapterParams::scale)
+      .field("rank", &AdapterParams::rank)
+      .field("num_slices", &AdapterParams::num_slices)
+      .field("slice_ends", &AdapterParams::slice_ends)
+      .field("h", &AdapterParams::h)
+      .field("flags", &AdapterParams::flags);
+  Struct<SiluAndMulParams>(m, "SiluAndMulParams")
+      .field("dtype", &SiluAndMulParams::dtype)
+      .field("x", &SiluAndMulParams::x)
+      .field("x_stride", &SiluAndMulParams::x_stride)
+      .field("out", &SiluAndMulParams::out)
+      .field("out_stride", &SiluAndMulParams::out_stride)
+      .field("num_rows", &SiluAndMulParams::num_rows)
+      .field("width", &SiluAndMulParams::width);
 }
 
 // Of the capture that a stream is in; 0: none, or a driver that cannot tell.
@@ -279,11 +258,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("bytes_per_cta", &bytes_per_cta, py::arg("row_bytes"), py::arg("cluster_size"));
   m.def("verify_accept_workspace_bytes", &verify_accept_workspace_bytes);
   define_structs(m);
-  m.def("sample_rows", &launch<SampleRowsParams, &sample_rows>);
-  m.def("verify_accept", &launch<VerifyAcceptParams, &verify_accept>);
-  m.def("advance", &launch<AdvanceParams, &advance>);
-  m.def("linear", &py_linear);
-  m.def("silu_and_mul", &py_silu_and_mul);
+  m.def("sample_rows", [](const SampleRowsParams& p, const LaunchOptions& o) { launch(&sample_rows, p, o); });
+  m.def("verify_accept", [](const VerifyAcceptParams& p, const LaunchOptions& o) { launch(&verify_accept, p, o); });
+  m.def("advance", [](const AdvanceParams& p, const LaunchOptions& o) { launch(&advance, p, o); });
+  m.def("linear", [](const LinearParams& p, const AdapterParams* adapter, Address stream, bool dependent_launch) {
+    launch(&linear, p, adapter, pointer<CUstream_st>(stream), dependent_launch);
+  });
+  m.def("silu_and_mul", [](const SiluAndMulParams& p, Address stream, bool dependent_launch) {
+    launch(&silu_and_mul, p, pointer<CUstream_st>(stream), dependent_launch);
+  });
   m.def("h_bytes", &h_bytes, py::arg("num_rows"), py::arg("num_slices"), py::arg("rank"));
   m.def("flag_words", &flag_words, py::arg("num_rows"));
   m.def("capture_id", &capture_id);

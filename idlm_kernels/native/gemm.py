@@ -116,7 +116,11 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return _next("silu_and_mul", x)(x, out=out)
     y = x.new_empty(x.shape[0], x.shape[1] // 2) if out is None else out
     stream = stream_of("silu_and_mul", x.device)
-    load().silu_and_mul(_DTYPES[x.dtype], *y.shape, _matrix(x), _matrix(y), stream, True)
+    module, (rows, width) = load(), y.shape
+    params = module.SiluAndMulParams(dtype=_DTYPES[x.dtype], num_rows=rows, width=width)
+    params.x, params.x_stride = _matrix(x)
+    params.out, params.out_stride = _matrix(y)
+    module.silu_and_mul(params, stream, True)
     return y
 
 
@@ -132,26 +136,29 @@ def _run(
     x, weight = _for_tma(x), _for_tma(weight)
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
-    arguments = None if adapter is None else _adapter_arguments(op, x, stream, *adapter)
-    load().linear(
-        _DTYPES[x.dtype],
-        (x.shape[0], *weight.shape),
-        _matrix(x),
-        _matrix(weight),
-        getattr(weight, "_idlm_constant", False),
-        (0, 2) if bias is None else (bias.data_ptr(), _DTYPES[bias.dtype]),
-        _matrix(y),
-        activation,
-        None if arguments is None else arguments[0],
-        stream,
-        True,
+    module = load()
+    params = module.LinearParams(
+        dtype=_DTYPES[x.dtype],
+        weight_is_constant=getattr(weight, "_idlm_constant", False),
+        num_rows=x.shape[0],
+        n=weight.shape[0],
+        k=weight.shape[1],
+        silu_and_mul=activation,
     )
+    params.x, params.x_stride = _matrix(x)
+    params.weight, params.weight_stride = _matrix(weight)
+    params.out, params.out_stride = _matrix(y)
+    if bias is not None:
+        params.bias, params.bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
+    lora, kept = (None, ()) if adapter is None else _adapter_params(op, x, stream, *adapter)
+    module.linear(params, lora, stream, True)
+    del kept
 
 
-def _adapter_arguments(
+def _adapter_params(
     op: str, x: Tensor, stream: int, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float, slices: Sequence[int]
-) -> tuple[tuple[object, ...], tuple[Tensor, ...]]:
-    """What the module takes, and the tensors that have to live until the launch."""
+) -> tuple[object, tuple[Tensor, ...]]:
+    """An AdapterParams, and the tensors that have to live until the launch."""
     module = load()
     if len(slices) > module.MAX_SLICES:
         raise ValueError(
@@ -161,9 +168,19 @@ def _adapter_arguments(
     lora_a, lora_b, gate = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), gate.contiguous()
     h = torch.empty(module.h_bytes(x.shape[0], len(slices), rank), dtype=torch.uint8, device=x.device)
     flags = _flags(module.flag_words(x.shape[0]), x.device, stream)
-    ends = [sum(slices[: i + 1]) for i in range(len(slices))]
-    factors = (_matrix(lora_a), _matrix(lora_b), gate.data_ptr(), gate.dtype == torch.int32, float(scale), rank)
-    return (*factors, ends, h.data_ptr(), flags.data_ptr()), (lora_a, lora_b, gate, h, flags)
+    params = module.AdapterParams(
+        gate=gate.data_ptr(),
+        gate_is_int32=gate.dtype == torch.int32,
+        scale=float(scale),
+        rank=rank,
+        num_slices=len(slices),
+        slice_ends=[sum(slices[: i + 1]) for i in range(len(slices))],
+        h=h.data_ptr(),
+        flags=flags.data_ptr(),
+    )
+    params.lora_a, params.lora_a_stride = _matrix(lora_a)
+    params.lora_b, params.lora_b_stride = _matrix(lora_b)
+    return params, (lora_a, lora_b, gate, h, flags)
 
 
 _flags_of: dict[tuple[torch.device, int, int, int], Tensor] = {}  # by device, stream, capture and count

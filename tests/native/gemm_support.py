@@ -11,7 +11,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.native import gemm
-from tests.triton.support import judge, same_bits
+from idlm_kernels.testing.numerics import check_close, same_bits
 
 NONE = slice(None)
 
@@ -76,8 +76,8 @@ def check_linear(problem: Problem) -> None:
     for launch in range(2):
         out.fill_(torch.nan)
         assert p.linear(out=out) is out
-        judge(out.cpu(), exact, python_ref.linear(x, weight, bias=bias), f"launch {launch}")
-    judge(gemm.linear(p.x, p.weight).cpu(), exact - bias.double(), python_ref.linear(x, weight))
+        check_close(out.cpu(), exact, python_ref.linear(x, weight, bias=bias), f"launch {launch}")
+    check_close(gemm.linear(p.x, p.weight).cpu(), exact - bias.double(), python_ref.linear(x, weight))
 
 
 def check_adapter(problem: Problem) -> None:
@@ -86,7 +86,7 @@ def check_adapter(problem: Problem) -> None:
     plain = problem.linear()
     for launch in range(2):
         got = problem.gated()
-        judge(got.cpu(), problem.exact(), problem.peer(), f"launch {launch}")
+        check_close(got.cpu(), problem.exact(), problem.peer(), f"launch {launch}")
         assert same_bits(got[ungated], plain[ungated])
         check_flags()
 
@@ -96,7 +96,7 @@ def check_activation(problem: Problem) -> None:
     features = problem.weight.shape[0] // 2
     out = problem.x.new_full((problem.x.shape[0], features + 3), torch.nan)[:, :-3]
     plain = gemm.silu_and_mul(problem.linear())
-    judge(
+    check_close(
         plain.cpu(),
         python_ref.silu_and_mul(problem.linear().double().cpu()),
         python_ref.silu_and_mul(problem.linear().cpu()),
@@ -157,7 +157,7 @@ def check_chain(softgpu: ModuleType) -> None:
     first, second = Problem(9, 512, (256, 256), 72, seed=1), Problem(9, 256, (512,), 40, seed=2)
     rows = torch.cat([first.x, first.x[:7]])
     keep: list[object] = []  # launches are held back, so what they read has to live on
-    arguments = gemm._adapter_arguments
+    arguments = gemm._adapter_params
 
     def remembered(*args: object) -> object:
         keep.append(arguments(*args))  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def check_chain(softgpu: ModuleType) -> None:
         gemm.linear(first.x, outputs[3], out=outputs[4])  # a weight that the launch before writes
         return outputs
 
-    gemm._adapter_arguments = remembered  # type: ignore[assignment]
+    gemm._adapter_params = remembered  # type: ignore[assignment]
     try:
         wanted = run()
         for options in ({}, {"sched": "random", "seed": 3}, {"async_": "late"}):
@@ -188,5 +188,5 @@ def check_chain(softgpu: ModuleType) -> None:
             for a, b in zip(got, wanted, strict=True):
                 assert b.isfinite().all() and same_bits(a, b)
     finally:
-        gemm._adapter_arguments = arguments
+        gemm._adapter_params = arguments
     check_flags()

@@ -9,23 +9,30 @@ import pytest
 
 from tests.native.support import ROOT
 
-HEADER = (ROOT / "csrc" / "include" / "idlm" / "sampling.h").read_text()
+HEADER = "".join((ROOT / "csrc" / "include" / "idlm" / f"{name}.h").read_text() for name in ("sampling", "gemm"))
 STRUCTS = dict(re.findall(r"^struct (\w+) \{\n(.*?)^\};", HEADER, re.M | re.S))
 
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_every_field_of_a_struct_can_be_given_and_has_the_default_of_the_header(name: str, module: ModuleType) -> None:
-    declared = dict(re.findall(r"(\w+)(?: = ([\w:-]+))?;", re.sub(r"//.*", "", STRUCTS[name])))
+    fields = re.sub(r"//.*|\[\w+\] = \{\}", "", STRUCTS[name])
+    declared = dict(re.findall(r"(\w+)(?: = ([\w:.-]+))?;", fields))
     made = getattr(module, name)()
     assert {field for field in dir(made) if not field.startswith("_")} == set(declared)
     usual = {"": None, "nullptr": 0, "true": True, "false": False}
-    usual |= {"DType::kBFloat16": 0, "DType::kFloat32": 2, "kStreamTarget": 0}
+    usual |= {"DType::kBFloat16": 0, "DType::kFloat32": 2, "kStreamTarget": 0, "1.0f": 1}
     for field, default in declared.items():
         wanted = usual[default] if default in usual else int(default)
         assert wanted is None or getattr(made, field) == wanted, field
         if wanted is not None:
-            given = not wanted if isinstance(wanted, bool) else 1
+            given = not wanted if isinstance(wanted, bool) else wanted + 1
             assert getattr(getattr(module, name)(**{field: given}), field) == given
+
+
+def test_an_array_takes_as_many_values_as_it_holds(module: ModuleType) -> None:
+    assert module.AdapterParams(slice_ends=[3, 5]).slice_ends[:3] == [3, 5, 0]
+    with pytest.raises(ValueError, match="slice_ends holds 16 values"):
+        module.AdapterParams(slice_ends=[1] * 17)
 
 
 def test_structs_hold_structs_and_no_other_fields(module: ModuleType) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import python_ref
 from idlm_kernels.native import gemm
+from idlm_kernels.testing.numerics import same_bits
 from tests.native.gemm_support import (
     Problem,
     check_activation,
@@ -22,7 +23,6 @@ from tests.native.gemm_support import (
     check_slices,
 )
 from tests.softgpu_support import SCHEDULES
-from tests.triton.support import same_bits
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -170,7 +170,7 @@ def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> No
     problem = Problem(9, 584, (70, 40, 90), 40)
     out = torch.zeros(9, 200, dtype=BF16)
     keep = [problem.x, problem.weight, problem.bias, problem.a, problem.b, problem.gate, out]
-    arguments = gemm._adapter_arguments
+    arguments = gemm._adapter_params
 
     def registered(*args: object) -> object:
         found = arguments(*args)  # type: ignore[arg-type]
@@ -181,13 +181,13 @@ def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> No
 
     for tensor in keep:
         softgpu.register(tensor)
-    gemm._adapter_arguments = registered  # type: ignore[assignment]
+    gemm._adapter_params = registered  # type: ignore[assignment]
     try:
         with softgpu.configured(strict=1):
             problem.linear(out=out)
             problem.gated(out=out)
     finally:
-        gemm._adapter_arguments = arguments
+        gemm._adapter_params = arguments
         for tensor in keep:
             softgpu.unregister(tensor)
     assert same_bits(out, problem.gated())
