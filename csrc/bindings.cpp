@@ -1,6 +1,5 @@
 // The Python module: addresses as integers, so that one build serves every torch version. The GIL is released around
 // launches; a status that is not ok becomes an exception here and nowhere else.
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -214,25 +213,6 @@ void define_structs(py::module_& m) {
       .field("width", &SiluAndMulParams::width);
 }
 
-// Of the capture that a stream is in; 0: none, or a driver that cannot tell.
-uint64_t capture_id(Address stream) {
-  using Info = CUresult (*)(CUstream, CUstreamCaptureStatus*, cuuint64_t*, void*, void*, void*);
-  static const Info info = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    (void)cudaGetDriverEntryPointByVersion("cuStreamGetCaptureInfo", &function, 12000, cudaEnableDefault, &result);
-#else
-    (void)cudaGetDriverEntryPoint("cuStreamGetCaptureInfo", &function, cudaEnableDefault, &result);
-#endif
-    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Info>(function) : nullptr;
-  }();
-  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-  cuuint64_t id = 0;
-  if (info == nullptr || info(pointer<CUstream_st>(stream), &status, &id, nullptr, nullptr, nullptr) != CUDA_SUCCESS) return 0;
-  return status == CU_STREAM_CAPTURE_STATUS_ACTIVE ? id : 0;
-}
-
 // "NAME, compute capability X.Y", or why there is no device or none that the kernels run on.
 std::string device() {
   int id = 0;
@@ -269,7 +249,6 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("h_bytes", &h_bytes, py::arg("num_rows"), py::arg("num_slices"), py::arg("rank"));
   m.def("flag_words", &flag_words, py::arg("num_rows"));
-  m.def("capture_id", &capture_id);
   m.attr("MAX_SLICES") = kMaxSlices;
   m.def("gemm_shape", [](int n, int k) { return std::pair{gemm::shape(n, k).splits, gemm::shape(n, k).h_splits}; });
   m.def("gemm_stages", &gemm::fit, py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"),

@@ -49,7 +49,6 @@ def strided_attention(
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """softmax(q K^T * sm_scale) V over the slots that each row may see; see `visible_slots` for which those are.
 

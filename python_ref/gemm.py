@@ -40,7 +40,6 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + b, plus scale * (x A_s^T) B_s^T in the columns of slice s on rows whose gate is not 0.
 
@@ -72,7 +71,6 @@ def linear_silu_and_mul(
     scale: float = 1.0,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """silu(y[:, :F]) * y[:, F:] of y = x W^T + b [T, 2F], with the adapter's update on gated rows if there is one."""
     if lora_a is None or lora_b is None or gate is None:

@@ -97,7 +97,6 @@ def strided_attention(
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """softmax(q K^T * sm_scale) V over the slots that each row may see, in fp32; see `python_ref.strided_attention`."""
     if q.dtype == torch.float64:  # for judging the other dtypes

@@ -232,7 +232,6 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """`linear`, plus scale * (x A_s^T) B_s^T in the columns of slice s on rows whose gate is not 0.
 
@@ -269,7 +268,6 @@ def linear_silu_and_mul(
     scale: float = 1.0,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """silu(y[:, :F]) * y[:, F:] of y [T, 2F] = `linear`, or `gated_lora_linear` with an adapter: in two steps."""
     if lora_a is None or lora_b is None or gate is None:

@@ -21,7 +21,7 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 class CudaRecorder:
-    """Records into CUDA graphs that share one memory pool, on one stream, whose workspaces they keep."""
+    """Records into CUDA graphs that share one memory pool, on one stream."""
 
     def __init__(self) -> None:
         self._pool: Any = None  # torch's handle of that memory
@@ -30,7 +30,7 @@ class CudaRecorder:
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            step()  # loads kernels and sizes workspaces, which a recording must not do
+            step()  # loads kernels and creates what they keep, which a recording must not do
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from idlm_kernels._semaphores import semaphores
 from idlm_kernels.native import emulated, load
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -71,11 +72,10 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.gated_lora_linear`; up to 16 slices."""
     if refusal(x.dtype, x.shape[1]):
-        options = {"bias": bias, "slices": slices, "out": out, "workspace": workspace}
+        options = {"bias": bias, "slices": slices, "out": out}
         return _next("gated_lora_linear", x)(x, weight, lora_a, lora_b, gate, scale, **options)
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     adapter = (lora_a, lora_b, gate, scale, [weight.shape[0]] if slices is None else slices)
@@ -94,7 +94,6 @@ def linear_silu_and_mul(
     scale: float = 1.0,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.linear_silu_and_mul`; up to 16 slices."""
     adapter = None
@@ -150,13 +149,13 @@ def _run(
     params.out, params.out_stride = _matrix(y)
     if bias is not None:
         params.bias, params.bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
-    lora, kept = (None, ()) if adapter is None else _adapter_params(op, x, stream, *adapter)
+    lora, kept = (None, ()) if adapter is None else _adapter_params(op, x, *adapter)
     module.linear(params, lora, stream, True)
     del kept
 
 
 def _adapter_params(
-    op: str, x: Tensor, stream: int, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float, slices: Sequence[int]
+    op: str, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float, slices: Sequence[int]
 ) -> tuple[object, tuple[Tensor, ...]]:
     """An AdapterParams, and the tensors that have to live until the launch."""
     module = load()
@@ -167,7 +166,7 @@ def _adapter_params(
     rank = lora_b.shape[1]
     lora_a, lora_b, gate = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), gate.contiguous()
     h = torch.empty(module.h_bytes(x.shape[0], len(slices), rank), dtype=torch.uint8, device=x.device)
-    flags = _flags(module.flag_words(x.shape[0]), x.device, stream)
+    flags = _flags(module.flag_words(x.shape[0]), x.device)
     params = module.AdapterParams(
         gate=gate.data_ptr(),
         gate_is_int32=gate.dtype == torch.int32,
@@ -183,20 +182,9 @@ def _adapter_params(
     return params, (lora_a, lora_b, gate, h, flags)
 
 
-_flags_of: dict[tuple[torch.device, int, int, int], Tensor] = {}  # by device, stream, capture and count
-
-
-def _flags(count: int, device: torch.device, stream: int) -> Tensor:
-    """`count` words that are 0 between launches: one set per stream, since launches of one stream follow each other.
-
-    A graph gets a set of its own, which it sets to 0 at the start of every replay: neither another graph that was
-    captured on the same stream nor a replay that broke off can leave anything in it.
-    """
-    key = (device, stream, load().capture_id(stream), max(_MIN_FLAGS, 1 << (count - 1).bit_length()))
-    words = _flags_of.get(key)
-    if words is None:
-        words = _flags_of[key] = torch.zeros(key[-1], dtype=torch.int32, device=device)
-    return words
+def _flags(count: int, device: torch.device) -> Tensor:
+    """`count` words that are 0 between launches, and a few more: one set serves most launches."""
+    return semaphores("adapter", max(_MIN_FLAGS, 1 << (count - 1).bit_length()), torch.int32, device)
 
 
 def _matrix(x: Tensor) -> _Matrix:

@@ -16,18 +16,18 @@ from idlm_kernels.ops._dispatch import implementation, traced
 _keywords: dict[str, list[str]] = {}  # of each op, what backends take by keyword, in the order of the registered op
 
 
-def run_op(op: str, args: tuple[Any, ...], keywords: dict[str, Any], out: Any = None, **scratch: Any) -> Any:
+def run_op(op: str, args: tuple[Any, ...], keywords: dict[str, Any], out: Any = None) -> Any:
     """The result of an op: from the backend, or from the registered op where tools look on (see `traced`).
 
     args, keywords: all that `register` was told, in any order of the keywords. out: a tensor to write into, which is
-    returned. scratch: what the op with an `out` takes besides.
+    returned.
     """
     if not traced(args[0]):
-        return implementation(op, args[0].device.type)(*args, **keywords, out=out, **scratch)
+        return implementation(op, args[0].device.type)(*args, **keywords, out=out)
     in_order = (keywords[name] for name in _keywords[op])
     if out is None:
         return getattr(torch.ops.idlm, op)(*args, *in_order)
-    getattr(torch.ops.idlm, f"{op}_out")(*args, *in_order, out, *scratch.values())
+    getattr(torch.ops.idlm, f"{op}_out")(*args, *in_order, out)
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import dropped
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register
@@ -18,6 +19,7 @@ from idlm_kernels.ops._register import register
 MAX_TAIL_ROWS = 64  # bits of a tail mask
 
 
+@dropped("workspace")
 def strided_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -34,7 +36,6 @@ def strided_attention(
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """Attention of the rows of a step over a paged KV cache that holds the step's own K and V already.
 
@@ -58,7 +59,6 @@ def strided_attention(
         k_scale, v_scale: fp32 scalars (shape []) that multiply K and V.
         out: [T, Hq, D], q's dtype; allocated when None.
         lse: fp32 [T, Hq], receives the natural log of the softmax denominator.
-        workspace: uint8 [n] scratch memory for backends that ask for it (none does so far).
 
     Returns:
         [T, Hq, D] in q's dtype.
@@ -111,15 +111,13 @@ def strided_attention(
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (q.dtype,), device)
     if lse is not None:
         check.tensor(op, "lse", lse, (num_rows, num_heads), (torch.float32,), device)
-    if workspace is not None:
-        check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
-    check.all_writable(op, (("out", out), ("lse", lse), ("workspace", workspace)), q, k_cache, v_cache)
+    check.all_writable(op, (("out", out), ("lse", lse)), q, k_cache, v_cache)
     if traced(q):
         args = (q, k_cache, v_cache, page_table, seq_lens, query_start_loc, tail_mask, max_query_len, sm_scale, window)
         if out is None and lse is None:
             return torch.ops.idlm.strided_attention(*args, k_scale, v_scale)[0]
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-        torch.ops.idlm.strided_attention_out(*args, k_scale, v_scale, out, lse, workspace)
+        torch.ops.idlm.strided_attention_out(*args, k_scale, v_scale, out, lse)
         return out
     return implementation(op, device.type)(
         q,
@@ -136,7 +134,6 @@ def strided_attention(
         v_scale=v_scale,
         out=out,
         lse=lse,
-        workspace=workspace,
     )
 
 
@@ -155,7 +152,7 @@ register(
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor query_start_loc, *, "
     "Tensor? tail_mask, SymInt max_query_len, float? sm_scale, SymInt window, Tensor? k_scale, Tensor? v_scale",
     lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
-    out="Tensor! out, Tensor!? lse, Tensor!? workspace",
+    out="Tensor! out, Tensor!? lse",
     returns="(Tensor, Tensor)",
     run=_run,
 )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import dropped
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation
 from idlm_kernels.ops._register import register, run_op
@@ -62,6 +63,7 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
     return run_op(op, (x, weight), {"bias": bias}, out)
 
 
+@dropped("workspace")
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -73,7 +75,6 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + b, plus scale * (x A^T) B^T on rows whose gate is not 0.
 
@@ -91,7 +92,6 @@ def gated_lora_linear(
         bias: [N], a float dtype.
         slices: positive widths that add up to N; one slice when None.
         out: [T, N], x's dtype; allocated when None.
-        workspace: uint8 [n] scratch memory for backends that ask for it (none does so far).
 
     Returns:
         [T, N] in x's dtype.
@@ -110,17 +110,16 @@ def gated_lora_linear(
         tensor([[ 1.,  2.],
                 [ 7., 62.]])
     """
-    op, device = "gated_lora_linear", check.device_of("gated_lora_linear", "x", x)
+    op = "gated_lora_linear"
+    check.device_of(op, "x", x)
     _check_base(op, x, weight, bias)
     widths = _check_adapter(op, x, weight, lora_a, lora_b, gate, scale, slices)
-    _check_out(op, out, x, weight.shape[0], weight, bias)
-    if workspace is not None:
-        check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
-    check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, lora_a, lora_b, gate)
+    _check_out(op, out, x, weight.shape[0], weight, bias, lora_a, lora_b, gate)
     args = (x, weight, lora_a, lora_b, gate, scale)
-    return run_op(op, args, {"bias": bias, "slices": widths}, out, workspace=workspace)
+    return run_op(op, args, {"bias": bias, "slices": widths}, out)
 
 
+@dropped("workspace")
 def linear_silu_and_mul(
     x: Tensor,
     weight: Tensor,
@@ -132,7 +131,6 @@ def linear_silu_and_mul(
     scale: float = 1.0,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """silu(y[:, :F]) * y[:, F:] of y = `linear`, or of y = `gated_lora_linear` when there is an adapter.
 
@@ -149,7 +147,6 @@ def linear_silu_and_mul(
         scale: factor of the update.
         slices: positive widths of the S slices that add up to 2F; one slice when None.
         out: [T, F], x's dtype; allocated when None.
-        workspace: uint8 [n] scratch memory for backends that ask for it (none does so far).
 
     Returns:
         [T, F] in x's dtype.
@@ -166,7 +163,8 @@ def linear_silu_and_mul(
         tensor([[0.0000],
                 [5.2848]])
     """
-    op, device = "linear_silu_and_mul", check.device_of("linear_silu_and_mul", "x", x)
+    op = "linear_silu_and_mul"
+    check.device_of(op, "x", x)
     _check_base(op, x, weight, bias)
     if weight.shape[0] % 2:
         raise ValueError(f"{op}: weight has {weight.shape[0]} rows, wanted an even number (gate and up)")
@@ -177,12 +175,9 @@ def linear_silu_and_mul(
         raise ValueError(f"{op}: give lora_a, lora_b and gate all or none")
     elif slices is not None:
         raise ValueError(f"{op}: slices are those of an adapter, wanted None without lora_a, lora_b and gate")
-    _check_out(op, out, x, weight.shape[0] // 2, weight, bias)
-    if workspace is not None:
-        check.tensor(op, "workspace", workspace, (None,), (torch.uint8,), device)
-    check.all_writable(op, (("out", out), ("workspace", workspace)), x, weight, bias, lora_a, lora_b, gate)
+    _check_out(op, out, x, weight.shape[0] // 2, weight, bias, lora_a, lora_b, gate)
     adapter = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": widths}
-    return run_op(op, (x, weight), {"bias": bias, **adapter}, out, workspace=workspace)
+    return run_op(op, (x, weight), {"bias": bias, **adapter}, out)
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -235,12 +230,10 @@ register(
     "gated_lora_linear",
     "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor gate, float scale, *, Tensor? bias, SymInt[] slices",
     lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
-    out="Tensor! out, Tensor!? workspace",
 )
 register(
     "linear_silu_and_mul",
     "Tensor x, Tensor weight, *, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, float scale, "
     "SymInt[]? slices",
     lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
-    out="Tensor! out, Tensor!? workspace",
 )

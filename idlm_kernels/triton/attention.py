@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 import python_ref
+from idlm_kernels._semaphores import semaphores
 from idlm_kernels.triton.attention_kernel import PagedCache, Rows, Shape, _attention_kernel
-from idlm_kernels.triton.common import launch, next_power_of_2, words_of_stream
+from idlm_kernels.triton.common import launch, next_power_of_2
 
 kChunk = 256  # slots; frozen: it decides the bits
 kTargetCtas = 264  # 2 on each of the 132 SMs of an H100, as many as fit with 3 stages of K and V at head_dim 128
@@ -80,7 +81,6 @@ def strided_attention(
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.strided_attention`."""
     num_rows, num_heads, head_dim = q.shape
@@ -121,7 +121,7 @@ def strided_attention(
     scratch = (num_rows, num_heads, num_chunks) if splits > 1 else (0, 0, 0)
     chunk_o = q.new_empty(*scratch, head_dim, dtype=torch.float32)
     chunk_ml = q.new_empty(*scratch, 2, dtype=torch.float32)
-    meetings = words_of_stream("meetings", kTargetCtas // 2, torch.int64, q) if splits > 1 else None
+    meetings = semaphores("meetings", kTargetCtas // 2, torch.int64, q.device) if splits > 1 else None
     launch(
         _attention_kernel,
         (row_tiles * (batch + 1) * num_kv_heads, splits),

@@ -22,27 +22,6 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta:
         kernel[grid](*args, **meta, enable_fp_fusion=False)
 
 
-_words: dict[tuple[str, torch.device, int, torch.dtype, int], Tensor] = {}
-
-
-def words_of_stream(purpose: str, count: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """`count` words by which the CTAs of a launch find one another: zeros at first, then what the last launch left.
-
-    One set per purpose and stream, since launches of one stream follow each other. A captured graph keeps the set of
-    the stream that it was captured on, so two graphs captured on one stream must not be replayed side by side. On a
-    stream that is being captured before it has run anything there is no set yet: a graph then zeroes its own.
-    """
-    on_gpu = like.device.type == "cuda"
-    stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
-    key = (purpose, like.device, stream, dtype, count)
-    words = _words.get(key)
-    if words is None:
-        words = torch.zeros(count, dtype=dtype, device=like.device)
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
-            _words[key] = words
-    return words
-
-
 def is_aligned(*tensors: Tensor | None) -> bool:
     """Does every row of these tensors start at a multiple of 16 bytes?"""
     return all(

@@ -13,7 +13,8 @@ import triton
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch, next_power_of_2, words_of_stream
+from idlm_kernels._semaphores import semaphores
+from idlm_kernels.triton.common import launch, next_power_of_2
 from idlm_kernels.triton.gemm_kernel import Adapter, Operands, Shape, _linear_kernel
 
 kResidentCtas = 396  # 3 on each of the 132 SMs of an H100: what 4 stages of 16 KB leave room for
@@ -89,7 +90,7 @@ def _run(
         x,
         Operands(x, weight, bias, out, x.stride(0), weight.stride(0), out.stride(0)),
         parts,
-        words_of_stream("arrivals", kResidentCtas, torch.int32, x) if splits_apart else None,
+        semaphores("arrivals", kResidentCtas, torch.int32, x.device) if splits_apart else None,
         Adapter(
             gate,
             lora_b,
@@ -173,7 +174,6 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.gated_lora_linear`."""
     if _needs_reference(x, lora_b, bias):
@@ -195,7 +195,6 @@ def linear_silu_and_mul(
     scale: float = 1.0,
     slices: Sequence[int] | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.linear_silu_and_mul`."""
     if _needs_reference(x, lora_b, bias):

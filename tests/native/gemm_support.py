@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import python_ref
+from idlm_kernels import _semaphores
 from idlm_kernels.native import gemm
 from idlm_kernels.testing.numerics import check_close, same_bits
 
@@ -148,7 +149,7 @@ def check_slices(problem: Problem) -> None:
 
 def check_flags() -> None:
     """Between launches all flags are 0."""
-    for words in gemm._flags_of.values():
+    for words in _semaphores._words.values():
         assert not words.any(), "flags are left behind"
 
 

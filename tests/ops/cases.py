@@ -54,7 +54,6 @@ def _attention(variant: str) -> Arguments:
     if variant == "tail_mask":
         args |= {"tail_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor(0.5)}
         args |= {"v_scale": torch.tensor(2.0), "lse": torch.zeros(6, 4)}
-        args |= {"workspace": torch.zeros(16, dtype=torch.uint8)}
     if variant == "window":
         args |= {"window": 2}
     return args
@@ -207,7 +206,7 @@ def _gated_lora_linear(variant: str) -> Arguments:
         "scale": 0.5,
     }
     if variant == "full":
-        args |= {"bias": _randn(5, seed=2), "slices": slices, "workspace": torch.zeros(16, dtype=torch.uint8)}
+        args |= {"bias": _randn(5, seed=2), "slices": slices}
     return args
 
 
@@ -216,7 +215,7 @@ def _linear_silu_and_mul(variant: str) -> Arguments:
     if variant == "full":
         args |= {"lora_a": _randn(4, 6, seed=3), "lora_b": _randn(4, 2, seed=4), "slices": [1, 3], "scale": 0.5}
         args |= {"gate": torch.tensor([True, False, False])}
-        args |= {"bias": _randn(4, seed=2), "workspace": torch.zeros(16, dtype=torch.uint8)}
+        args |= {"bias": _randn(4, seed=2)}
     return args
 
 

@@ -136,7 +136,7 @@ def check_meeting(module: ModuleType, is_together: bool) -> None:
     words = torch.zeros(450, dtype=torch.int64)
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "words_of_stream", lambda *_: words)
+            patch.setattr(module, "semaphores", lambda *_: words)
             check(module, call, 10**6)
         used = words[words != 0]
         assert (used & ((1 << 48) - 1) == 0).all(), "counts are left behind"

@@ -24,7 +24,6 @@ from idlm_kernels.testing import (
     same_bits,
 )
 from idlm_kernels.triton import gemm, layers
-from idlm_kernels.triton.common import words_of_stream
 from tests.softgpu_support import SCHEDULES
 from tests.triton.support import INTERPRETED, caught, mutant
 
@@ -325,15 +324,6 @@ def check_order_of_arrival(module: ModuleType) -> None:
 @pytest.mark.emulator
 def test_order_of_arrival() -> None:
     check_order_of_arrival(gemm)
-
-
-def test_words_of_a_stream_are_one_set_per_purpose() -> None:
-    x = torch.empty(0)
-    words = words_of_stream("a test", 3, torch.int64, x)
-    assert words.dtype == torch.int64 and words.tolist() == [0, 0, 0]
-    words[1] = 7
-    assert words_of_stream("a test", 3, torch.int64, x) is words
-    assert words_of_stream("another test", 3, torch.int64, x).tolist() == [0, 0, 0]
 
 
 def check_schedule_bits(module: ModuleType) -> None:
