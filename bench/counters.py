@@ -162,7 +162,7 @@ def rejection_case() -> Case:
     request = (start, zero + num_k, drafts, zero, one, zero, one, one * 0, torch.ones(1).long(), VOCAB, -1)
 
     def run() -> object:
-        return sampling.verify_accept(logits, *request, branched=True, mode="rejection", q_state=state)
+        return sampling.verify_accept(logits, *request, branched=True, rule="rejection", q_state=state)
 
     # What a CTA decides for itself: 55 bytes per lane.
     slice_ids = triton.cdiv(triton.cdiv(VOCAB, perturb.kMaxSlices), perturb.kBlockPerturb) * perturb.kBlockPerturb

@@ -125,7 +125,7 @@ def sampling_case(config: ModelConfig, device: torch.device, batch: int, stride:
         arguments["num_drafts"] = draw.tensor([stride - 1] * batch)
         arguments["drafts"] = draw.integers(0, vocab_size, batch, stride - 1)
         arguments["positions"] = draw.tensor([100] * batch)
-        options = {"id_limit": vocab_size, "mask_id": -1, "branched": True, "mode": "match"}
+        options = {"id_limit": vocab_size, "mask_id": -1, "branched": True, "rule": "match"}
         return Call("verify_accept", {**arguments, **sampling(draw, batch, top_p), **options})
 
     # Clean rows up to the first draft that falls, and the MASK rows of that branch: all drafts here are wrong.

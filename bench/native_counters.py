@@ -144,14 +144,14 @@ def cases(full_vocabulary: bool) -> dict[str, dict[str, dict[str, float]]]:
             label = f"sample_rows {name} {str(dtype).removeprefix('torch.')}"
             results[label] = measure(lambda rows=rows: rows.run(backend), softgpu, [floor], [4 * VOCAB])  # type: ignore[misc]
     for batch in (1, 64):
-        for mode in ("match", "rejection"):
+        for rule in ("match", "rejection"):
             vocab_size = VOCAB if batch == 1 or full_vocabulary else VOCAB // 4
-            label = f"verify_accept {mode} bfloat16 B={batch}"
-            results[label] = measure_step(batch, mode, vocab_size, generator, softgpu)
+            label = f"verify_accept {rule} bfloat16 B={batch}"
+            results[label] = measure_step(batch, rule, vocab_size, generator, softgpu)
     return results
 
 
-def measure_step(batch: int, mode: str, vocab_size: int, generator: Any, softgpu: Any) -> dict[str, dict[str, float]]:
+def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu: Any) -> dict[str, dict[str, float]]:
     """A chain plan of stride 4: 7 rows per request, of which 4 are clean."""
     import torch
 
@@ -162,10 +162,10 @@ def measure_step(batch: int, mode: str, vocab_size: int, generator: Any, softgpu
     num_k = 3
     # Drafts that all stand in `match`, so that all MASK rows are sampled; some that do not in `rejection`. There all
     # ids are kept: of a truncated row a residual reads less of the law.
-    match = mode == "match"
+    match = rule == "match"
     mixes = (Mix(), Mix(0.8, top_k=50), Mix(top_p=0.95), Mix(0.7, min_p=0.05)) if match and batch > 1 else (Mix(),)
     step = Step.make(
-        batch, num_k, vocab_size, torch.bfloat16, generator, branched=False, mode=mode, mixes=mixes, kinds=(2,),
+        batch, num_k, vocab_size, torch.bfloat16, generator, branched=False, rule=rule, mixes=mixes, kinds=(2,),
         closeness=0.0 if match else 0.3, num_drafts=num_k,
     )  # fmt: skip
     backend.cluster_size = native.load().choose_cluster_size(batch * (num_k + 1), 2 * VOCAB)

@@ -40,7 +40,8 @@ void raise_unless_ok(const Status& s) {
 template <class S>
 class Struct {
  public:
-  Struct(py::module_& m, const char* name) : class_(m, name) {
+  // Local to the module, which may be loaded more than once: tests load it with a fault planted.
+  Struct(py::module_& m, const char* name) : class_(m, name, py::module_local()) {
     class_.def(py::init([](const py::kwargs& fields) {
       S made;
       const py::object self = py::cast(&made, py::return_value_policy::reference);

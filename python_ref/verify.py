@@ -100,7 +100,7 @@ def verify_accept(
     mask_id: int,
     *,
     branched: bool,
-    mode: str,
+    rule: str,
     q_state: QState | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
@@ -117,7 +117,7 @@ def verify_accept(
     bad = step.is_draft & ((drafts < 0) | (drafts >= logits.shape[-1]))
 
     clean, noise, y = clean_rows(step, logits, logit_bias, sampling)
-    if mode == "match":
+    if rule == "match":
         accepted = match(step, y)
     else:
         assert q_state is not None
@@ -128,9 +128,9 @@ def verify_accept(
     tokens = torch.where(i < a.unsqueeze(1), torch.nn.functional.pad(drafts, (0, 1)), y)
     tokens = torch.where((i <= a.unsqueeze(1)) & step.present.unsqueeze(1), tokens, -1)
 
-    stream = STREAM_TARGET if mode == "match" else STREAM_DRAFT
+    stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
     next_drafts, next_num_drafts, masks = propose(step, a, logits, logit_bias, sampling, branched, stream)
-    if mode == "rejection" and q_state is not None:
+    if rule == "rejection" and q_state is not None:
         remember(q_state, masks, next_num_drafts > 0)
 
     if status is not None:

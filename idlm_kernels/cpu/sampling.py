@@ -205,7 +205,7 @@ def verify_accept(
     mask_id: int,
     *,
     branched: bool,
-    mode: str,
+    rule: str,
     q_state: QState | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
@@ -230,13 +230,13 @@ def verify_accept(
             id_limit,
             mask_id,
             branched=branched,
-            mode=mode,
+            rule=rule,
             q_state=q_state,
             logit_bias=logit_bias,
             status=status,
             out=out,
         )
-    if mode == "match" and logit_bias is None:
+    if rule == "match" and logit_bias is None:
         decided = verify_greedy(
             logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, branched
         )
@@ -247,7 +247,7 @@ def verify_accept(
                 target.copy_(value)
             return out
     batch, num_k = drafts.shape
-    if mode == "rejection" and logits.shape[1] < MANY_BELOW:
+    if rule == "rejection" and logits.shape[1] < MANY_BELOW:
         return _verify_together(
             logits,
             query_start_loc,
@@ -275,7 +275,7 @@ def verify_accept(
         given = all_drafts[b][:n]
         if n != counts[b] or any(not 0 <= d < logits.shape[1] for d in given):
             flags[b] |= STATUS_BAD_DRAFT
-        if mode == "match":
+        if rule == "match":
             sampled = [rows.sample(start + i, params, pending + 1 + i, STREAM_TARGET) for i in range(n + 1)]
             a = next((i for i, d in enumerate(given) if d != sampled[i][0]), n)
             token = sampled[a][0]
@@ -292,10 +292,10 @@ def verify_accept(
         first_mask = 1 + n + (a * num_k if branched else 0)
         if num_k == 0 or first_mask + num_k > m or not (branched or a == n):
             continue
-        stream = STREAM_TARGET if mode == "match" else STREAM_DRAFT
+        stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
         for j in range(num_k):
             row, position = start + first_mask + j, pending + 2 + a + j
-            if mode == "match":
+            if rule == "match":
                 next_drafts[b][j], bits = rows.sample(row, params, position, stream)
             else:
                 assert q_state is not None
@@ -354,7 +354,7 @@ def _verify_together(
             seed,
             *limits,
             branched=branched,
-            mode="rejection",
+            rule="rejection",
             q_state=q_state.requests(first, last),
             logit_bias=logit_bias,
             status=None if status is None else status[first:last],

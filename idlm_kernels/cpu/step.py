@@ -35,7 +35,7 @@ def verify_greedy(
     mask_id: int,
     branched: bool,
 ) -> Decided | None:
-    """`verify_accept` with mode="match"; None too where NaN, infinity or a draft beyond the vocabulary is met."""
+    """`verify_accept` with rule="match"; None too where NaN, infinity or a draft beyond the vocabulary is met."""
     library = native.library()
     if library is None or logits.dtype != torch.float32 or logits.shape[0] == 0 or not _rows_are_dense(logits, drafts):
         return None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from idlm_kernels._deprecated import renamed
 from idlm_kernels.generate.params import shown
 from idlm_kernels.generate.plan import MAX_STRIDE, PlanKind, plan_kind
-from idlm_kernels.ops.sampling import MODES
+from idlm_kernels.ops.sampling import RULES
 
 Plan = PlanKind | Literal["auto"]
 Stride = int | Literal["auto"]
@@ -45,8 +45,8 @@ class DecodeOptions:
             raise ValueError(f"plan is {self.plan!r}, wanted one of {', '.join(MAX_STRIDE)}, auto")
         if self.stride != "auto" and (isinstance(self.stride, bool) or not isinstance(self.stride, int)):
             raise TypeError(f"stride must be an int or 'auto', got {self.stride!r}")
-        if self.rule not in MODES:
-            raise ValueError(f"rule is {self.rule!r}, wanted one of {', '.join(MODES)}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}, wanted one of {', '.join(RULES)}")
         if self.row_budget is not None:
             if isinstance(self.row_budget, bool) or not isinstance(self.row_budget, int):
                 raise TypeError(f"row_budget must be an int, got {type(self.row_budget).__name__}")

@@ -87,7 +87,7 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         state.id_limit,
         state.sampled_mask_id,
         branched=branched,
-        mode=decoder.rule,
+        rule=decoder.rule,
         q_state=decoder.q_state,
         status=state.status,
     )

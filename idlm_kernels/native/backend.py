@@ -150,7 +150,7 @@ def verify_accept(
     mask_id: int,
     *,
     branched: bool,
-    mode: str,
+    rule: str,
     q_state: QState | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
@@ -167,7 +167,7 @@ def verify_accept(
     batch, num_k = drafts.shape
     _check_plan(op, num_k)
     distributions = load().DraftLaws()
-    if mode == "rejection" and num_k:
+    if rule == "rejection" and num_k:
         assert q_state is not None
         # What was sampled from is stored without rounding, and biased logits are fp32.
         allowed = (torch.float32,) if logit_bias is not None else (logits.dtype, torch.float32)
@@ -203,7 +203,7 @@ def verify_accept(
         drafts_stride=drafts.stride(0),
         positions=positions.data_ptr(),
         branched=branched,
-        rejection=mode == "rejection",
+        rejection=rule == "rejection",
         draft_laws=distributions,
         status=_address(status),
         num_accepted=num_accepted.data_ptr(),

@@ -1,7 +1,7 @@
 """Sampling of rows, and verify-and-accept.
 
 Contract: design sections 3, 4 and 5.2. The noise of a token is a function of (seed, position, id, stream) alone, so in
-mode `match` the output of a decode is token for token what AR sampling with the same seed gives.
+rule `match` the output of a decode is token for token what AR sampling with the same seed gives.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register, run_op
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
 
-MODES = ("match", "rejection")
+RULES = ("match", "rejection")
 MAX_VOCAB = 262_144
 _LOGITS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -122,6 +123,7 @@ def sample_rows(
     return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "status": status}, out)
 
 
+@renamed(mode="rule")
 def verify_accept(
     logits: Tensor,
     query_start_loc: Tensor,
@@ -137,7 +139,7 @@ def verify_accept(
     mask_id: int,
     *,
     branched: bool,
-    mode: str,
+    rule: str,
     q_state: QState | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
@@ -165,7 +167,7 @@ def verify_accept(
         temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
         id_limit, mask_id: as in `sample_rows`.
         branched: whether there is a branch after every draft (the quadratic plan).
-        mode: "match" or "rejection".
+        rule: "match" or "rejection".
         q_state: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
             Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
         logit_bias: [T, V], added to the logits first, in fp32. With `rejection` q_state.logits must then be fp32.
@@ -191,7 +193,7 @@ def verify_accept(
         >>> num_accepted, tokens, next_drafts, next_num_drafts = verify_accept(
         ...     logits, torch.tensor([0, 3]).int(), torch.tensor([2]).int(), torch.tensor([[5, 9]]),
         ...     torch.tensor([11]).int(), zero, zero.int(), one, zero, torch.tensor([0]),
-        ...     id_limit=10, mask_id=-1, branched=False, mode="match")
+        ...     id_limit=10, mask_id=-1, branched=False, rule="match")
         >>> num_accepted, tokens, next_drafts
         (tensor([1], dtype=torch.int32), tensor([[ 5,  6, -1]]), tensor([[-1, -1]]))
     """
@@ -208,14 +210,14 @@ def verify_accept(
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
     if not isinstance(branched, bool):
         raise TypeError(f"{op}: branched must be a bool, got {type(branched).__name__}")
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode is {mode!r}, wanted one of {', '.join(MODES)}")
+    if rule not in RULES:
+        raise ValueError(f"{op}: rule is {rule!r}, wanted one of {', '.join(RULES)}")
     if status is not None:
         check.tensor(op, "status", status, (batch,), check.INT32, device)
     state: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if mode == "rejection":
+    if rule == "rejection":
         if q_state is None:
-            raise ValueError(f"{op}: mode 'rejection' needs a q_state (QState.empty)")
+            raise ValueError(f"{op}: rule 'rejection' needs a q_state (QState.empty)")
         if not isinstance(q_state, QState):
             raise TypeError(f"{op}: q_state must be a QState, got {type(q_state).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
@@ -225,7 +227,7 @@ def verify_accept(
         check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (acc,), device)
         state = (q_state.logits, q_state.cut, q_state.log_norm)
     elif q_state is not None:
-        raise ValueError(f"{op}: q_state is for mode 'rejection', wanted None with {mode!r}")
+        raise ValueError(f"{op}: q_state is for rule 'rejection', wanted None with {rule!r}")
     if out is not None:
         if len(out) != 4:
             raise ValueError(f"{op}: out has {len(out)} tensors, wanted 4")
@@ -239,7 +241,7 @@ def verify_accept(
     check.all_writable(op, written, *inputs, logit_bias)
     if traced(logits):
         args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-        options = (id_limit, mask_id, branched, mode, *state, logit_bias, status)
+        options = (id_limit, mask_id, branched, rule, *state, logit_bias, status)
         if out is None:
             return torch.ops.idlm.verify_accept(*args, *options)
         torch.ops.idlm.verify_accept_out(*args, *options, *out)
@@ -258,7 +260,7 @@ def verify_accept(
         id_limit,
         mask_id,
         branched=branched,
-        mode=mode,
+        rule=rule,
         q_state=q_state,
         logit_bias=logit_bias,
         status=status,
@@ -276,12 +278,11 @@ def with_q_state(
     return implementation(op, arguments["logits"].device.type)(q_state=state, **arguments)
 
 
-def _run(rule: str, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """`mode` is called rule in the registered op: torch's tracing has an argument of the first name."""
+def _run(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     if "tokens" not in arguments:
-        return with_q_state("verify_accept", mode=rule, **arguments)
+        return with_q_state("verify_accept", **arguments)
     out = tuple(arguments.pop(name) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts"))
-    with_q_state("verify_accept", mode=rule, out=out, **arguments)
+    with_q_state("verify_accept", out=out, **arguments)
     return None
 
 

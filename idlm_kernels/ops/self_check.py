@@ -220,8 +220,8 @@ def _sample_rows(case: Case) -> None:
 
 
 def _verify_accept(case: Case) -> None:
-    for branched, mode in ((True, "match"), (False, "match"), (True, "rejection")):
-        _check(case, VerifyAccept(branched=branched, mode=mode).call(CPU))
+    for branched, rule in ((True, "match"), (False, "match"), (True, "rejection")):
+        _check(case, VerifyAccept(branched=branched, rule=rule).call(CPU))
 
 
 def _rerank_drafts(case: Case) -> None:

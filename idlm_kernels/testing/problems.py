@@ -301,7 +301,7 @@ class VerifyAccept(Problem):
 
     op = "verify_accept"
     branched: bool = True
-    mode: str = "match"
+    rule: str = "match"
     vocab_size: int = VOCAB
 
     def arguments(self, draw: Draw) -> Arguments:
@@ -315,10 +315,10 @@ class VerifyAccept(Problem):
             "positions": draw.tensor(range(0, 100 * batch, 100)),
             **sampling_parameters(draw, batch, vocab_size),
             "branched": self.branched,
-            "mode": self.mode,
+            "rule": self.rule,
             "q_state": None,
         }
-        if self.mode == "rejection":
+        if self.rule == "rejection":
             first["q_state"] = QState.empty(batch, num_k, vocab_size, self.dtype, draw.device)
         _, _, drafts, _ = python_ref.verify_accept(**first)
         drafts[0, 2] = 11  # refused by `match`, after two that stand

@@ -113,7 +113,7 @@ def verify_accept(
     mask_id: int,
     *,
     branched: bool,
-    mode: str,
+    rule: str,
     q_state: QState | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
@@ -134,7 +134,7 @@ def verify_accept(
             id_limit,
             mask_id,
             branched=branched,
-            mode=mode,
+            rule=rule,
             q_state=q_state,
             logit_bias=logit_bias,
             status=status,
@@ -168,9 +168,9 @@ def verify_accept(
         num_drafts,
         num_k,
         branched,
-        with_distribution=mode == "rejection",
+        with_distribution=rule == "rejection",
     )
-    if mode == "rejection":
+    if rule == "rejection":
         assert q_state is not None
         return judge(sampled, step, q_state)
     return decide(sampled, step)

@@ -144,9 +144,9 @@ def test_sample_rows(seed: int, faults: bool) -> None:
 class Problem:
     """Arguments of verify_accept for random requests: some absent, some without MASK rows, drafts good and bad."""
 
-    def __init__(self, seed: int, mode: str, faults: bool):
+    def __init__(self, seed: int, rule: str, faults: bool):
         rng = random.Random(seed)
-        self.mode, self.branched = mode, rng.random() < 0.5
+        self.rule, self.branched = rule, rng.random() < 0.5
         batch, k, vocab_size = rng.randint(1, 4), rng.randint(0, 4), rng.choice([7, 50, 1000])
         counts = [rng.randint(0, k) for _ in range(batch)]
         rows = [1 + n + (k * (n + 1) if self.branched else k) for n in counts]
@@ -170,7 +170,7 @@ class Problem:
         self.bias = None if rng.random() < 0.7 else torch.randn_like(self.logits.float())
         q_logits = random_logits(rng, batch * k, vocab_size, False).view(batch, k, vocab_size) if k else None
         self.q_state = None
-        if mode == "rejection":
+        if rule == "rejection":
             self.q_state = QState.empty(batch, k, vocab_size, self.logits.dtype, torch.device("cpu"))
             if q_logits is not None:
                 temperature, *truncation, _ = (p.unsqueeze(1).expand(batch, k) for p in self.params)
@@ -191,7 +191,7 @@ class Problem:
             *self.params,
             *self.limits,
             branched=self.branched,
-            mode=self.mode,
+            rule=self.rule,
             q_state=state,
             logit_bias=self.bias,
             status=status,
@@ -206,10 +206,10 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("faults", [False, True])
-@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("seed", range(60))
-def test_verify_accept(seed: int, mode: str, faults: bool, one_by_one: None) -> None:
-    check_verify_accept(Problem(seed, mode, faults))
+def test_verify_accept(seed: int, rule: str, faults: bool, one_by_one: None) -> None:
+    check_verify_accept(Problem(seed, rule, faults))
 
 
 @pytest.mark.parametrize("faults", [False, True])

@@ -219,7 +219,7 @@ class Step:
     id_limit: int
     mask_id: int
     branched: bool
-    mode: str
+    rule: str
     q_state: QState | None = None
     logit_bias: Tensor | None = None
 
@@ -233,7 +233,7 @@ class Step:
         generator: torch.Generator,
         *,
         branched: bool,
-        mode: str,
+        rule: str,
         mixes: tuple[Mix, ...] = MIXES,
         closeness: float = 0.5,
         bias_dtype: torch.dtype | None = None,
@@ -269,9 +269,9 @@ class Step:
         drafts = torch.zeros(batch, num_k, dtype=torch.int64)
         q_state = None
         if num_k:
-            stream = 0 if mode == "match" else 1
+            stream = 0 if rule == "match" else 1
             drafts = ref.sample_rows(q_logits, where, *each, id_limit, mask_id, stream=stream).view(batch, num_k)
-        if mode == "rejection":
+        if rule == "rejection":
             q_state = QState.empty(batch, num_k, vocab_size, q_logits.dtype, q_logits.device)
             if num_k:
                 z = ref.scale_by_temperature(ref.sanitise(q_logits, id_limit, mask_id)[0], each[0])
@@ -281,7 +281,7 @@ class Step:
                 q_state.log_norm.copy_(ref.log_norm_of(z, cut).view(batch, num_k))
         return cls(
             noisy(total).to(dtype), start, drafted, drafts, positions, temperature, top_k, top_p, min_p, seed,
-            id_limit, mask_id, branched, mode, q_state, bias,
+            id_limit, mask_id, branched, rule, q_state, bias,
         )  # fmt: skip
 
     def run(self, backend: ModuleType, device: torch.device | None = None) -> Outcome:
@@ -293,7 +293,7 @@ class Step:
         status = torch.zeros(len(self.positions), dtype=torch.int32, device=device)
         q = self.q_state
         q = None if q is None else QState(at(q.logits).clone(), at(q.cut).clone(), at(q.log_norm).clone())
-        options = {"branched": self.branched, "mode": self.mode, "logit_bias": at(self.logit_bias), "status": status}
+        options = {"branched": self.branched, "rule": self.rule, "logit_bias": at(self.logit_bias), "status": status}
         results = backend.verify_accept(*args, **options, q_state=q)
         q = None if q is None else QState(q.logits.cpu(), q.cut.cpu(), q.log_norm.cpu())
         return Outcome(*(x.cpu() for x in results), status.cpu(), q)
@@ -364,7 +364,7 @@ def check_step(step: Step, backend: ModuleType, device: torch.device, tally: Tal
     assert torch.equal(got.status, expected.status), f"{name}: status {got.status}, wanted {expected.status}"
     decided = decided_requests(step)
     tally.add(name, got.equal(expected), decided)
-    if step.mode == "rejection":
+    if step.rule == "rejection":
         check_laws(step, got, expected, decided & (expected.next_num_drafts > 0))
 
 
@@ -379,14 +379,14 @@ def decided_requests(step: Step) -> Tensor:
         num_drafts = min(max(int(step.num_drafts[b]), 0), num_rows - 1, num_k)
         clean = step.rows_of(b, start, accepted + 1, 1, python_ref.STREAM_TARGET)
         sound = clean.decided()
-        if step.mode == "rejection" and step.temperature[b] >= ref.GREEDY_BELOW:
+        if step.rule == "rejection" and step.temperature[b] >= ref.GREEDY_BELOW:
             for i in range(min(accepted + 1, num_drafts)):
                 if 0 <= int(step.drafts[b, i]) < step.logits.shape[-1]:
                     sound[i] = _judgement_decided(step, clean, b, i)
         decided[b] = bool(sound.all())
         if expected.next_num_drafts[b]:
             first = start + 1 + num_drafts + (accepted * num_k if step.branched else 0)
-            stream = python_ref.STREAM_TARGET if step.mode == "match" else python_ref.STREAM_DRAFT
+            stream = python_ref.STREAM_TARGET if step.rule == "match" else python_ref.STREAM_DRAFT
             decided[b] &= bool(step.rows_of(b, first, num_k, accepted + 2, stream).decided().all())
     return decided
 

@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from idlm_kernels import _semaphores
 from idlm_kernels.native import gemm
 from tests.native.gemm_support import (
     Problem,
@@ -171,7 +172,7 @@ def build_mutant(
 @pytest.fixture
 def fresh_flags(monkeypatch: pytest.MonkeyPatch, softgpu: ModuleType) -> Iterator[None]:
     """Flags of its own, and a short patience with CTAs that wait for one another."""
-    monkeypatch.setattr(gemm, "_flags_of", {})
+    monkeypatch.setattr(_semaphores, "_words", {})
     with softgpu.configured(livelock=200_000):
         yield
 

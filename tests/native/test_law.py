@@ -71,16 +71,16 @@ class Steps:
     mask: Tensor  # of the MASK row
     draft: Tensor  # that the current drafts were drawn from
 
-    def run(self, mode: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, rule: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Which drafts stood, the tokens [B, 2] and the next drafts of those requests."""
         batch = ROWS // 3
         seed, positions = seeds(batch), torch.arange(batch, dtype=torch.int32)
         each = parameters(batch, (self.mix,))
-        stream = STREAM_TARGET if mode == "match" else STREAM_DRAFT
+        stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
         law_logits = self.draft.expand(batch, -1).contiguous()
         drafts = python_ref.sample_rows(law_logits, positions + 1, *each, seed, ID_LIMIT, MASK_ID, stream=stream)
         q_state = None
-        if mode == "rejection":
+        if rule == "rejection":
             z = law_logits / each[0].unsqueeze(1)
             z[:, ID_LIMIT:] = z[:, MASK_ID] = -torch.inf
             cut = python_ref.sampling.truncation_cut(z, *each[1:])
@@ -97,7 +97,7 @@ class Steps:
             ID_LIMIT,
             MASK_ID,
             branched=False,
-            mode=mode,
+            rule=rule,
             q_state=q_state,
         )
         stood = num_accepted.cpu() == 1
@@ -106,14 +106,14 @@ class Steps:
 
 
 @pytest.mark.parametrize("name", ["plain", "top-p"])
-@pytest.mark.parametrize("mode", ["match", "rejection"])
-def test_steps_follow_the_target_law_whatever_the_drafts(mode: str, name: str, device: torch.device) -> None:
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+def test_steps_follow_the_target_law_whatever_the_drafts(rule: str, name: str, device: torch.device) -> None:
     mix = MIXES[name]
     first, second, mask = logits_row(2), logits_row(3), logits_row(4)
     draft = first + logits_row(5, 0.7)
-    stood, tokens, next_drafts = Steps(mix, (first, second), mask, draft).run(mode, device)
+    stood, tokens, next_drafts = Steps(mix, (first, second), mask, draft).run(rule, device)
     p, p_second, q, q_next = (law_of(row, mix) for row in (first, second, draft, mask))
-    if mode == "match":
+    if rule == "match":
         # Gumbel coupling: P(y = d = i) = 1 / sum_j max(p_j / p_i, q_j / q_i).
         both = torch.maximum(p.unsqueeze(0) / p.unsqueeze(1), q.unsqueeze(0) / q.unsqueeze(1))
         accepted = torch.where((p > 0) & (q > 0), 1 / both.sum(1), 0.0)
@@ -127,5 +127,5 @@ def test_steps_follow_the_target_law_whatever_the_drafts(mode: str, name: str, d
     assert_follows(counts_of(next_drafts, VOCAB), q_next, "next drafts")
     # Drafts taken as they are, and, in `rejection`, a refused one replaced by a sample of p instead of the residual.
     assert chi_square_p(counts_of(tokens[:, 0], VOCAB), q) < DETECT_BELOW
-    if mode == "rejection":
+    if rule == "rejection":
         assert chi_square_p(counts_of(tokens[:, 0], VOCAB), accepted + (1 - rate) * p) < DETECT_BELOW

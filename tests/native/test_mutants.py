@@ -85,12 +85,12 @@ def battery(softgpu: ModuleType) -> None:
         check_rows(Rows.make(30, vocab_size, torch.float32, generator), backend, CPU, tally, "mixes")
     with softgpu.configured(sched="random", seed=5, quantum=40):
         check_rows(Rows.make(10, 40_000, torch.float32, generator), backend, CPU, tally, "schedule")
-    for mode in ("match", "rejection"):
+    for rule in ("match", "rejection"):
         kinds = {"mixes": (Mix(), Mix(0.7)), "kinds": (2,), "closeness": 1.0}
-        step = Step.make(60, 3, 100, torch.float32, generator, branched=True, mode=mode, **kinds)
-        check_step(step, backend, CPU, tally, mode)
+        step = Step.make(60, 3, 100, torch.float32, generator, branched=True, rule=rule, **kinds)
+        check_step(step, backend, CPU, tally, rule)
         with softgpu.configured(sched="random", seed=6, quantum=20):
-            check_step(step.requests(0, 10), backend, CPU, tally, f"{mode}, schedule")
+            check_step(step.requests(0, 10), backend, CPU, tally, f"{rule}, schedule")
     tally.hold()
 
     rows = Rows.make(1, 61, torch.float32, generator, mixes=(Mix(),))

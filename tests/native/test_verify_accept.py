@@ -17,7 +17,7 @@ from tests.native.support import MIXES, Mix, Step, Tally, check_laws, check_step
 from tests.softgpu_support import SCHEDULES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-MODES = ["match", "rejection"]
+RULES = ["match", "rejection"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,62 +30,62 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("branched", [True, False], ids=["branched", "chain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ragged_batches(
-    mode: str, branched: bool, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    rule: str, branched: bool, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
     tally = Tally()
     for num_k, vocab_size in ((3, 37), (1, 8), (0, 64), (7, 256), (2, 1000), (3, 5003)):
         for closeness in (0.05, 0.5):
-            step = Step.make(16, num_k, vocab_size, dtype, generator, branched=branched, mode=mode, closeness=closeness)
+            step = Step.make(16, num_k, vocab_size, dtype, generator, branched=branched, rule=rule, closeness=closeness)
             check_step(step, backend, device, tally, f"K={num_k} V={vocab_size} closeness={closeness}")
     tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_full_vocabulary(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_full_vocabulary(rule: str, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
     mixes = (Mix(), Mix(0.8, top_p=0.9))
     step = Step.make(
-        2, 3, 151_936, torch.bfloat16, generator, branched=True, mode=mode, closeness=0.1, mixes=mixes, kinds=(2,)
+        2, 3, 151_936, torch.bfloat16, generator, branched=True, rule=rule, closeness=0.1, mixes=mixes, kinds=(2,)
     )
     check_step(step, backend, device, tally)
     tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bias(mode: str, bias_dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def test_bias(rule: str, bias_dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
     for dtype in DTYPES:
-        step = Step.make(20, 3, 300, dtype, generator, branched=True, mode=mode, bias_dtype=bias_dtype)
+        step = Step.make(20, 3, 300, dtype, generator, branched=True, rule=rule, bias_dtype=bias_dtype)
         check_step(step, backend, device, tally, str(dtype))
     tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_longest_chain(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_longest_chain(rule: str, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
-    step = Step.make(8, 31, 64, torch.float32, generator, branched=False, mode=mode, closeness=0.0)
+    step = Step.make(8, 31, 64, torch.float32, generator, branched=False, rule=rule, closeness=0.0)
     check_step(step, backend, device, tally)
     tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 def test_what_lies_outside_the_contract_is_refused(
-    mode: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rule: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels take bf16, fp16 and fp32 logits, and chains have at most 32 tokens per step: fp64 and K > 31 are for the
     references. The C++ launcher holds its limit itself."""
-    too_long = Step.make(2, 32, 64, torch.float32, generator, branched=False, mode=mode)
+    too_long = Step.make(2, 32, 64, torch.float32, generator, branched=False, rule=rule)
     with pytest.raises(ValueError, match="32 columns, backend 'cuda' takes at most 31 .*use backend 'torch'"):
         too_long.run(backend, device)
     monkeypatch.setattr(backend, "MAX_DRAFTS", 100)
     with pytest.raises(ValueError, match="32 drafts per request, this kernel takes 0 to 31"):
         too_long.run(backend, device)
-    step = Step.make(2, 3, 64, torch.float32, generator, branched=False, mode=mode)
+    step = Step.make(2, 3, 64, torch.float32, generator, branched=False, rule=rule)
     with pytest.raises(TypeError, match="logits in bfloat16 or float16 or float32, got float64; use backend 'torch'"):
         replace(step, logits=step.logits.double()).run(backend, device)
     with pytest.raises(TypeError, match="logit_bias in bfloat16 or float16 or float32, got float64"):
@@ -96,13 +96,13 @@ def test_what_lies_outside_the_contract_is_refused(
             replace(step, q_state=laws).run(backend, device)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_full_acceptance(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_full_acceptance(rule: str, device: torch.device, generator: torch.Generator) -> None:
     """Perfect drafts stand: every request commits all of them."""
     options = {"mixes": (Mix(), Mix(0.6)), "kinds": (2,), "closeness": 0.0}
-    step = Step.make(12, 3, 100, torch.float32, generator, branched=True, mode="match", **options)
+    step = Step.make(12, 3, 100, torch.float32, generator, branched=True, rule="match", **options)
     laws = QState.empty(12, 3, 100, torch.float32, torch.device("cpu"))
-    if mode == "rejection":
+    if rule == "rejection":
         for b in range(12):
             start = int(step.query_start_loc[b])
             rows = step.logits[start : start + 3]
@@ -111,17 +111,17 @@ def test_full_acceptance(mode: str, device: torch.device, generator: torch.Gener
             z[:, step.mask_id] = -math.inf
             laws.cut[b, : len(rows)] = -math.inf
             laws.log_norm[b, : len(rows)] = torch.logsumexp(z / step.temperature[b], -1)
-        step = replace(step, mode="rejection", q_state=laws)
+        step = replace(step, rule="rejection", q_state=laws)
     got = step.run(backend, device)
     assert torch.equal(got.num_accepted, step.num_drafts)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_bad_drafts_and_counts(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_bad_drafts_and_counts(rule: str, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
     # Laws apart from each other: of two equal ones the residual is nothing but rounding.
     options = {"mixes": (Mix(), Mix(0.5)), "kinds": (2,), "closeness": 0.3}
-    step = Step.make(16, 3, 64, torch.float32, generator, branched=True, mode=mode, **options)
+    step = Step.make(16, 3, 64, torch.float32, generator, branched=True, rule=rule, **options)
     step.num_drafts[:8] = torch.tensor([-1, 4, 100, -(2**31), 2**31 - 1, 3, 0, 1])
     step.drafts[8:, 0] = torch.tensor([-1, 64, 2**31, 2**32 + 5, -(2**63), 63, 2, 2**63 - 1])
     check_step(step, backend, device, tally)
@@ -130,12 +130,12 @@ def test_bad_drafts_and_counts(mode: str, device: torch.device, generator: torch
     assert flagged[:5].bool().all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_faulty_rows(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_faulty_rows(rule: str, device: torch.device, generator: torch.Generator) -> None:
     tally = Tally()
     for dtype in DTYPES:
         for round_ in range(4):
-            step = Step.make(10, 2, 50, dtype, generator, branched=True, mode=mode, mixes=(Mix(), Mix(0.7), Mix(0.0)))
+            step = Step.make(10, 2, 50, dtype, generator, branched=True, rule=rule, mixes=(Mix(), Mix(0.7), Mix(0.0)))
             for row in range(round_, len(step.logits), 4):
                 kind = row % 5
                 if kind == 0:
@@ -155,7 +155,7 @@ def test_faulty_rows(mode: str, device: torch.device, generator: torch.Generator
 
 
 def test_laws_of_empty_rows_are_point_masses(device: torch.device, generator: torch.Generator) -> None:
-    step = Step.make(3, 2, 20, torch.float32, generator, branched=True, mode="rejection", kinds=(2,), mixes=(Mix(),))
+    step = Step.make(3, 2, 20, torch.float32, generator, branched=True, rule="rejection", kinds=(2,), mixes=(Mix(),))
     step.logits.fill_(math.nan)
     step.num_drafts.zero_()
     got = step.run(backend, device)
@@ -175,12 +175,12 @@ def test_laws_of_empty_rows_are_point_masses(device: torch.device, generator: to
 def test_laws_carry_over_steps(device: torch.device, generator: torch.Generator) -> None:
     """What one step stores the next one judges by, in both dtypes that it may be stored in, as the reference does."""
     for law_dtype in (torch.bfloat16, torch.float32):
-        step = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, mode="rejection", kinds=(2,))
+        step = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, rule="rejection", kinds=(2,))
         assert step.q_state is not None
         step.q_state.logits = step.q_state.logits.to(law_dtype)
         first, wanted = step.run(backend, device), step.run(python_ref)  # type: ignore[arg-type]
         check_laws(step, first, wanted, decided_requests(step))
-        following = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, mode="rejection", kinds=(2,))
+        following = Step.make(10, 3, 500, torch.bfloat16, generator, branched=True, rule="rejection", kinds=(2,))
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
         following = replace(following, **{n: getattr(step, n) for n in names}, q_state=first.q_state)
         following = replace(following, drafts=first.next_drafts.clamp(min=0))
@@ -189,19 +189,19 @@ def test_laws_carry_over_steps(device: torch.device, generator: torch.Generator)
         tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_requests_do_not_see_each_other(mode: str, device: torch.device, generator: torch.Generator) -> None:
-    step = Step.make(8, 3, 2000, torch.bfloat16, generator, branched=True, mode=mode, kinds=(2,))
+@pytest.mark.parametrize("rule", RULES)
+def test_requests_do_not_see_each_other(rule: str, device: torch.device, generator: torch.Generator) -> None:
+    step = Step.make(8, 3, 2000, torch.bfloat16, generator, branched=True, rule=rule, kinds=(2,))
     whole = step.run(backend, device)
     for b in (0, 3, 7):
         assert step.requests(b, b + 1).run(backend, device).same_bits(whole.requests(b, b + 1))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 def test_cluster_size_does_not_show(
-    mode: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rule: str, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Step.make(len(MIXES), 3, 3001, torch.float32, generator, branched=True, mode=mode)
+    step = Step.make(len(MIXES), 3, 3001, torch.float32, generator, branched=True, rule=rule)
     outcomes = []
     for size in (0, 1, 2, 4, 8):
         monkeypatch.setattr(backend, "cluster_size", size)
@@ -209,15 +209,15 @@ def test_cluster_size_does_not_show(
     assert all(outcomes[0].same_bits(other) for other in outcomes[1:])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 def test_the_configurations_of_small_and_large_batches_agree(
-    mode: str, module: ModuleType, device: torch.device, generator: torch.Generator
+    rule: str, module: ModuleType, device: torch.device, generator: torch.Generator
 ) -> None:
     """4 requests of stride 4 are the last batch that takes clusters of 8, 5 the first that takes smaller ones."""
     vocab_size = 65_536
     assert [module.choose_cluster_size(4 * batch, 2 * vocab_size) for batch in (4, 5)] == [8, 4]
     step = Step.make(
-        5, 3, vocab_size, torch.bfloat16, generator, branched=False, mode=mode, kinds=(2,), closeness=0.1, num_drafts=3,
+        5, 3, vocab_size, torch.bfloat16, generator, branched=False, rule=rule, kinds=(2,), closeness=0.1, num_drafts=3,
         mixes=(Mix(0.9, top_p=0.95), Mix(top_k=40)),
     )  # fmt: skip
     large, small = step.run(backend, device), step.requests(0, 4).run(backend, device)
@@ -227,22 +227,22 @@ def test_the_configurations_of_small_and_large_batches_agree(
     tally.hold()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(
-    mode: str, schedule: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rule: str, schedule: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "cluster_size", 2)
-    step = Step.make(6, 3, 1501, torch.bfloat16, generator, branched=True, mode=mode, mixes=MIXES[3:])
+    step = Step.make(6, 3, 1501, torch.bfloat16, generator, branched=True, rule=rule, mixes=MIXES[3:])
     expected = step.run(backend)
     with softgpu.configured(**SCHEDULES[schedule]):
         assert step.run(backend).same_bits(expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_results_go_where_they_are_asked_for(mode: str, device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_results_go_where_they_are_asked_for(rule: str, device: torch.device, generator: torch.Generator) -> None:
     """Strided outputs, drafts and laws; what lies between them stays."""
-    step = Step.make(5, 3, 101, torch.bfloat16, generator, branched=True, mode=mode, kinds=(2,))
+    step = Step.make(5, 3, 101, torch.bfloat16, generator, branched=True, rule=rule, kinds=(2,))
     expected = step.run(backend, device)
 
     def padded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -276,16 +276,16 @@ def test_results_go_where_they_are_asked_for(mode: str, device: torch.device, ge
         assert (logits[:, 3] == -77).all() and (logits[:, :, :3] == -77).all() and (logits[:, :, 104:] == -77).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
 def test_strict_bounds(
-    mode: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rule: str, softgpu: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With only the tensors of the call known, nothing outside them is read or written."""
     allocate = backend._empty
     monkeypatch.setattr(backend, "_empty", lambda *args: softgpu.register(allocate(*args)))
     with softgpu.configured(strict=1):
         for vocab_size, dtype in ((37, torch.bfloat16), (64, torch.float32), (1003, torch.float16)):
-            step = Step.make(6, 3, vocab_size, dtype, generator, branched=True, mode=mode)
+            step = Step.make(6, 3, vocab_size, dtype, generator, branched=True, rule=rule)
             expected = step.run(python_ref)  # type: ignore[arg-type]
 
             class Registered:
@@ -313,7 +313,7 @@ def test_match_commits_what_autoregressive_sampling_gives(
     num_k: int, device: torch.device, generator: torch.Generator
 ) -> None:
     """The bits of a row's sample do not know the plan: sample_rows of the clean rows gives the committed tokens."""
-    step = Step.make(10, num_k, 3001, torch.bfloat16, generator, branched=True, mode="match", kinds=(2,))
+    step = Step.make(10, num_k, 3001, torch.bfloat16, generator, branched=True, rule="match", kinds=(2,))
     got = step.run(backend, device)
     for b in range(10):
         clean = int(step.num_drafts[b]) + 1

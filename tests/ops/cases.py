@@ -92,14 +92,14 @@ def _verify_accept(variant: str) -> Arguments:
         "id_limit": 8,
         "mask_id": 2,
         "branched": True,
-        "mode": "match",
+        "rule": "match",
     }
     if variant in ("rejection", "full"):
         q_state = QState.empty(3, 2, 9, torch.float32, torch.device("cpu"))
         q_state.logits.copy_(_randn(3, 2, 9, seed=4))
         q_state.cut.fill_(-9.0)
         q_state.log_norm.fill_(3.0)
-        args |= {"mode": "rejection", "q_state": q_state, "branched": variant == "full"}
+        args |= {"rule": "rejection", "q_state": q_state, "branched": variant == "full"}
     if variant == "full":
         args |= {"logit_bias": _randn(13, 9, seed=5), "status": torch.zeros(3, dtype=torch.int32)}
     return args

@@ -311,7 +311,7 @@ BAD_OPTIONS = [
     ("verify_accept", "mask_id", NOT_INTS, TypeError),
     ("verify_accept", "mask_id", (-2, 9), ValueError),
     ("verify_accept", "branched", (1, None, "chain", torch.tensor(True)), TypeError),
-    ("verify_accept", "mode", ("greedy", None, 0), ValueError),
+    ("verify_accept", "rule", ("greedy", None, 0), ValueError),
     ("verify_accept", "q_state", ((1, 2, 3), "q"), TypeError),
     ("rerank_drafts", "id_limit", NOT_INTS, TypeError),
     ("rerank_drafts", "id_limit", (0, -1, 10), ValueError),
@@ -365,7 +365,7 @@ def test_bad_combinations():
         refused(op, arguments(op) | {"id_limit": 1, "mask_id": 0}, ValueError, "id_limit")
     rejection = arguments("verify_accept", "rejection")
     refused("verify_accept", rejection | {"q_state": None}, ValueError, "q_state")
-    refused("verify_accept", rejection | {"mode": "match"}, ValueError, "q_state")
+    refused("verify_accept", rejection | {"rule": "match"}, ValueError, "q_state")
     narrow = arguments("verify_accept", "full")
     narrow["q_state"].logits = narrow["q_state"].logits.to(torch.bfloat16)
     narrow["logits"] = narrow["logits"].to(torch.bfloat16)
@@ -549,3 +549,12 @@ def test_a_workspace_that_nobody_wrote_is_taken_for_one_release(op):
     want = public(op)(**args)
     with pytest.warns(DeprecationWarning, match=f"{op}: workspace has no effect"):
         assert torch.equal(public(op)(**args, workspace=torch.zeros(16, dtype=torch.uint8)), want)
+
+
+def test_the_rule_of_verify_accept_is_taken_by_its_old_name():
+    args = arguments("verify_accept", variants(("verify_accept",))[0][1])
+    want, old = public("verify_accept")(**args), copy.deepcopy(args)
+    old["mode"] = old.pop("rule")
+    with pytest.warns(DeprecationWarning, match="verify_accept: mode is now rule"):
+        got = public("verify_accept")(**old)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

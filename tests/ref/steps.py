@@ -116,11 +116,11 @@ def parameters_of(steps: list[Step], num_k: int) -> tuple[Tensor, ...]:
     )
 
 
-def verify(steps: list[Step], num_k: int, *, branched: bool, mode: str = "match", **options: Any) -> tuple[list, ...]:
+def verify(steps: list[Step], num_k: int, *, branched: bool, rule: str = "match", **options: Any) -> tuple[list, ...]:
     """The four results of verify_accept and the status, as lists."""
     status = torch.zeros(len(steps), dtype=torch.int32)
     args = parameters_of(steps, num_k)
-    results = verify_accept(*args, ID_LIMIT, MASK_ID, branched=branched, mode=mode, status=status, **options)
+    results = verify_accept(*args, ID_LIMIT, MASK_ID, branched=branched, rule=rule, status=status, **options)
     return tuple(x.tolist() for x in (*results, status))
 
 

@@ -229,7 +229,7 @@ class Decode:
     q: Tensor
     sampling: Sampling = field(default_factory=Sampling)
     branched: bool = False
-    mode: str = "rejection"
+    rule: str = "rejection"
     spoil: Callable[[Tensor, Tensor, QState], None] | None = None  # (drafts, their number, q_state) after each step
 
     def rows(self, length: Tensor, pending: Tensor, drafts: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,7 @@ class Decode:
         length = torch.ones(count, dtype=torch.int64)
         drafts, n = torch.full((count, num_k), -1), torch.zeros(count, dtype=torch.int64)
         q_state = None
-        if self.mode == "rejection":
+        if self.rule == "rejection":
             q_state = QState.empty(count, num_k, vocab_size, torch.float32, torch.device("cpu"))
         accepted, every = [], torch.arange(count)
         for _ in range(horizon):
@@ -276,7 +276,7 @@ class Decode:
                 vocab_size,
                 -1,
                 branched=self.branched,
-                mode=self.mode,
+                rule=self.rule,
                 q_state=q_state,
             )
             if self.spoil is not None:
@@ -376,9 +376,9 @@ def test_rejection_emits_the_ar_law(name, branched, num_k):
 
 
 @pytest.mark.parametrize("branched", [False, True])
-@pytest.mark.parametrize("mode", ["match", "rejection"])
-def test_greedy_emits_the_greedy_sequence(mode, branched):
-    decode = Decode(*tables(5, 3), sampling=Sampling(temperature=0.0), branched=branched, mode=mode)
+@pytest.mark.parametrize("rule", ["match", "rejection"])
+def test_greedy_emits_the_greedy_sequence(rule, branched):
+    decode = Decode(*tables(5, 3), sampling=Sampling(temperature=0.0), branched=branched, rule=rule)
     text, _ = decode.run(50, 3)
     want, before = [], 0
     for t in range(1, 5):
@@ -391,7 +391,7 @@ def test_greedy_emits_the_greedy_sequence(mode, branched):
 @pytest.mark.parametrize("name", TRUNCATIONS)
 def test_match_emits_the_ar_sequence(name, branched):
     """Token for token what AR gives with the same seeds; and AR has the AR law."""
-    decode = Decode(*tables(9, 3), sampling=TRUNCATIONS[name], branched=branched, mode="match")
+    decode = Decode(*tables(9, 3), sampling=TRUNCATIONS[name], branched=branched, rule="match")
     text, accepted = decode.run(SEEDS, 3)
     ar, _ = decode.run(SEEDS, 0)
     assert (accepted.sum(0) > 0).all()
@@ -483,7 +483,7 @@ def test_rejection_of_one_token_at_the_full_vocabulary():
             VOCAB,
             -1,
             branched=False,
-            mode="rejection",
+            rule="rejection",
             q_state=q_state,
         )
         emitted.append(tokens[:, 0])

@@ -118,9 +118,9 @@ def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch
     ]
 
 
-@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("branched", [False, True])
-def test_requests_do_not_affect_each_other(mode, branched):
+def test_requests_do_not_affect_each_other(rule, branched):
     """Any request alone, or in another order, decides the same."""
     num_k, plan = 3, "branched" if branched else "chain"
     steps = rejection_steps(5, plan, num_k)
@@ -128,14 +128,14 @@ def test_requests_do_not_affect_each_other(mode, branched):
     def two_steps(chosen: list[Step]) -> list[tuple]:
         """Drafts proposed by a first step, verified in a second one."""
         q_state = QState.empty(len(chosen), num_k, VOCAB, torch.float32, torch.device("cpu"))
-        options = {"branched": branched, "mode": mode, "q_state": q_state if mode == "rejection" else None}
+        options = {"branched": branched, "rule": rule, "q_state": q_state if rule == "rejection" else None}
         first = [replace(s, logits=s.logits[: 1 + num_k]) for s in chosen]
         _, _, drafts, n, _ = verify(first, num_k, **options)
         assert n == [num_k] * len(chosen)
         second = [replace(s, drafts=d, position=s.position + 1) for s, d in zip(chosen, drafts, strict=True)]
         results = verify(second, num_k, **options)
         laws = (q_state.logits.tolist(), q_state.cut.tolist(), q_state.log_norm.tolist())
-        return list(zip(*results, *(laws if mode == "rejection" else ()), strict=True))
+        return list(zip(*results, *(laws if rule == "rejection" else ()), strict=True))
 
     together = two_steps(steps)
     order = [4, 0, 5, 2]
@@ -190,7 +190,7 @@ def test_rejection_against_python(plan, dtype):
                 setattr(other, name, getattr(step, name))
             other.position = step.position - 1
         q_state = QState.empty(len(steps), num_k, VOCAB, dtype, torch.device("cpu"))
-        options = {"branched": plan == "branched", "mode": "rejection", "q_state": q_state}
+        options = {"branched": plan == "branched", "rule": "rejection", "q_state": q_state}
         _, _, drafts, _, _ = verify(proposing, num_k, **options)
         for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
             first = step.position + 1
@@ -226,7 +226,7 @@ def test_q_state_keeps_the_law_as_it_was_sampled(dtype):
     for step in steps:
         step.temperature, step.top_k, step.top_p, step.min_p, step.logits = 0.7, 5, 0.95, 0.01, step.logits[:4]
     q_state = QState.empty(len(steps), 3, VOCAB, dtype, torch.device("cpu"))
-    verify(steps, 3, branched=False, mode="rejection", q_state=q_state)
+    verify(steps, 3, branched=False, rule="rejection", q_state=q_state)
     for b, step in enumerate(steps):
         for j in range(3):
             law = torch.tensor(law_in_python(step.logits[1 + j], step), dtype=torch.float64)
@@ -244,12 +244,12 @@ def test_a_request_without_rows_keeps_its_drafts_law():
     for step in steps:
         step.logits = step.logits[:3]
     q_state = QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu"))
-    verify(steps, 2, branched=False, mode="rejection", q_state=q_state)
+    verify(steps, 2, branched=False, rule="rejection", q_state=q_state)
     before = [x.clone() for x in (q_state.logits, q_state.cut, q_state.log_norm)]
     steps[1].logits = steps[1].logits[:0]
     for step in steps:
         step.logits = step.logits * -1
-    results = verify(steps, 2, branched=False, mode="rejection", q_state=q_state)
+    results = verify(steps, 2, branched=False, rule="rejection", q_state=q_state)
     assert [x[1] for x in results] == [0, [-1, -1, -1], [-1, -1], 0, 0]
     for old, new in zip(before, (q_state.logits, q_state.cut, q_state.log_norm), strict=True):
         assert torch.equal(new[1], old[1])
@@ -268,7 +268,7 @@ def test_rejection_logit_bias_is_part_of_p_and_q():
     results, states = [], []
     for chosen, options in ((steps, {"logit_bias": bias}), (biased, {})):
         states.append(QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu")))
-        results.append(verify(chosen, 2, branched=True, mode="rejection", q_state=states[-1], **options))
+        results.append(verify(chosen, 2, branched=True, rule="rejection", q_state=states[-1], **options))
     assert results[0] == results[1]
     assert torch.equal(states[0].logits, states[1].logits)
     match = [verify(c, 2, branched=True, **o) for c, o in ((steps, {"logit_bias": bias}), (biased, {}))]
@@ -284,9 +284,9 @@ def plain_law(q_state: QState, logits: Tensor) -> None:
     q_state.log_norm[0] = allowed.logsumexp(-1)
 
 
-@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("bad", [-1, VOCAB, 2**40, -(2**40)])
-def test_bad_draft_ids(mode, bad):
+def test_bad_draft_ids(rule, bad):
     """A draft id out of range is refused and flagged; its token is the sample of p, and earlier drafts stand."""
     (step, *_) = rejection_steps(1, "branched", 3)
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
@@ -294,18 +294,18 @@ def test_bad_draft_ids(mode, bad):
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts = [y[0], bad, y[2]]
     q_state = None
-    if mode == "rejection":
+    if rule == "rejection":
         q_state = QState.empty(1, 3, VOCAB, torch.float32, torch.device("cpu"))
         q = step.logits[:3].clone()  # q = p: a draft that p can give is accepted
         q[1, y[1]] += 20.0  # but the residual of the bad one would never give the sample of p
         plain_law(q_state, q)
-    a, tokens, _, next_n, status = verify([step], 3, branched=True, mode=mode, q_state=q_state)
+    a, tokens, _, next_n, status = verify([step], 3, branched=True, rule=rule, q_state=q_state)
     assert (a, tokens, next_n, status) == ([1], [[y[0], y[1], -1, -1]], [3], [STATUS_BAD_DRAFT])
 
 
-@pytest.mark.parametrize("mode", ["match", "rejection"])
+@pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("forbidden", [MASK_ID, ID_LIMIT, VOCAB - 1])
-def test_forbidden_drafts_are_never_accepted(mode, forbidden):
+def test_forbidden_drafts_are_never_accepted(rule, forbidden):
     """An id beyond the tokenizer or MASK has p = 0. With q = p the residual is empty: the token is a sample of p."""
     for seed in range(5):
         (step, *_) = rejection_steps(seed, "chain", 1)
@@ -313,11 +313,11 @@ def test_forbidden_drafts_are_never_accepted(mode, forbidden):
         step.drafts = [forbidden]
         step.logits[:, forbidden] = 40.0
         q_state = None
-        if mode == "rejection":
+        if rule == "rejection":
             q_state = QState.empty(1, 1, VOCAB, torch.float32, torch.device("cpu"))
             plain_law(q_state, step.logits[:1])
         y = step.sampled(0, step.position + 1, id_limit=ID_LIMIT, mask_id=MASK_ID)
-        a, tokens, *_ = verify([step], 1, branched=False, mode=mode, q_state=q_state)
+        a, tokens, *_ = verify([step], 1, branched=False, rule=rule, q_state=q_state)
         assert (a, tokens) == ([0], [[y, -1]])
 
 
@@ -356,7 +356,7 @@ def test_status_covers_the_rows_that_are_used():
         assert (clean[0], clean[4]) == ([1], [0])
         step.logits[row, 0] = NAN
         status = torch.tensor([32], dtype=torch.int32)
-        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, branched=True, mode="match", status=status)
+        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, branched=True, rule="match", status=status)
         used = row < 3 or row in (5, 6)
         assert status.tolist() == [32 + (STATUS_NAN if used else 0)], f"row {row}"
 
@@ -394,5 +394,5 @@ def test_greedy_rejection_equals_greedy_match():
         q_state = QState.empty(len(steps), 3, VOCAB, torch.float32, torch.device("cpu"))
         for b, step in enumerate(steps):
             q_state.logits[b] = torch.nn.functional.one_hot(torch.tensor(step.drafts), VOCAB)
-        rejection = verify(steps, 3, branched=True, mode="rejection", q_state=q_state)
+        rejection = verify(steps, 3, branched=True, rule="rejection", q_state=q_state)
         assert rejection == verify(steps, 3, branched=True)

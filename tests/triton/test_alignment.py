@@ -90,7 +90,7 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "attention": _attention,
     "attention, tail_mask": lambda: _attention(tail="random"),
     "sample_rows": lambda: (sampling.sample_rows, arguments("sample_rows", "full")),
-    "match": lambda: (sampling.verify_accept, {**arguments("verify_accept", "full"), "mode": "match", "q_state": None}),
+    "match": lambda: (sampling.verify_accept, {**arguments("verify_accept", "full"), "rule": "match", "q_state": None}),
     "rejection": _rejection,
     "rerank_drafts": _rerank,
     "advance": lambda: (state.advance, arguments("advance", "")),

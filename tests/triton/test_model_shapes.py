@@ -226,7 +226,7 @@ def test_verify_accept(vocab_size: int) -> None:
     """Steps of four requests; then every committed token of the last one again from its row alone, by an AR step."""
     chain = confident_chain(vocab_size, 4)
     for _ in range(3):
-        arguments = {**chain.arguments(), "mode": "match"}
+        arguments = {**chain.arguments(), "rule": "match"}
         result = compare_steps(sampling, arguments)
         chain.follow(arguments, result, chain.q)
     num_accepted, tokens, _, _ = result

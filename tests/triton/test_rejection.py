@@ -1,4 +1,4 @@
-"""verify_accept in mode `rejection` on backend `triton`: ids, laws and status of the references.
+"""verify_accept in rule `rejection` on backend `triton`: ids, laws and status of the references.
 
 Both sides see the same noise and laws that differ by rounding, so only a near-tie could tell them apart, and the fixed
 seeds here hold none.
@@ -73,7 +73,7 @@ class Chain:
             "positions": self.positions,
             **self.options,
             "branched": self.branched,
-            "mode": "rejection",
+            "rule": "rejection",
         }
 
     def follow(self, arguments: dict[str, Any], result: tuple[Tensor, ...], q: QState) -> None:
@@ -249,7 +249,7 @@ def test_law_of_emitted_tokens() -> None:
         position,
         **common,
         branched=False,
-        mode="rejection",
+        rule="rejection",
         q_state=state,
     )
     counts = tokens[:, 0].bincount(minlength=vocab).double()

@@ -228,7 +228,7 @@ def step_of(
         "id_limit": vocab_size - 2,
         "mask_id": 7,
         "branched": branched,
-        "mode": "match",
+        "rule": "match",
     }
     for b in range(batch):
         n = int(num_drafts[b])
