@@ -5,8 +5,9 @@
 
 For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
 of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
-conflict-free count; warp instructions; registers, spills and shared memory from ptxas. Some minutes. --write records
-all of it in bench/budgets/triton.json, which a test holds.
+conflict-free count; warp instructions; registers, spills and shared memory from ptxas; how many CTAs fit on an SM,
+how many groups of copies may be under way at the wait of each main loop, and whether ptxas serialises wgmma. Some
+minutes. --write records all of it in bench/budgets/triton.json, which a test holds.
 
 Limits: softgpu knows no time, no caches and nothing of what ptxas makes of the PTX; the registers are those of ptxas.
 """
@@ -29,7 +30,7 @@ import triton
 from torch import Tensor
 
 from bench import native_gemm
-from bench.ptx import Launch, recorded_launches, resources
+from bench.ptx import Launch, copies_in_flight, ctas_per_sm, recorded_launches, resources
 from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
 from python_ref import QState
 
@@ -253,6 +254,9 @@ def _entry(case: Case, launch: Launch, is_main: bool) -> dict[str, Any]:
         "registers": used.registers,
         "spill_bytes": used.spill_bytes,
         "shared_bytes": launch.shared_bytes,
+        "ctas_per_sm": ctas_per_sm(launch.ptx, used.registers, launch.shared_bytes),
+        "copies_in_flight": copies_in_flight(launch.ptx),
+        "serialised": used.serialised,
         "read_kb": round(c["global_load_bytes"] / 1e3, 1),
         "written_kb": round(c["global_store_bytes"] / 1e3, 1),
         "load_efficiency": c["global_load_efficiency"],

@@ -65,13 +65,15 @@ def recorded_launches(softgpu: ModuleType) -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers, bytes of spill stores and loads, bytes of stack; and how many instructions of the
-    innermost loops around matrix instructions are spills."""
+    """Of one thread: registers, bytes of spill stores and loads, bytes of stack; how many instructions of the innermost
+    loops around matrix instructions are spills; of how many functions ptxas says that it makes wgmma wait for every
+    single product (C7508, C7510, C7515)."""
 
     registers: int
     spill_bytes: int
     stack_bytes: int
     spills_in_loops: int
+    serialised: int
 
 
 def resources(ptx: str) -> Resources:
@@ -88,7 +90,8 @@ def resources(ptx: str) -> Resources:
             "-o",
             f"{source}.cubin",
         ]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        report = result.stdout + result.stderr
         disassemble = [str(Path(get_ptxas(90).path).with_name("nvdisasm")), "-c", f"{source}.cubin"]
         sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
 
@@ -96,28 +99,59 @@ def resources(ptx: str) -> Resources:
         return sum(int(found) for found in re.findall(pattern, report))
 
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    in_loops = sum(bool(re.search(r"\b(LDL|STL)", i)) for loop in _sass_loops(sass) for i in loop)
     return Resources(
-        number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack frame"), _spills_in_loops(sass)
+        number(r"Used (\d+) registers"),
+        spills,
+        number(r"(\d+) bytes stack frame"),
+        in_loops,
+        len(re.findall(r"C7508|C7510|C7515", report)),
     )
 
 
-def _spills_in_loops(sass: str) -> int:
-    """Spills among the instructions of the innermost loops that hold a matrix instruction."""
+def ctas_per_sm(ptx: str, registers: int, shared_bytes: int) -> int:
+    """How many CTAs of a kernel an SM of an H100 holds at once: 64 warps, 65536 registers, 228 KB of shared memory, of
+    which each CTA takes 1 KB more than it asks for."""
+    threads = re.search(r"\.reqntid\s+(\d+)", ptx)
+    assert threads is not None, "the kernel does not say how many threads it has"
+    warps = int(threads[1]) // 32
+    registers_per_warp = -(-registers // 8) * 8 * 32
+    return min(64 // warps, 65536 // registers_per_warp // warps, 228 * 1024 // (shared_bytes + 1024), 32)
+
+
+def copies_in_flight(ptx: str) -> list[int]:
+    """Of each innermost loop around matrix instructions: how many groups of cp.async may still be under way where it
+    waits for the operands of a product. 0 says that loads and products take turns."""
+    waits = [re.findall(r"cp\.async\.wait_group\s+(\d+)", "\n".join(loop)) for loop in _ptx_loops(ptx)]
+    return [min(map(int, found)) for found in waits if found]
+
+
+def _ptx_loops(ptx: str) -> list[list[str]]:
+    return _matrix_loops(ptx, r"\s*(\$L\w+):", r"\s*([@a-z].*?);", r"\bbra\S*\s+(\$L\w+)", "wgmma.mma")
+
+
+def _sass_loops(sass: str) -> list[list[str]]:
+    instruction = r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);"
+    return _matrix_loops(sass, r"\s*(\.L_\w+):", instruction, r"\bBRA\S*\s.*`\((\.L_\w+)\)", "HGMMA")
+
+
+def _matrix_loops(text: str, label: str, instruction: str, jump: str, matrix: str) -> list[list[str]]:
+    """The instructions of the innermost loops that hold a matrix instruction; patterns of the assembly language."""
     code: list[str] = []
     labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
+    for line in text.splitlines():
+        if found := re.match(label, line):
+            labels[found[1]] = len(code)
+        elif found := re.match(instruction, line):
+            code.append(found[1])
     loops = []
-    for end, instruction in enumerate(code):
-        jump = re.search(r"\bBRA\S*\s.*`\((\.L_\w+)\)", instruction)
-        if jump and labels.get(jump[1], end + 1) <= end:
-            loops.append((labels[jump[1]], end))
-    loops = [(a, b) for a, b in loops if any("HGMMA" in i for i in code[a : b + 1])]
+    for end, line in enumerate(code):
+        target = re.search(jump, line)
+        if target and labels.get(target[1], end + 1) <= end:
+            loops.append((labels[target[1]], end))
+    loops = [(a, b) for a, b in loops if any(matrix in i for i in code[a : b + 1])]
     innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    return sum(bool(re.search(r"\b(LDL|STL)", i)) for a, b in innermost for i in code[a : b + 1])
+    return [code[a : b + 1] for a, b in innermost]
 
 
 def opcodes(ptx: str, prefix: str) -> set[str]:

@@ -138,6 +138,7 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         query_start_loc=query_start_loc,
         tail_mask=tail_mask if plan.branched else None,
         max_query_len=plan.max_rows,
+        has_masks=plan.num_drafts > 0,
     )
 
 
@@ -171,4 +172,5 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
         query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
         tail_mask=None,
         max_query_len=max(counts),
+        has_masks=num_masks > 0,
     )

@@ -185,6 +185,7 @@ class Scorer:
             query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
             tail_mask=None,
             max_query_len=max(counts),
+            has_masks=False,
         )
 
     def _greedy(self, logits: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Rows:
 
     ids int64 [T]; is_mask bool [T]; positions int64 [T]; slot_mapping int64 [T] (-1: nothing is written);
     page_table int32 [B, max_pages]; seq_lens int32 [B], these rows included; query_start_loc int32 [B + 1];
-    tail_mask int64 [T] or None for plain causal rows; max_query_len: the most rows of one request.
+    tail_mask int64 [T] or None for plain causal rows; max_query_len: the most rows of one request;
+    has_masks: False where the caller knows, without a look at is_mask, that none is True: the adapter is left out.
     """
 
     ids: Tensor
@@ -44,6 +45,7 @@ class Rows:
     query_start_loc: Tensor
     tail_mask: Tensor | None
     max_query_len: int
+    has_masks: bool = True
 
 
 class KVCache:
@@ -75,15 +77,16 @@ class Projection:
     lora: tuple[Tensor, Tensor] | None  # A [S * r, K], B [N, r]
     scale: float
 
-    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
-        if self.lora is None:
+    def __call__(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """gate bool [T]: the rows that take the adapter; None: none does."""
+        if self.lora is None or gate is None:
             return ops.linear(x, self.weight, bias=self.bias)
         a, b = self.lora
         return ops.gated_lora_linear(x, self.weight, a, b, gate, self.scale, bias=self.bias, slices=self.widths)
 
-    def silu_and_mul(self, x: Tensor, gate: Tensor) -> Tensor:
+    def silu_and_mul(self, x: Tensor, gate: Tensor | None) -> Tensor:
         """The gated activation of this layer's result (gate and up, packed side by side)."""
-        if self.lora is None:
+        if self.lora is None or gate is None:
             return ops.linear_silu_and_mul(x, self.weight, bias=self.bias)
         a, b = self.lora
         return ops.linear_silu_and_mul(
@@ -301,9 +304,9 @@ class Transformer:
                 x = torch.where(rows.is_mask.unsqueeze(1), self.mask_embedding, x)
             return self.stack.forward(x, rows, cache, logits_rows)
         assert isinstance(cache, KVCache)
-        eps, gate = self.config.rms_norm_eps, rows.is_mask
+        eps, gate = self.config.rms_norm_eps, rows.is_mask if rows.has_masks else None
         residual = ops.embed(
-            rows.ids, self.embedding, is_mask=gate, mask_embedding=self.mask_embedding, dtype=self.dtype
+            rows.ids, self.embedding, is_mask=rows.is_mask, mask_embedding=self.mask_embedding, dtype=self.dtype
         )
         x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
         for i, layer in enumerate(self.layers):
@@ -335,8 +338,9 @@ class Transformer:
             next_norm = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.norm
             x = ops.rms_norm(x, next_norm, eps, residual=residual)
         if logits_rows is not None:
-            x, gate = x[logits_rows], gate[logits_rows]
-        if self.has_adapter:  # whose finite weights may still overflow: that spoils a proposal and nothing else
+            x, gate = x[logits_rows], None if gate is None else gate[logits_rows]
+        # Finite weights of an adapter may still overflow: that spoils a proposal and nothing else.
+        if self.has_adapter and gate is not None:
             x = torch.where(gate.unsqueeze(1), x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
         return ops.linear(x, self.head), x
 

@@ -16,7 +16,7 @@ from idlm_kernels.triton.attention_kernel import PagedCache, Rows, Shape, _atten
 from idlm_kernels.triton.common import launch, next_power_of_2
 
 kChunk = 256  # slots; frozen: it decides the bits
-kTargetCtas = 264  # 2 on each of the 132 SMs of an H100, as many as fit with 3 stages of K and V at head_dim 128
+kTargetCtas = 264  # 2 on each of the 132 SMs of an H100, as many as registers admit up to head_dim 128
 kMinLargeCtas = 66  # prefill chunks that leave at least half of the SMs a tile of 128 packed rows take such tiles
 kMaxWorkspaceBytes = 256 << 20
 kMaxSlots = 2**31 - 2 * kChunk  # of a request: ends of chunks are 32-bit numbers
@@ -33,12 +33,17 @@ class AttentionConfig:
 
 
 def attention_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """The tiles decide the bits of a row, so nothing else may enter here. Chosen for no spills at 255 registers."""
+    """The tiles decide the bits of a row, so nothing else may enter here. Chosen for no spills in loops.
+
+    The stages change no bit. Triton spends some on the page index, whose load feeds those of K and V: with 3 or 4 a
+    tile is waited for as soon as it is requested, 5 leave one further tile under way at the wait, 7 two. Counted in
+    the PTX (`copies_in_flight` in bench/budgets/triton.json), not timed. The shared memory of 7 costs no CTA on an SM.
+    """
     if dtype == torch.float32:
         return AttentionConfig(block_m=16, block_kv=32, num_stages=2, num_warps=4)
     if head_dim <= 64:
-        return AttentionConfig(block_m=64, block_kv=64, num_stages=3, num_warps=4)
-    return AttentionConfig(block_m=64, block_kv=32, num_stages=4, num_warps=4 if head_dim <= 128 else 8)
+        return AttentionConfig(block_m=64, block_kv=64, num_stages=7, num_warps=4)
+    return AttentionConfig(block_m=64, block_kv=32, num_stages=7, num_warps=4 if head_dim <= 128 else 8)
 
 
 def large_tiles(config: AttentionConfig) -> AttentionConfig | None:

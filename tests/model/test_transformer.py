@@ -204,6 +204,29 @@ def test_an_adapter_moves_mask_rows_only(dtype: torch.dtype, tmp_path: Path) -> 
     assert drafted[1:3] != drafted[4:6], "the adapter must change what MASK rows draft"
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_rows_without_masks_leave_the_adapter_out(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would change no bit, and costs launches."""
+    from idlm_kernels import ops, use_backend
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("no row takes the adapter")
+
+    checkpoint = MemoryCheckpoint(tiny_config())
+    monkeypatch.setattr(Transformer, "_cpu_stack", lambda *_: None)
+    adapter = load_adapter(write_adapter(tmp_path / "a", checkpoint.config), checkpoint.config)
+    rows = prefill_rows(tiny_state([[3, 1, 4, 1, 5]], 8), [0], [5], 0, 8)
+    assert not rows.has_masks
+    with use_backend(backend):
+        model = Transformer(checkpoint, dtype=torch.float32, adapter=adapter)  # type: ignore[arg-type]
+        want, _ = model.forward(dataclasses.replace(rows, has_masks=True), model.new_cache(8, 8))
+        monkeypatch.setattr(ops, "gated_lora_linear", refused)
+        got, _ = model.forward(rows, model.new_cache(8, 8))
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
 MIXED = {"k_proj": 7, "q_proj": 1, "up_proj": 2, "down_proj": 5}
 
 

@@ -132,8 +132,8 @@ def test_large_tiles_are_for_prefill_of_a_full_machine(monkeypatch: pytest.Monke
 def check_meeting(module: ModuleType, is_together: bool) -> None:
     """The CTAs of a tile meet to fold its chunks, launch after launch: side by side, or, where not all fit on the
     machine at once or the interpreter runs one after the other, without waiting."""
-    call = attend([600, 300, 90], [7, 4, 1]) if is_together else attend([600] * 450, [1] * 450, heads=(1, 1, 64))
-    words = torch.zeros(450, dtype=torch.int64)
+    call = attend([600, 300, 90], [7, 4, 1]) if is_together else attend([600] * 250, [1] * 250, heads=(1, 1, 64))
+    words = torch.zeros(250, dtype=torch.int64)
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "semaphores", lambda *_: words)
@@ -142,7 +142,7 @@ def check_meeting(module: ModuleType, is_together: bool) -> None:
         assert (used & ((1 << 48) - 1) == 0).all(), "counts are left behind"
         took_part = used >> 48 & 1
         assert took_part.all() if is_together and not INTERPRETED else not took_part.all()
-    assert (used >> 49 == 2).all() and used.numel() == (4 if is_together else 450)
+    assert (used >> 49 == 2).all() and used.numel() == (4 if is_together else 250)
 
 
 def test_ctas_of_a_tile_meet() -> None:

@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and bytes of every kernel stay within bench/budgets/triton.json.
+"""Registers, spills, shared memory, CTAs on an SM, copies under way and bytes stay within bench/budgets/triton.json.
 
 `python -m bench.counters --write` records new ones; a change of them is seen in the diff.
 """
@@ -27,6 +27,10 @@ def test_counters_stay_within_the_budget(softgpu: ModuleType) -> None:
         assert entry["spill_bytes"] == 0, what
         assert entry["registers"] <= (budget["registers"] if same_compiler else 255), what
         assert entry["shared_bytes"] <= (budget["shared_bytes"] if same_compiler else 227 * 1024), what
+        if same_compiler:
+            assert entry["ctas_per_sm"] >= budget["ctas_per_sm"], what
+            assert entry["copies_in_flight"] == budget["copies_in_flight"], what
+            assert entry["serialised"] <= budget["serialised"], what
         # CTAs that wait for one another read a word as often as it takes; compilers differ in how many lanes read one.
         assert entry["read_kb"] <= (1.001 if same_compiler else 1.05) * budget["read_kb"], what
         assert entry["written_kb"] <= budget["written_kb"], what

@@ -60,14 +60,14 @@ def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("context", [5, 300], ids=["one KV chunk", "two KV chunks"])
-@pytest.mark.parametrize("with_adapter, most", [(False, 8), (True, 12)])
-def test_launches_of_a_layer(with_adapter: bool, most: int, context: int, softgpu: ModuleType) -> None:
-    """Per layer of a decode step."""
+@pytest.mark.parametrize("plan, with_adapter, most", [("chain", False, 8), ("chain", True, 12), ("ar", True, 8)])
+def test_launches_of_a_layer(plan: Any, with_adapter: bool, most: int, context: int, softgpu: ModuleType) -> None:
+    """Per layer of a decode step. Without MASK rows there is nothing for an adapter to do."""
     counts = []
     for num_layers in (1, 2):
         generator = tiny_generator(torch.bfloat16, with_adapter, num_layers=num_layers, max_position_embeddings=512)
         with idlm_kernels.use_backend("triton"), recorded_launches(softgpu) as launches:
-            generator.generate([[7] * context], SamplingParams(max_tokens=1), plan="chain", stride=2)
+            generator.generate([[7] * context], SamplingParams(max_tokens=1), plan=plan, stride=2)
         counts.append(len(launches))
     assert counts[1] - counts[0] == most
 
