@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -129,6 +130,12 @@ def test_an_event_tells_what_of_its_text_was_drafted(folder: Path) -> None:
     assert [(e.text, e.num_drafted, e.drafted_chars) for e in events] == [("ab☀c", 4, 2), ("d", 1, 1), ("xqr", 2, 3)]
 
 
+def _become_foreground() -> None:
+    """In the new process: the terminal's Ctrl-C is a signal, which a run of the tests in the background ignores."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """The command in a terminal of its own."""
 
@@ -142,7 +149,7 @@ class Terminal:
             **streams,
             env={**environment, "TERM": "xterm", **settings},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal whose Ctrl-C is a signal
+            preexec_fn=_become_foreground,
         )
         os.close(theirs)
         self._fd, self.shown = ours, ""
