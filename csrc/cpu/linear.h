@@ -24,22 +24,21 @@ constexpr int kMostRows = 6;
 constexpr int kMostRows = 4;
 #endif
 
-// The activations of the rows of one tile, and what it fetches for the groups after: so many lines with every block.
+// The activations of the rows of one tile.
 struct RowTile {
   const float* x;   // [rows][k]
   const int8_t* q;  // [k / 32][rows of bytes][32]
   const float *d, *sum;  // [k / 32][rows of bytes]
   const int32_t* offset;
-  mutable const uint8_t* next;
-  int lines;
-  bool near;  // into the nearest cache: where no other tile needs what is there
-  IDLM_INLINE void fetch(const RowTile& a) {
-    if (a.near)
-      for (int i = 0; i < a.lines; i++, a.next += 64) __builtin_prefetch(a.next);
-    else
-      for (int i = 0; i < a.lines; i++, a.next += 64) __builtin_prefetch(a.next, 0, 2);
-  }
+  bool fetches;  // the weights that follow; the first tile does, for all of them
 };
+
+constexpr int kAhead = 10240;  // bytes from what is computed to what is fetched: less than the nearest cache, more than memory takes
+template <int Lines>
+IDLM_INLINE void fetch(const uint8_t* at) {
+#pragma GCC unroll 32
+  for (int i = 0; i < Lines; i++) __builtin_prefetch(at + kAhead + 64 * i);
+}
 
 IDLM_INLINE int32_t word_at(const void* p) {
   int32_t word;
@@ -62,7 +61,8 @@ void dense_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a,
   F c[G][R] = {};
   for (int64_t i = 0; i < k; i++) {
     F v[G];
-    if (i % kBlock == 0) RowTile::fetch(a);
+    if (i % kBlock == 0 && a.fetches)
+      for (int g = 0; g < G; g++) fetch<Kind == IDLM_CPU_F32 ? 32 : 16>(w + g * group + i * (Kind == IDLM_CPU_F32 ? 64 : 32));
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) v[g] = load_weight<Kind>(w + g * group, i * kLanes);
 #pragma GCC unroll 12
@@ -108,7 +108,14 @@ void q4_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a, F*
   const float *d = a.d, *sum = a.sum;
   for (int64_t b = 0; b < k / kBlock; b++, w += kQ4Pair, scales += kQ4Pair / 2, q += R * kBlock, d += R, sum += R) {
     S sums;
-    RowTile::fetch(a);
+    if (a.fetches) {
+      if (G == 2) {
+        fetch<10>(w);
+      } else {
+        fetch<4>(w);
+        fetch<1>((const uint8_t*)scales);
+      }
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {  // 8 of the 32 k
 #pragma GCC unroll 2
@@ -153,7 +160,14 @@ void q8_tile(const uint8_t* pair, int64_t first, int64_t k, const RowTile& a, F*
   const float* d = a.d;
   const int32_t* offset = a.offset;
   for (int64_t b = 0; b < k / kBlock; b++, w += kQ8Pair, scales += kQ8Pair / 2, q += R * kBlock, d += R, offset += R) {
-    RowTile::fetch(a);
+    if (a.fetches) {
+      if (G == 2) {
+        fetch<17>(w);
+      } else {
+        fetch<8>(w);
+        fetch<1>((const uint8_t*)scales);
+      }
+    }
     const Sums<R, G> sums = q8_block<R, G>(w, q, kBlock);
 #pragma GCC unroll 2
     for (int g = 0; g < G; g++) {
@@ -250,21 +264,17 @@ template <class Write>
 IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_linear& w, Low low, int first, int last, Write write) {
   const int64_t size = group_bytes(w.kind, w.k), blocks = w.k / kBlock;
   const uint8_t* weight = (const uint8_t*)w.weight;
-  const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2, groups = (w.n + kLanes - 1) / kLanes;
+  const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2;
   const bool in_bytes = is_quantised(w.kind);
-  constexpr int kNear = 2;  // groups that the first tile leaves in the nearest cache for the next
+  constexpr int kNear = 2;  // groups that the first tile leaves in the nearest cache for the others
   for (int near = first; near < last; near += kNear) {
     const int end = near + kNear < last ? near + kNear : last;
     for (const Tile& tile : plan.tiles) {
       const int count = in_bytes ? tile.bytes : tile.count, at_once = groups_for(count);
       const int64_t at = tile.first_byte * blocks;
-      RowTile a = {job.in.x + tile.first * (int64_t)w.k, job.in.q + at * kBlock, job.in.d + at, job.in.sum + at, job.in.offset + at, nullptr, 0, plan.tiles.size() == 1};
+      RowTile a = {job.in.x + tile.first * (int64_t)w.k, job.in.q + at * kBlock, job.in.d + at, job.in.sum + at, job.in.offset + at, &tile == plan.tiles.data()};
       for (int g = near; g < end;) {
         const int together = g % 2 == 0 && end - g >= at_once ? at_once : 1;
-        // The groups that follow these, a part by each tile: memory is read while all of them compute.
-        const int64_t part = together * size / (int64_t)plan.tiles.size();
-        a.next = weight + (g + kNear) * size + part * (&tile - plan.tiles.data());
-        a.lines = g + kNear < groups ? (int)(part / 64 * kBlock / w.k + 1) : 0;
         F found[kMostRows];
         tile_for(w.kind, count, together)(weight + g / 2 * 2 * size, g % 2, w.k, a, found);
         for (int j = 0; j < together; j++, g++) {
