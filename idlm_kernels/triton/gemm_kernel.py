@@ -95,13 +95,16 @@ def _multiply(
     accumulator,  # [BLOCK_N, BLOCK_T]
     second,  # the same for the next BLOCK_T rows, with ROW_TILES == 2
     tile,
-    first_block,
-    last_block,
+    split,
     shape: tl.constexpr,
 ):
-    """accumulator += W x^T over the K blocks first_block .. last_block - 1, in this order."""
-    for block in tl.range(first_block, last_block, num_stages=shape.NUM_STAGES):
-        k = block * shape.BLOCK_K + tl.arange(0, shape.BLOCK_K)[None, :]
+    """accumulator += W x^T over the K blocks of a split, in their order.
+
+    All splits run the same number of blocks, which the compiler knows; those beyond K add 0. With a count that is known
+    only at run time ptxas serialises the products (C7515)."""
+    first = split * (shape.BLOCKS_PER_SPLIT * shape.BLOCK_K)
+    for block in tl.range(0, shape.BLOCKS_PER_SPLIT, num_stages=shape.NUM_STAGES):
+        k = first + block * shape.BLOCK_K + tl.arange(0, shape.BLOCK_K)[None, :]
         has_k = k < shape.K
         w = tl.load(tile.pW + k, mask=tile.has_n & has_k, other=0.0)
         x = tl.load(tile.pX + k, mask=tile.has_t & has_k, other=0.0)
@@ -236,7 +239,6 @@ def _linear_kernel(
     ROW_TILES: tl.constexpr = shape.ROW_TILES
     SPLITS: tl.constexpr = shape.SPLITS
     PARTS_N: tl.constexpr = shape.PARTS_N
-    NUM_BLOCKS: tl.constexpr = (shape.K + shape.BLOCK_K - 1) // shape.BLOCK_K
     # Row tiles of one weight tile follow each other, so that they find it in L2.
     row_groups = tl.cdiv(num_rows, BLOCK_T * ROW_TILES)
     tile = tl.program_id(0)
@@ -267,15 +269,11 @@ def _linear_kernel(
 
     zeros = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     split = tl.program_id(1)
-    begin = split * shape.BLOCKS_PER_SPLIT
-    end = tl.minimum((split + 1) * shape.BLOCKS_PER_SPLIT, NUM_BLOCKS)
-    sums, sums2 = _multiply(zeros, zeros, read, begin, end, shape)
+    sums, sums2 = _multiply(zeros, zeros, read, split, shape)
     if SPLITS > 1:
         if shape.IN_ONE_CTA:
             for later in range(1, SPLITS):
-                begin_later = later * shape.BLOCKS_PER_SPLIT
-                end_later = tl.minimum((later + 1) * shape.BLOCKS_PER_SPLIT, NUM_BLOCKS)
-                part, part2 = _multiply(zeros, zeros, read, begin_later, end_later, shape)
+                part, part2 = _multiply(zeros, zeros, read, later, shape)
                 sums += part
                 sums2 += part2
         else:
