@@ -33,7 +33,7 @@ class Rows:
     ids int64 [T]; is_mask bool [T]; positions int64 [T]; slot_mapping int64 [T] (-1: nothing is written);
     page_table int32 [B, max_pages]; seq_lens int32 [B], these rows included; query_start_loc int32 [B + 1];
     tail_mask int64 [T] or None for plain causal rows; max_query_len: the most rows of one request;
-    has_masks: False where the caller knows, without a look at is_mask, that none is True: the adapter is left out.
+    has_masks: False promises, without a look at is_mask, that none is True: the adapter is left out.
     """
 
     ids: Tensor

@@ -137,7 +137,7 @@ def test_rows_that_see_what_their_masks_say(page_size: int, isa: str, monkeypatc
     masks = [sum(1 << j for j in range(64) if row[j]) for row in sees.tolist()]
     tail_mask = torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks])
     is_mask = torch.rand(64, generator=random) > 0.5
-    rows = dataclasses.replace(rows, tail_mask=tail_mask, is_mask=is_mask)
+    rows = dataclasses.replace(rows, tail_mask=tail_mask, is_mask=is_mask, has_masks=True)
     got = []
     for model in (fast, slow):
         cache = model.new_cache(64, page_size)
@@ -603,7 +603,7 @@ def test_greedy_verification(branched: bool, ties: bool, isa: str) -> None:
         if ties:  # of several best ids the first one, and never the MASK id, which is as good
             problem["logits"] = problem["logits"].clamp(max=1.5)
             problem["mask_id"] = int(problem["logits"][2].argmax())
-        want = python_ref.verify_accept(**problem, branched=branched, mode="match")
+        want = python_ref.verify_accept(**problem, branched=branched, rule="match")
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
         got = step.verify_greedy(**{name: problem[name] for name in names}, branched=branched)
         assert got is not None

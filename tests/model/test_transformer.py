@@ -248,7 +248,7 @@ def test_adapter_rows_equal_a_merged_model(tmp_path: Path, ranks: dict[str, int]
     adapted = Transformer(checkpoint, dtype="fp32", adapter=adapter)  # type: ignore[arg-type]
     state = tiny_state([[7, 8, 9]], 1)
     rows = prefill_rows(state, [0], [3], 0, 8)
-    gated = dataclasses.replace(rows, is_mask=torch.ones(3, dtype=torch.bool))
+    gated = dataclasses.replace(rows, is_mask=torch.ones(3, dtype=torch.bool), has_masks=True)
     adapted.mask_embedding = None  # embed the ids, so that both models read the same input
     found, _ = adapted.forward(gated, adapted.new_cache(1, 8))
     plain = Transformer(merged, dtype="fp32")  # type: ignore[arg-type]
