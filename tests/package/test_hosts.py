@@ -307,7 +307,7 @@ def test_sglang_verify_takes_the_rows_that_a_request_uses(branched: bool) -> Non
     one = torch.ones(3)
     sampling = {"temperature": 0 * one, "top_k": torch.zeros(3).int(), "top_p": one, "min_p": 0 * one}
     sampling["seed"] = torch.zeros(3, dtype=torch.int64)
-    how = {"id_limit": 61, "mask_id": -1, "branched": branched, "mode": "match", "num_k": num_k}
+    how = {"id_limit": 61, "mask_id": -1, "branched": branched, "rule": "match", "num_k": num_k}
     accepted, tokens, drafts, count = sglang.verify(logits, ids, num_drafts, torch.tensor([4, 9, 2]), sampling, **how)
     assert accepted.tolist() == [2, 0, 1]
     assert tokens.tolist() == [best[0, :3].tolist(), [int(best[1, 0]), -1, -1], [*best[2, :2].tolist(), -1]]
