@@ -134,7 +134,7 @@ def test_peft_computes_the_same(tmp_path: Path) -> None:
     with use_backend("torch"):
         paged = exported(tmp_path, checkpoint, trainee)
         rows = prefill_rows(tiny_state([[0] * count], 8), [0], [count], 0, 16)
-        rows.is_mask.fill_(True)
+        rows = dataclasses.replace(rows, is_mask=torch.ones(count, dtype=torch.bool), has_masks=True)
         ours, _ = paged.forward(rows, paged.new_cache(8, 16))
     base = transformers_llama(checkpoint)  # type: ignore[arg-type]
     embeds = trainee.lora.mask_embedding.detach().expand(1, count, -1)
