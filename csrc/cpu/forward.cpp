@@ -198,7 +198,6 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   const int attended_at_once = std::max(1, ceil_div(attention.size(), Pool::kMostUnits));
 
   const int all_heads = m.heads + 2 * m.kv_heads;
-  const int per_unit = count <= 4 * threads ? 1 : count <= 16 * threads ? 4 : 8;  // rows
   const int o = groups_per_unit(m.hidden / 16, threads, 4), up = groups_per_unit(m.intermediate / 8, threads, 4);
   const int vocabulary_groups = ceil_div(m.head.n, 16), head = groups_per_unit(vocabulary_groups, threads, 4);
   const int masks = job.all.count - job.all.clean;
@@ -206,7 +205,7 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
   const auto add = [&](int64_t count, int each) { stages.push_back({ceil_div(count, each)}); };
   // At least one unit for each thread, if without rows: it fetches what the thread reads next.
   const auto add_input = [&](const idlm_cpu_linear& w) {
-    stages.push_back({std::max(ceil_div(count, per_unit), threads)});
+    stages.push_back({std::max((int)job.all.tiles.size(), threads)});
     stages.push_back({w.lora_a && masks ? w.parts * w.rank / low_ranks(w) : 0, true});
   };
   for (int l = 0; l < m.num_layers; l++) {
@@ -217,14 +216,16 @@ void run(const idlm_cpu_model& m, const idlm_cpu_cache& cache, const idlm_cpu_ro
     add_input(layer.gate_up), add(m.intermediate / 8, up);
     add_input(layer.down), add(m.hidden / 16, o);
   }
-  add(rows.num_logits, per_unit);
+  stages.push_back({(int)job.wanted.tiles.size()});
   add(rows.num_logits ? vocabulary_groups : 0, head);
 
   const auto run_unit = [&](int stage, int unit, int thread) {
     const int layer = stage / kPerLayer;
-    const int first = std::min(count, unit * per_unit), last = std::min(count, first + per_unit);
+    // Rows are normed and quantised a tile at a time: its rows lie interleaved, and two threads would share their lines.
+    const std::vector<Tile>& tiles = layer == m.num_layers ? job.wanted.tiles : job.all.tiles;
+    const int first = unit < (int)tiles.size() ? tiles[unit].first : 0, last = unit < (int)tiles.size() ? first + tiles[unit].count : 0;
     if (layer == m.num_layers) {
-      if (stage % kPerLayer == 0) return kernels.final_norm(job, unit * per_unit, std::min(rows.num_logits, (unit + 1) * per_unit));
+      if (stage % kPerLayer == 0) return kernels.final_norm(job, first, last);
       return kernels.head(job, unit * head, std::min(vocabulary_groups, (unit + 1) * head));
     }
     const idlm_cpu_layer& l = m.layers[layer];
