@@ -77,3 +77,9 @@ def _triton_modules() -> list[ModuleType]:
 def softgpu(run_on_device: None) -> ModuleType:
     """For tests that count, reschedule or read PTX."""
     return activate_triton()
+
+
+@pytest.fixture(autouse=True)
+def own_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault leaves words behind that no later launch may meet."""
+    monkeypatch.setattr("idlm_kernels._semaphores._words", {})
