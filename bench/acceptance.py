@@ -4,7 +4,7 @@
                                [--json] [--html FILE]
 
 (1) acceptance by draft index and domain, greedy, with and without re-ranking; (2) tokens per forward (TPF) of chain and
-branched plans, greedy and at T = 0.7, `match`: the output is the AR text whatever is drafted, so one forward over each
+quadratic plans, greedy and at T = 0.7, `match`: the output is the AR text whatever is drafted, so one forward over each
 AR text gives the drafts of every step of every plan, and the steps are walked; (3) --rejection: TPF of as many prompts
 decoded with `rule="rejection"`, whose text is another with every plan; (4) --speed: tokens/s of as many prompts in
 each plan, one prompt at a time, the plans taking turns. Figures of a CPU say nothing about a GPU. --html: a page that
@@ -150,10 +150,10 @@ def tpf_rows(found: Predictions) -> list[dict[str, Any]]:
         {
             "stride": stride,
             **{
-                f"{'branched' if branched else 'chain'}{' re-ranked' if again else ''}": found.tpf(
-                    branched=branched, reranked=again, stride=stride
+                f"{'quadratic' if quadratic else 'chain'}{' re-ranked' if again else ''}": found.tpf(
+                    quadratic=quadratic, reranked=again, stride=stride
                 )
-                for branched in (False, True)
+                for quadratic in (False, True)
                 for again in (False, True)
             },
         }
@@ -168,13 +168,13 @@ def curve(name: str, found: Predictions, again: bool) -> dict[str, Any]:
         "name": name,
         "acceptance": found.acceptance(reranked=again),
         "tpf": {
-            kind: {str(n): found.tpf(branched=branched, reranked=again, stride=n) for n in STRIDES}
-            for kind, branched in kinds.items()
+            kind: {str(n): found.tpf(quadratic=quadratic, reranked=again, stride=n) for n in STRIDES}
+            for kind, quadratic in kinds.items()
         },
         "committed": {
             kind: [steps.count(i) / len(steps) for i in range(1, 5)]
-            for kind, branched in kinds.items()
-            for steps in [found.steps(branched=branched, reranked=again, stride=4)]
+            for kind, quadratic in kinds.items()
+            for steps in [found.steps(quadratic=quadratic, reranked=again, stride=4)]
         },
     }
 

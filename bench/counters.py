@@ -32,7 +32,7 @@ from torch import Tensor
 from bench import native_gemm
 from bench.ptx import Launch, copies_in_flight, ctas_per_sm, recorded_launches, resources
 from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
-from python_ref import QState
+from python_ref import DraftDistributions
 
 BUDGET = Path(__file__).parent / "budgets" / "triton.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, slices: tup
     return Case(f"{kind} {name} rows={rows} rank={rank}", run, "linear", floor + n * rank * 2, model)
 
 
-def attention_case(batch: int, rows: int, context: int, branched: bool = False) -> Case:
+def attention_case(batch: int, rows: int, context: int, quadratic: bool = False) -> Case:
     page_size = 64
     pages = -(-(context + rows) // page_size)
     cache = [bf16(batch * pages, page_size, KV_HEADS, HEAD_DIM) for _ in range(2)]
@@ -98,7 +98,7 @@ def attention_case(batch: int, rows: int, context: int, branched: bool = False) 
     lengths = torch.full((batch,), context + rows, dtype=torch.int32)
     start = torch.arange(batch + 1, dtype=torch.int32) * rows
     q = bf16(batch * rows, HEADS, HEAD_DIM)
-    tail = torch.randint(0, 1 << rows, (batch * rows,)) if branched else None
+    tail = torch.randint(0, 1 << rows, (batch * rows,)) if quadratic else None
 
     def run() -> Tensor:
         return attention.strided_attention(q, *cache, table, lengths, start, max_query_len=rows, tail_mask=tail)
@@ -109,7 +109,7 @@ def attention_case(batch: int, rows: int, context: int, branched: bool = False) 
         block_m *= 2
     rows_per_tile = block_m * KV_HEADS // HEADS
     last_rows = [min(first + rows_per_tile, rows) for first in range(0, rows, rows_per_tile)]
-    seen = sum(context + (rows if branched else last) for last in last_rows)
+    seen = sum(context + (rows if quadratic else last) for last in last_rows)
     floor = batch * seen * KV_HEADS * HEAD_DIM * 2 * 2
     # q once per CTA that has a chunk; query_start_loc twice and seq_len once per lane of every CTA; the page of a slot
     # once per tile; the tail mask of a lane's two rows.
@@ -119,14 +119,14 @@ def attention_case(batch: int, rows: int, context: int, branched: bool = False) 
     )
     lanes = 2 * block_m
     model = batch * min(chunks, splits) * rows * HEADS * HEAD_DIM * 2
-    model += len(last_rows) * batch * KV_HEADS * splits * lanes * (12 + (16 if branched else 0))
+    model += len(last_rows) * batch * KV_HEADS * splits * lanes * (12 + (16 if quadratic else 0))
     model += batch * seen * KV_HEADS * 4
     if splits > 1:
         # Folding CTAs read the lengths again; of the chunks o once, m twice and t once per lane (a warp has one).
         model += len(last_rows) * batch * KV_HEADS * min(chunks, splits) * lanes * 12
         shares = triton.cdiv(rows * HEADS // KV_HEADS, 4 * lanes // HEAD_DIM)
         model += batch * chunks * (rows * HEADS * HEAD_DIM * 4 + KV_HEADS * shares * lanes * 12)
-    name = f"attention batch={batch} rows={rows} context={context}{' branched' if branched else ''}"
+    name = f"attention batch={batch} rows={rows} context={context}{' quadratic' if quadratic else ''}"
     return Case(name, run, "attention", floor, model)
 
 
@@ -152,9 +152,9 @@ def sampling_case(rows: int, top_p: float, spread: float = 3.0) -> Case:
 
 
 def rejection_case() -> Case:
-    """A branched step of one request that refuses its first draft: the residual reads p and q once each."""
+    """A quadratic step of one request that rejects its first draft: the residual reads p and q once each."""
     num_k, rows = 2, 9
-    logits, state = bf16(rows, VOCAB), QState.empty(1, num_k, VOCAB, torch.bfloat16, torch.device("cpu"))
+    logits, state = bf16(rows, VOCAB), DraftDistributions.empty(1, num_k, VOCAB, torch.bfloat16, torch.device("cpu"))
     state.log_norm.fill_(12.4)
     state.cut.fill_(-9.0)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
@@ -163,7 +163,7 @@ def rejection_case() -> Case:
     request = (start, zero + num_k, drafts, zero, one, zero, one, one * 0, torch.ones(1).long(), VOCAB, -1)
 
     def run() -> object:
-        return sampling.verify_accept(logits, *request, branched=True, rule="rejection", q_state=state)
+        return sampling.verify_accept(logits, *request, quadratic=True, rule="rejection", draft_dists=state)
 
     # What a CTA decides for itself: 55 bytes per lane.
     slice_ids = triton.cdiv(triton.cdiv(VOCAB, perturb.kMaxSlices), perturb.kBlockPerturb) * perturb.kBlockPerturb
@@ -179,11 +179,11 @@ def rerank_case(batch: int, num_k: int = 3, width: int = 256, rejection: bool = 
     parameters = (ones, zeros, ones, ones * 0, first.long())
     table = bf16(1024, HIDDEN).repeat(-(-VOCAB // 1024), 1)  # of the embedding and of the LM head
     head = [bf16(*shape) / 64 for shape in ((width, HIDDEN), (width, HIDDEN), (width, width), (HIDDEN, width))]
-    state = QState.empty(batch, num_k, VOCAB, torch.bfloat16, torch.device("cpu")) if rejection else None
+    state = DraftDistributions.empty(batch, num_k, VOCAB, torch.bfloat16, torch.device("cpu")) if rejection else None
 
     def run() -> Tensor:
         return rerank.rerank_drafts(
-            logits, hidden, *request, *parameters, table, table, *head, VOCAB, -1, q_state=state
+            logits, hidden, *request, *parameters, table, table, *head, VOCAB, -1, draft_dists=state
         )
 
     # Which row a CTA reads and how many drafts are wanted: 8 bytes per lane.
@@ -223,7 +223,7 @@ def cases() -> Iterator[Case]:
     for batch, rows, context in itertools.product((1, 8), (7, 16), (1024, 4096)):
         yield attention_case(batch, rows, context)
     yield attention_case(1, 320, 1)  # a prefill chunk: chunks of a row tile in one CTA
-    yield attention_case(1, 16, 256, branched=True)
+    yield attention_case(1, 16, 256, quadratic=True)
     yield from layer_cases(7)
     yield sampling_case(7, 1.0)
     yield sampling_case(7, 0.9)

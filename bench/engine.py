@@ -4,8 +4,8 @@
 
 (1) tokens/s of the default model, without its adapter, at each concurrency in each plan up to N = 4, greedy, prompts of
 bench/prompts.jsonl.
-(2) host microseconds per step with the device work stubbed out, amortised over whole epochs, edges included; beside it
-a plain loop that visits every request after every step, as engines with a scheduler in the step do.
+(2) host microseconds per step with the device work stubbed out, amortised over whole windows, boundaries included;
+beside it a plain loop that visits every request after every step, as engines with a scheduler in the step do.
 Figures of a CPU say nothing about a GPU.
 """
 
@@ -87,11 +87,11 @@ def host_microseconds(batch: int, steps: int = 512) -> tuple[float, float]:
     engine = Engine(model, None, PlanPolicy.fixed(StepPlan("quadratic", 4)), options, step=stub)
     for seed in range(batch):
         engine.submit([1], SamplingParams(max_tokens=steps + 32), seed)
-    list(engine.epoch())  # prefill
+    list(engine.window())  # prefill
     calls = 0
     start = time.perf_counter()
     while calls < steps:
-        calls += sum(1 for _ in engine.epoch()) // batch
+        calls += sum(1 for _ in engine.window()) // batch
     engine_seconds = (time.perf_counter() - start) / calls
 
     state = engine._state

@@ -57,7 +57,7 @@ def budgeted_tpf(widths: Tensor, acceptance: Sequence[float]) -> Tensor:
     The last branch of a step, after its last draft, has M whatever the budget: it is the one that is taken where all
     drafts stand. So no widths at all make the chain, and all widths M the quadratic plan. A step with n drafts that
     accepts a of them commits a + 1 tokens and leaves widths[a] drafts to the next, M if a = n: a Markov chain over n,
-    whose mean is taken over its stationary law.
+    whose mean is taken over its stationary distribution.
     """
     most = widths.shape[1]
     chances = torch.tensor(accepted_chances(acceptance, most), dtype=torch.float64)
@@ -66,11 +66,11 @@ def budgeted_tpf(widths: Tensor, acceptance: Sequence[float]) -> Tensor:
     index = widths.unsqueeze(1).expand(-1, most + 1, -1)
     move.scatter_add_(2, index, stopped.expand(len(widths), -1, -1))
     move[:, :, most] += chances
-    # law (move - 1) = 0, of whose equations one says nothing new: the law sums to 1 instead.
+    # distribution (move - 1) = 0, of whose equations one says nothing new: the distribution sums to 1 instead.
     system = move.mT - torch.eye(most + 1, dtype=torch.float64)
     system[:, -1] = 1.0
-    law = torch.linalg.solve(system, torch.eye(most + 1, dtype=torch.float64)[-1].expand(len(widths), -1))
-    return law @ chances.cumsum(0)
+    distribution = torch.linalg.solve(system, torch.eye(most + 1, dtype=torch.float64)[-1].expand(len(widths), -1))
+    return distribution @ chances.cumsum(0)
 
 
 def budgeted_points(acceptance: Sequence[float]) -> list[Point]:

@@ -98,7 +98,7 @@ def linear_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterat
 
 
 def attention_case(
-    config: ModelConfig, device: torch.device, batch: int, rows: int, context: int, branched: bool
+    config: ModelConfig, device: torch.device, batch: int, rows: int, context: int, quadratic: bool
 ) -> Case:
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     problem = StridedAttention(
@@ -107,9 +107,9 @@ def attention_case(
         heads=(heads, kv_heads, dim),
         page_size=PAGE_SIZE,
         padding=0,
-        tail="quadratic" if branched else None,
+        tail="quadratic" if quadratic else None,
     )
-    shape = f"batch={batch} rows={rows}{' branched' if branched else ''} context={context}"
+    shape = f"batch={batch} rows={rows}{' quadratic' if quadratic else ''} context={context}"
     peer = ("decode_attention_bf16", str(batch), str(heads), str(kv_heads), str(context))
     floor = batch * context * kv_heads * dim * 4
     return Case(problem.op, shape, floor, lambda: problem.call(device).changed(lse=None), alone=first_rows, peer=peer)
@@ -125,12 +125,12 @@ def sampling_case(config: ModelConfig, device: torch.device, batch: int, stride:
         arguments["num_drafts"] = draw.tensor([stride - 1] * batch)
         arguments["drafts"] = draw.integers(0, vocab_size, batch, stride - 1)
         arguments["positions"] = draw.tensor([100] * batch)
-        options = {"id_limit": vocab_size, "mask_id": -1, "branched": True, "rule": "match"}
+        options = {"id_limit": vocab_size, "mask_id": -1, "quadratic": True, "rule": "match"}
         return Call("verify_accept", {**arguments, **sampling(draw, batch, top_p), **options})
 
     # Clean rows up to the first draft that falls, and the MASK rows of that branch: all drafts here are wrong.
     floor = batch * stride * vocab_size * 2
-    shape = f"batch={batch} stride={stride} branched top_p={top_p}"
+    shape = f"batch={batch} stride={stride} quadratic top_p={top_p}"
     return Case("verify_accept", shape, floor, make, wide=torch.float64)
 
 
@@ -166,12 +166,12 @@ def layer_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterato
 
 
 def cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
-    """What a decode step calls: AR, chain N=4 (7 rows), branched N=4 (16), and 8 requests of each."""
+    """What a decode step calls: AR, chain N=4 (7 rows), quadratic N=4 (16), and 8 requests of each."""
     for rows in (1, 7, 16, 8, 56, 128):
         yield from linear_cases(config, device, rows)
     for batch, context in ((1, 1024), (1, 4096), (1, 32_768), (8, 1024), (8, 4096), (32, 4096)):
-        for rows, branched in ((1, False), (7, False), (16, True)):
-            yield attention_case(config, device, batch, rows, context, branched)
+        for rows, quadratic in ((1, False), (7, False), (16, True)):
+            yield attention_case(config, device, batch, rows, context, quadratic)
     for batch in (1, 8):
         for top_p in (1.0, 0.9):
             yield sampling_case(config, device, batch, 4, top_p)

@@ -110,7 +110,7 @@ def layer_rows(device: torch.device, name: str) -> Found:
 
 
 def attention_rows(device: torch.device) -> Found:
-    """Rows as AR, a chain, a branched step and a prefill see them: the same bits, alone and in a batch."""
+    """Rows as AR, a chain, a quadratic step and a prefill see them: the same bits, alone and in a batch."""
     import idlm_kernels
     import python_ref
 
@@ -151,7 +151,7 @@ def attention_rows(device: torch.device) -> Found:
             for _ in range(REPEAT):
                 got = run(q[:count], cache, [context + count], [count], tail_mask=tail)
                 pairs.append((got[:stride], prefill[:stride]))
-            yield judged(f"context {context}: clean rows of a branched step of {count}", *pairs)
+            yield judged(f"context {context}: clean rows of a quadratic step of {count}", *pairs)
         odd = pages_of(24)
         yield judged(f"context {context}: pages of 24", (run(q[:7], odd, [context + 7], [7]), prefill[:7]))
         if context <= 4096:
@@ -257,11 +257,11 @@ class _LazyTiny:
 
 TINY = _LazyTiny()
 TINY_TOKENS, TINY_LENGTHS, TINY_PAGE_SIZE = 96, (40, 5, 300), 16
-TINY_PLANS = (("ar", 2), ("chain", 4), ("branched", 4), ("branched", 8), ("chain", 8))
+TINY_PLANS = (("ar", 2), ("chain", 4), ("quadratic", 4), ("quadratic", 8), ("chain", 8))
 
 
 def tiny_decodes(device: torch.device, backend: str) -> Found:
-    """AR against chain and branched, greedy and sampled; recorded and eager; `auto` and `triton`; `rejection` runs."""
+    """AR against chain and quadratic, greedy and sampled; recorded and eager; `auto` and `triton`; `rejection` runs."""
     import idlm_kernels
     from bench.gpu_parts import EagerRecorder, random_adapter
     from idlm_kernels.generate import Generator, SamplingParams, engine
@@ -286,7 +286,7 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
                 for how, recorder in (("recorded", CudaRecorder), ("eager", EagerRecorder)):
                     engine.CudaRecorder = recorder  # type: ignore[misc,assignment]
                     for plan, stride in TINY_PLANS:
-                        if how == "eager" and (plan, stride) not in (("ar", 2), ("branched", 4)):
+                        if how == "eager" and (plan, stride) not in (("ar", 2), ("quadratic", 4)):
                             continue
                         found = generator.generate(prompts, params, plan=plan, stride=stride)  # type: ignore[arg-type]
                         if errors := [r.error for r in found if r.error or r.finish_reason != "length"]:
@@ -299,7 +299,7 @@ def tiny_decodes(device: torch.device, backend: str) -> Found:
                     yield f"{name} T={temperature} top_p={top_p} {key[0]} N={key[1]} {key[2]}", verdict
             engine.CudaRecorder = CudaRecorder  # type: ignore[misc]
             params = SamplingParams(max_tokens=TINY_TOKENS, temperature=1.0, seed=1, ignore_eos=True)
-            found = generator.generate(prompts, params, plan="branched", stride=4, rule="rejection")
+            found = generator.generate(prompts, params, plan="quadratic", stride=4, rule="rejection")
             bad = [r.error or r.finish_reason for r in found if r.finish_reason != "length"]
             yield f"{name} rejection runs", "ok" if not bad else str(bad)
 

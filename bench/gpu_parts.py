@@ -157,7 +157,7 @@ def eager_steps() -> Iterator[None]:
         engine.CudaRecorder = recorder  # type: ignore[misc]
 
 
-PLANS: tuple[tuple[Any, int], ...] = (("ar", 2), ("chain", 4), ("branched", 4))
+PLANS: tuple[tuple[Any, int], ...] = (("ar", 2), ("chain", 4), ("quadratic", 4))
 
 
 def plan_name(plan: str, stride: int) -> str:
@@ -182,7 +182,7 @@ def check_decoding(generator: Generator, name: str, prompts: list[list[int]], to
         found = {plan_name(plan, stride): texts(plan, stride) for plan, stride in PLANS[1:]}
         with eager_steps():
             found["ar, eager"] = texts("ar", 2)
-            found["branched N=4, eager"] = texts("branched", 4)
+            found["quadratic N=4, eager"] = texts("quadratic", 4)
         for what, others in found.items():
             wrong = sum(a != b for a, b in zip(ar, others, strict=True))
             word = f"{wrong} of {len(prompts)} texts differ from AR" if wrong else "ok"
@@ -194,9 +194,10 @@ def step_figure(
 ) -> Finding:
     """Milliseconds of a step on the host's clock, while all requests run.
 
-    The weights are random, so hardly a draft stands; that changes no shape, and a step of a branched plan verifies
-    drafts each time. A chain has them in every other step (`drafted` is the share of steps that had). Nothing is
-    pretended: what EngineOptions.synthetic_acceptance adds to a step are some 200 small kernels that no real step has.
+    The weights are random, so hardly a draft is accepted; that changes no shape, and a step of a quadratic plan
+    verifies drafts each time. A chain has them in every other step (`drafted` is the share of steps that had). Nothing
+    is pretended: what EngineOptions.synthetic_acceptance adds to a step are some 200 small kernels that no real step
+    has.
     """
     model, config, tokens = generator.model, generator.config, 2 * setting.tokens
     prompts = torch.randint(0, config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)).tolist()

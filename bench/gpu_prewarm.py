@@ -250,7 +250,7 @@ def decodes(
         for rank in ranks:
             generator = Generator(empty_model(config, rank), page_size=page_size)
             for verify, (plan, stride) in itertools.product(rules, plans):
-                if verify == "rejection" and (plan, stride) != ("branched", 4):
+                if verify == "rejection" and (plan, stride) != ("quadratic", 4):
                     continue
                 run = functools.partial(generator.generate, prompts, params, plan=plan, stride=stride, verify=verify)
                 attempt(f"decode rank={rank} {plan}", lambda run=run: results(run()))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = {
     "selfcheck": ("every kernel passes its self-check against the references", "the self-checks of the kernels"),
     "rows": (
-        "a row keeps its bits: alone, among others, in AR, chain, branched and prefill, on any pages, with an adapter",
+        "a row keeps its bits: alone, among others, in AR, chain, quadratic and prefill, on any pages, with an adapter",
         "the bits of rows on real tensor cores",
     ),
     "tiny": (

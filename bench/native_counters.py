@@ -3,9 +3,9 @@
     SOFTGPU_DIR=... python bench/native_counters.py [--json] [--full]
 
 For each case, for each launch and for all launches of the op together: bytes loaded against the floor (each logits row
-that decides something, once; the law of a draft once where a residual is sampled), bytes stored against the floor (the
-laws that `rejection` keeps), 32-byte sectors against bytes for the accesses of 8 bytes and more, shared-memory waves
-against the conflict-free count, and warp instructions per id. Says nothing about time.
+that decides something, once; the distribution of a draft once where a residual is sampled), bytes stored against the
+floor (the distributions that `rejection` keeps), 32-byte sectors against bytes for the accesses of 8 bytes and more,
+shared-memory waves against the conflict-free count, and warp instructions per id. Says nothing about time.
 
 The batch of 64 requests (448 rows) has a quarter of the vocabulary, with the cluster size of the full one: the emulator
 needs minutes for more. What a row costs beyond its own bytes does not depend on the vocabulary, so for these cases the
@@ -161,11 +161,11 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
 
     num_k = 3
     # Drafts that all stand in `match`, so that all MASK rows are sampled; some that do not in `rejection`. There all
-    # ids are kept: of a truncated row a residual reads less of the law.
+    # ids are kept: of a truncated row a residual reads less of the distribution.
     match = rule == "match"
     mixes = (Mix(), Mix(0.8, top_k=50), Mix(top_p=0.95), Mix(0.7, min_p=0.05)) if match and batch > 1 else (Mix(),)
     step = Step.make(
-        batch, num_k, vocab_size, torch.bfloat16, generator, branched=False, rule=rule, mixes=mixes, kinds=(2,),
+        batch, num_k, vocab_size, torch.bfloat16, generator, quadratic=False, rule=rule, mixes=mixes, kinds=(2,),
         closeness=0.0 if match else 0.3, num_drafts=num_k,
     )  # fmt: skip
     backend.cluster_size = native.load().choose_cluster_size(batch * (num_k + 1), 2 * VOCAB)
@@ -179,7 +179,7 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
     backend._empty = remember
     outcome = step.run(backend)
     backend._empty = allocate
-    # Row i of the workspace is -1 where its draft stands; where it does not, the row's law is read.
+    # Row i of the workspace is -1 where its draft is accepted; where it is not, the row's distribution is read.
     refused = 0 if match else int((workspaces[-1][:, :num_k] >= 0).sum())
     masks = int(outcome.next_num_drafts.sum())
     nowhere = SimpleNamespace(data_ptr=lambda: 64)  # an address that no launch can write to

@@ -11,7 +11,7 @@ tokenizer = generator.tokenizer
 engine = Engine(
     generator.model,
     tokenizer,
-    options=EngineOptions(plan="quadratic", stride=3, max_num_seqs=2, max_model_len=128, epoch_steps=4),
+    options=EngineOptions(plan="quadratic", stride=3, max_num_seqs=2, max_model_len=128, window_steps=4),
 )
 
 
@@ -23,10 +23,10 @@ def submit(text: str, max_tokens: int, seed: int) -> None:
 arriving = ["The capital of France is", "Once upon a time", "1, 2, 3,"]
 submit("The sky is blue because", max_tokens=100, seed=1)
 while engine.busy:
-    # Between two epochs the host takes requests in and cancels others. `epoch` runs some steps of the batch.
+    # Between two windows the host takes requests in and cancels others. `window` runs some steps of the batch.
     if arriving:
         submit(arriving.pop(0), max_tokens=12, seed=2)
-    for request, event in engine.epoch():
+    for request, event in engine.window():
         print(f"{request.tag:<26} {event.text!r}")
         if request.ended:
             print(f"{request.tag:<26} ended: {request.output.finish_reason}")

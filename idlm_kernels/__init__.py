@@ -32,13 +32,13 @@ if TYPE_CHECKING:
         use_backend,
         verify_accept,
     )
-    from python_ref import QState, StepState, rotary_table
+    from python_ref import DraftDistributions, StepState, rotary_table
 
 __all__ = [
     "LLM",
     "DecodeOptions",
+    "DraftDistributions",
     "GenerationResult",
-    "QState",
     "SamplingParams",
     "StepState",
     "__version__",
@@ -65,12 +65,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("QState", "StepState", "rotary_table"), "python_ref"),
+    **dict.fromkeys(("DraftDistributions", "StepState", "rotary_table"), "python_ref"),
     **dict.fromkeys(("LLM", "DecodeOptions", "GenerationResult", "SamplingParams"), "idlm_kernels.generate"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "QState":
+        from idlm_kernels._deprecated import warn_renamed
+
+        warn_renamed("", "idlm_kernels.QState", "idlm_kernels.DraftDistributions")
+        name = "DraftDistributions"
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES.get(name, "idlm_kernels.ops")

@@ -14,7 +14,7 @@ from python_ref.contract import (
     STREAM_ACCEPT,
     STREAM_DRAFT,
     STREAM_TARGET,
-    QState,
+    DraftDistributions,
 )
 from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
@@ -33,7 +33,7 @@ __all__ = [
     "STREAM_ACCEPT",
     "STREAM_DRAFT",
     "STREAM_TARGET",
-    "QState",
+    "DraftDistributions",
     "StepState",
     "advance",
     "commit_step",

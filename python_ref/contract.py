@@ -43,7 +43,7 @@ NUM_CANDIDATES = 32  # of a MASK row, among which re-ranking chooses
 
 
 @dataclass
-class QState:
+class DraftDistributions:
     """The distributions that the current drafts were drawn from, exactly as they were sampled (`rejection` only).
 
     logits [B, K, V]: the MASK rows, logit_bias added; cut fp32 [B, K]: an id is kept iff logit / T >= cut;
@@ -56,7 +56,9 @@ class QState:
     log_norm: Tensor
 
     @classmethod
-    def empty(cls, batch: int, num_drafts: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> QState:
+    def empty(
+        cls, batch: int, num_drafts: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    ) -> DraftDistributions:
         acc = torch.promote_types(dtype, torch.float32)
         return cls(
             torch.zeros(batch, num_drafts, vocab_size, dtype=dtype, device=device),
@@ -64,6 +66,6 @@ class QState:
             torch.zeros(batch, num_drafts, dtype=acc, device=device),
         )
 
-    def requests(self, first: int, last: int) -> QState:
+    def requests(self, first: int, last: int) -> DraftDistributions:
         """A view of requests first .. last - 1."""
-        return QState(self.logits[first:last], self.cut[first:last], self.log_norm[first:last])
+        return DraftDistributions(self.logits[first:last], self.cut[first:last], self.log_norm[first:last])

@@ -1,4 +1,4 @@
-"""Drafts chosen anew by a re-ranking head, each with the token before it in view.
+"""Drafts re-ranked by a head, each with the token before it in view.
 
 A MASK row proposes the token two places on without knowing the one in between. From the row's hidden state, that
 token's embedding and a small state carried from draft to draft, the head makes a query u; each of the row's best
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from python_ref.contract import GREEDY_BELOW, NUM_CANDIDATES, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.contract import GREEDY_BELOW, NUM_CANDIDATES, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 from python_ref.noise import gumbel_at
 from python_ref.sampling import log_norm_of, scale_by_temperature, truncation_cut
 
@@ -43,14 +43,14 @@ def rerank_drafts(
     id_limit: int,
     mask_id: int,
     *,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The drafts int64 [B, K], those of requests with num_drafts > 0 chosen anew, one after the other.
+    """The drafts int64 [B, K], those of requests with num_drafts > 0 chosen again, one after the other.
 
     logits [T, V] and hidden [T, H]: of the step; first_mask int32 [B]: the row of the first of a request's K MASK rows;
-    previous int64 [B] and positions int32 [B]: the token that the first draft follows and its position. q_state is
+    previous int64 [B] and positions int32 [B]: the token that the first draft follows and its position. draft_dists is
     given for `rejection`, and then written. greedy: all temperatures are 0; spares the noise, changes nothing else.
     """
     num_k = drafts.shape[1]
@@ -62,9 +62,9 @@ def rerank_drafts(
     row_parts = F.linear(unit(F.embedding(rows, hidden).to(acc)), from_hidden.to(acc))  # [B, K, W]
     from_previous, from_state, to_query = from_previous.to(acc), from_state.to(acc), to_query.to(acc)
     noise = None
-    if q_state is not None or not greedy:
+    if draft_dists is not None or not greedy:
         where = positions.unsqueeze(1) + 1 + j
-        stream = STREAM_TARGET if q_state is None else STREAM_DRAFT
+        stream = STREAM_TARGET if draft_dists is None else STREAM_DRAFT
         noise = gumbel_at(seed.unsqueeze(1).expand(where.shape), where, ids, stream, acc)
     chosen = num_drafts > 0
     lowest = 1 if mask_id == 0 else 0
@@ -75,8 +75,8 @@ def rerank_drafts(
         before = F.embedding(draft, embedding).to(acc)
         state = next_state(row_parts[:, i], before, state, from_previous, from_state)
         scores = values[:, i] + (directions[:, i] @ F.linear(state, to_query).unsqueeze(2)).squeeze(2)
-        if q_state is not None:
-            scores = scores.to(q_state.logits.dtype).to(acc)  # the law is of what is kept
+        if draft_dists is not None:
+            scores = scores.to(draft_dists.logits.dtype).to(acc)  # the distribution is of what is kept
         scores = scores.nan_to_num(nan=-math.inf, neginf=-math.inf)
         score = scores
         if noise is not None:
@@ -88,8 +88,8 @@ def rerank_drafts(
         is_empty = best.values == -math.inf  # a point mass on the lowest allowed id, as in `sample_rows`
         draft = torch.where(is_empty, lowest, ids[:, i].gather(1, best.indices)).squeeze(1)
         found.append(draft)
-        if q_state is not None:
-            _record(q_state, i, chosen, is_empty.squeeze(1), lowest, ids[:, i], scores, cut, log_norm_of(z, cut))
+        if draft_dists is not None:
+            _record(draft_dists, i, chosen, is_empty.squeeze(1), lowest, ids[:, i], scores, cut, log_norm_of(z, cut))
     result = torch.where(chosen.unsqueeze(1), torch.stack(found, dim=1), drafts) if found else drafts.clone()
     return result if out is None else out.copy_(result)
 
@@ -141,7 +141,7 @@ def _first_largest(x: Tensor, count: int) -> Tensor:
 
 
 def _record(
-    q_state: QState,
+    draft_dists: DraftDistributions,
     i: int,
     chosen: Tensor,
     is_empty: Tensor,
@@ -151,11 +151,11 @@ def _record(
     cut: Tensor,
     log_norm: Tensor,
 ) -> None:
-    """Keep the law of draft i where it was chosen: -inf but for the candidates."""
-    row = torch.full_like(q_state.logits[:, i], -math.inf)
+    """Keep the distribution of draft i where it was chosen: -inf but for the candidates."""
+    row = torch.full_like(draft_dists.logits[:, i], -math.inf)
     row.scatter_reduce_(1, ids, scores.to(row.dtype), "amax")  # an id that fills up may stand twice
     row[:, lowest] = row[:, lowest].masked_fill(is_empty, 0.0)
     cut, log_norm = cut.masked_fill(is_empty, 0.0), log_norm.masked_fill(is_empty, 0.0)
-    q_state.logits[:, i] = torch.where(chosen.unsqueeze(1), row, q_state.logits[:, i])
-    q_state.cut[:, i] = torch.where(chosen, cut, q_state.cut[:, i])
-    q_state.log_norm[:, i] = torch.where(chosen, log_norm, q_state.log_norm[:, i])
+    draft_dists.logits[:, i] = torch.where(chosen.unsqueeze(1), row, draft_dists.logits[:, i])
+    draft_dists.cut[:, i] = torch.where(chosen, cut, draft_dists.cut[:, i])
+    draft_dists.log_norm[:, i] = torch.where(chosen, log_norm, draft_dists.log_norm[:, i])

@@ -76,7 +76,7 @@ def perturbed_argmax(z: Tensor, cut: Tensor, greedy: Tensor, noise: Tensor) -> T
     return lowest_argmax(score)
 
 
-def law(z: Tensor, cut: Tensor, log_norm: Tensor, greedy: Tensor) -> Tensor:
+def distribution(z: Tensor, cut: Tensor, log_norm: Tensor, greedy: Tensor) -> Tensor:
     """Probabilities [..., V] of the transformed row; a point mass on the argmax for greedy rows."""
     soft = torch.exp(z - log_norm.unsqueeze(-1)).masked_fill(z < cut.unsqueeze(-1), 0.0)
     point = (torch.arange(z.shape[-1], device=z.device) == lowest_argmax(z).unsqueeze(-1)).to(z.dtype)

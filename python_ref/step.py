@@ -57,20 +57,20 @@ Planned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, quadratic: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last.
 
     Returns ids int64 [T] (mask_id on MASK rows), is_mask bool [T], positions int64 [T], slot_mapping int64 [T],
-    tail_mask int64 [T], seq_lens int32 [B], query_start_loc int32 [B + 1]. R is (K + 1)^2 if branched, else 2K + 1.
+    tail_mask int64 [T], seq_lens int32 [B], query_start_loc int32 [B + 1]. R is (K + 1)^2 if quadratic, else 2K + 1.
     Padding has slot -1 and zeros. noise_below: if not 0, MASK rows have ids drawn from 1 .. noise_below - 1
     (`noise_ids`).
     """
     (batch, num_k), device = state.drafts.shape, state.lengths.device
-    most = (num_k + 1) ** 2 if branched else 2 * num_k + 1
+    most = (num_k + 1) ** 2 if quadratic else 2 * num_k + 1
     running = state.finish == RUNNING
     length, n = state.lengths.long(), state.num_drafts.long().clamp(0, num_k)
-    num_branches = n + 1 if branched else torch.ones_like(n)
+    num_branches = n + 1 if quadratic else torch.ones_like(n)
     m = (1 + n + num_branches * num_k) * running
     query_start_loc = torch.nn.functional.pad(m.cumsum(0), (1, 0))
     seq_lens = torch.where(running, length - 1 + m, 0)
@@ -83,8 +83,8 @@ def plan_rows(
 
     is_clean = r <= row_n
     mask_index = (r - 1 - row_n).clamp(min=0)
-    branch = mask_index // max(num_k, 1) if branched else row_n
-    j = mask_index - (branch * num_k if branched else 0)
+    branch = mask_index // max(num_k, 1) if quadratic else row_n
+    j = mask_index - (branch * num_k if quadratic else 0)
     position = row_length - 1 + torch.where(is_clean, r, 1 + branch + j)
 
     clean_id = state.text[request, row_length - 1]
@@ -96,7 +96,7 @@ def plan_rows(
     ids = torch.where(is_mask, mask_ids, clean_id)
 
     tail_mask = (2 << r) - 1  # the rows before it, and itself
-    if branched:
+    if quadratic:
         own = ((2 << j) - 1) << (1 + row_n + branch * num_k).clamp(max=63)
         tail_mask = torch.where(is_clean, tail_mask, ((2 << branch) - 1) | own)
 
@@ -125,7 +125,7 @@ def commit_step(
     next_num_drafts: Tensor,
     state: StepState,
     *,
-    branched: bool = False,
+    quadratic: bool = False,
     suffix: bool = False,
     acceptance: float | None = None,
     logits: Tensor | None = None,
@@ -138,12 +138,12 @@ def commit_step(
     that were verified, num_accepted, num_emitted, finish, status, draft_source of those drafts, tokens. A request
     whose status says NaN, or no finite logit, ends as FAILED before the token that they would decide. suffix: draft
     from the request's own text where MASK rows gave nothing, or where much of it repeats. acceptance: pretend that
-    each draft stands with this probability. logits [T, V], with query_start_loc: report logprobs too, fp32 of the
+    each draft is accepted with this probability. logits [T, V], with query_start_loc: report logprobs too, fp32 of the
     model's own logits at the tokens, in N more columns that hold their bits as fp64.
     """
     num_drafts, source = state.num_drafts.clone(), state.draft_source.clone()
     if acceptance is not None:
-        num_accepted, tokens, next_num_drafts = _pretend(state, tokens, acceptance, branched)
+        num_accepted, tokens, next_num_drafts = _pretend(state, tokens, acceptance, quadratic)
         next_drafts = next_drafts.clamp(min=0)
     failed = (state.status & (STATUS_NAN | STATUS_EMPTY_ROW)) != 0
     tokens = torch.where(failed.unsqueeze(1), -1, tokens)
@@ -174,7 +174,7 @@ def commit_step(
     return outcome if out is None else out.copy_(outcome)
 
 
-def _pretend(state: StepState, tokens: Tensor, acceptance: float, branched: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pretend(state: StepState, tokens: Tensor, acceptance: float, quadratic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Outcome of a step that accepts each draft with a given probability, drawn from the request's own noise."""
     num_k, present = state.drafts.shape[1], tokens[:, 0] >= 0
     i = torch.arange(num_k, device=tokens.device)
@@ -188,7 +188,7 @@ def _pretend(state: StepState, tokens: Tensor, acceptance: float, branched: bool
     pretended = torch.where(index == a.unsqueeze(1), sampled, pretended).clamp(min=0)
     pretended = torch.where((index <= a.unsqueeze(1)) & present.unsqueeze(1), pretended, -1)
     # A chain drafts again only where it kept all of its drafts.
-    keeps = present if branched else present & (a == state.num_drafts)
+    keeps = present if quadratic else present & (a == state.num_drafts)
     return a.to(torch.int32), pretended, torch.where(keeps, num_k, 0).to(torch.int32)
 
 

@@ -6,7 +6,7 @@ Its rows of this step, in order:
     clean row i = 0 .. n                  input: pending (i = 0) or d_i.  Predicts position L + i.       p_i
     MASK row j = 0 .. K-1 of branch b     input: MASK.                    Predicts position L + b+1 + j. q
 
-A chain plan has the branch b = n alone, a quadratic plan ("branched") all of b = 0 .. n. The decision:
+A chain plan has the branch b = n alone, a quadratic plan ("quadratic") all of b = 0 .. n. The decision:
 
     clean_rows    y_i, the token that ordinary sampling takes from clean row i
     match         d_{i+1} is accepted iff it is y_i
@@ -24,11 +24,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.contract import (
+    GREEDY_BELOW,
+    STATUS_BAD_DRAFT,
+    STREAM_ACCEPT,
+    STREAM_DRAFT,
+    STREAM_TARGET,
+    DraftDistributions,
+)
 from python_ref.noise import gumbel, uniform
 from python_ref.sampling import (
     add_bias,
-    law,
+    distribution,
     log_norm_of,
     lowest_argmax,
     perturbed_argmax,
@@ -99,9 +106,9 @@ def verify_accept(
     id_limit: int,
     mask_id: int,
     *,
-    branched: bool,
+    quadratic: bool,
     rule: str,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -120,8 +127,8 @@ def verify_accept(
     if rule == "match":
         accepted = match(step, y)
     else:
-        assert q_state is not None
-        accepted, y = rejection(step, clean, noise, y, bad, q_state, sampling)
+        assert draft_dists is not None
+        accepted, y = rejection(step, clean, noise, y, bad, draft_dists, sampling)
     a = (accepted & step.is_draft & ~bad).long().cumprod(1).sum(1)
 
     i = torch.arange(y.shape[1], device=y.device)
@@ -129,9 +136,9 @@ def verify_accept(
     tokens = torch.where((i <= a.unsqueeze(1)) & step.present.unsqueeze(1), tokens, -1)
 
     stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
-    next_drafts, next_num_drafts, masks = propose(step, a, logits, logit_bias, sampling, branched, stream)
-    if rule == "rejection" and q_state is not None:
-        remember(q_state, masks, next_num_drafts > 0)
+    next_drafts, next_num_drafts, masks = propose(step, a, logits, logit_bias, sampling, quadratic, stream)
+    if rule == "rejection" and draft_dists is not None:
+        remember(draft_dists, masks, next_num_drafts > 0)
 
     if status is not None:
         odd = (step.num_drafts != num_drafts) | bad.any(1)
@@ -163,19 +170,20 @@ def match(step: Step, y: Tensor) -> Tensor:
 
 
 def rejection(
-    step: Step, clean: Rows, noise: Tensor, y: Tensor, bad: Tensor, q_state: QState, sampling: Sampling
+    step: Step, clean: Rows, noise: Tensor, y: Tensor, bad: Tensor, draft_dists: DraftDistributions, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """The paper's rule: whether each draft [B, K] is accepted, and y with samples of the residuals.
 
     A draft x drawn from q is accepted iff u q(x) < p(x), u uniform. The token in its place is else a sample of
-    max(0, p - q), renormalised; of p where that is empty or where q is unknown (a bad draft). The result has law p.
+    max(0, p - q), renormalised; of p where that is empty or where q is unknown (a bad draft). The result has
+    distribution p.
     """
     num_k, vocab_size = step.drafts.shape[1], clean.z.shape[-1]
     greedy = sampling.greedy
-    p = law(clean.z, clean.cut, log_norm_of(clean.z, clean.cut), greedy)[:, :num_k]
-    allowed = sanitise(q_state.logits, sampling.id_limit, sampling.mask_id)[0]
+    p = distribution(clean.z, clean.cut, log_norm_of(clean.z, clean.cut), greedy)[:, :num_k]
+    allowed = sanitise(draft_dists.logits, sampling.id_limit, sampling.mask_id)[0]
     q_z = scale_by_temperature(allowed, sampling.temperature.unsqueeze(1))
-    q = law(q_z, q_state.cut.to(q_z.dtype), q_state.log_norm.to(q_z.dtype), greedy)
+    q = distribution(q_z, draft_dists.cut.to(q_z.dtype), draft_dists.log_norm.to(q_z.dtype), greedy)
 
     x = step.drafts.clamp(0, vocab_size - 1).unsqueeze(-1)
     position = step.length + torch.arange(num_k, device=x.device)
@@ -195,7 +203,7 @@ def propose(
     logits: Tensor,
     logit_bias: Tensor | None,
     sampling: Sampling,
-    branched: bool,
+    quadratic: bool,
     stream: int,
 ) -> tuple[Tensor, Tensor, Rows]:
     """The next drafts int64 [B, K], how many int32 [B], and the MASK rows of branch a that they were drawn from.
@@ -205,10 +213,10 @@ def propose(
     """
     num_k = step.drafts.shape[1]
     j = torch.arange(num_k, device=logits.device)
-    branch = a if branched else torch.zeros_like(a)
+    branch = a if quadratic else torch.zeros_like(a)
     first = 1 + step.num_drafts + branch * num_k
     proposed = step.present & (first + num_k <= step.num_rows) & (num_k > 0)
-    if not branched:
+    if not quadratic:
         proposed = proposed & (a == step.num_drafts)
     has_row = proposed.unsqueeze(1).expand(step.drafts.shape)
     rows = transform(
@@ -219,17 +227,19 @@ def propose(
     return torch.where(has_row, sampled, -1), torch.where(proposed, num_k, 0).to(torch.int32), rows
 
 
-def remember(q_state: QState, masks: Rows, proposed: Tensor) -> None:
-    """Keep the laws that the next drafts were drawn from, exactly as they were sampled.
+def remember(draft_dists: DraftDistributions, masks: Rows, proposed: Tensor) -> None:
+    """Keep the distributions that the next drafts were drawn from, exactly as they were sampled.
 
     Where nothing is proposed nothing is written: a request without rows in this step keeps its drafts, and a later step
-    will need their laws.
+    will need their distributions.
     """
     has_row = proposed.unsqueeze(1)
-    q_state.logits.copy_(torch.where(has_row.unsqueeze(2), masks.logits.to(q_state.logits.dtype), q_state.logits))
-    q_state.cut.copy_(torch.where(has_row, masks.cut.to(q_state.cut.dtype), q_state.cut))
-    log_norm = log_norm_of(masks.z, masks.cut).to(q_state.log_norm.dtype)
-    q_state.log_norm.copy_(torch.where(has_row, log_norm, q_state.log_norm))
+    draft_dists.logits.copy_(
+        torch.where(has_row.unsqueeze(2), masks.logits.to(draft_dists.logits.dtype), draft_dists.logits)
+    )
+    draft_dists.cut.copy_(torch.where(has_row, masks.cut.to(draft_dists.cut.dtype), draft_dists.cut))
+    log_norm = log_norm_of(masks.z, masks.cut).to(draft_dists.log_norm.dtype)
+    draft_dists.log_norm.copy_(torch.where(has_row, log_norm, draft_dists.log_norm))
 
 
 def step_of(query_start_loc: Tensor, num_drafts: Tensor, drafts: Tensor, positions: Tensor) -> Step:

@@ -91,7 +91,7 @@ def tiny_state(prompts: list[list[int]], max_pages: int, num_drafts: int = 0, vo
         device=torch.device("cpu"),
     )
     for b, prompt in enumerate(prompts):
-        state.place(b, prompt, SamplingParams(), 0, len(prompt) + 8, [])
+        state.insert(b, prompt, SamplingParams(), 0, len(prompt) + 8, [])
     state.page_table.copy_(torch.arange(batch * max_pages).view(batch, max_pages))
     state.finish.fill_(RUNNING)
     return state

@@ -81,11 +81,11 @@ void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) 
   for (int b = 0; b < s.batch; b++) {
     const int64_t length = s.lengths[b];
     const bool running = s.finish[b] == kRunning;
-    const int n = std::clamp(s.num_drafts[b], 0, s.num_k), branches = p.branched ? n + 1 : 1, m = running ? 1 + n + branches * s.num_k : 0;
+    const int n = std::clamp(s.num_drafts[b], 0, s.num_k), branches = p.quadratic ? n + 1 : 1, m = running ? 1 + n + branches * s.num_k : 0;
     for (int r = 0; r < m; r++, t++) {
       const bool is_clean = r <= n;
-      const int index = r - 1 - n, branch = p.branched && s.num_k ? index / s.num_k : n;
-      const int j = p.branched && s.num_k ? index % s.num_k : index;
+      const int index = r - 1 - n, branch = p.quadratic && s.num_k ? index / s.num_k : n;
+      const int j = p.quadratic && s.num_k ? index % s.num_k : index;
       const int64_t at = length - 1 + r;
       const int64_t position = length - 1 + (is_clean ? r : 1 + branch + j);
       int64_t mask_id = p.mask_id;
@@ -97,7 +97,7 @@ void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) 
       const bool has_page = at / p.page_size < s.max_pages;
       p.slots[t] = has_page ? (int64_t)s.page_table[b * s.page_table_stride + at / p.page_size] * p.page_size + at % p.page_size : -1;
       uint64_t seen = ((uint64_t)2 << r) - 1;
-      if (p.branched && !is_clean)
+      if (p.quadratic && !is_clean)
         seen = (((uint64_t)2 << branch) - 1) | (((uint64_t)2 << j) - 1) << std::min(63, 1 + n + branch * s.num_k);
       p.tail_mask[t] = (int64_t)seen;
     }
@@ -133,8 +133,8 @@ int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
       }
     }
     p.num_accepted[b] = a;
-    const int first = 1 + n + (p.branched ? a * p.num_k : 0);
-    if (p.num_k == 0 || first + p.num_k > m || (!p.branched && a != n)) continue;
+    const int first = 1 + n + (p.quadratic ? a * p.num_k : 0);
+    if (p.num_k == 0 || first + p.num_k > m || (!p.quadratic && a != n)) continue;
     for (int j = 0; j < p.num_k; j++)
       if ((next[j] = best(start + first + j)) < 0) return 1;
     p.next_num_drafts[b] = p.num_k;
@@ -174,7 +174,7 @@ void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* co
       const int64_t sampled = std::max<int64_t>(*std::max_element(tokens, tokens + width), 0);
       for (a = 0; present && a < std::min(n, s.num_k) && uniform(s.seed[b], s.lengths[b] + a) < p.acceptance;) a++;
       for (int i = 0; i < width; i++) tokens[i] = !present || i > a ? -1 : i == a ? sampled : std::max<int64_t>(drafts[i], 0);
-      next_n = present && (p.branched || a == n) ? s.num_k : 0;
+      next_n = present && (p.quadratic || a == n) ? s.num_k : 0;
     }
     if (failed) std::fill_n(tokens, width, -1);
     const bool moves = was_running && tokens[0] >= 0;

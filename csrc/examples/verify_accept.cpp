@@ -82,7 +82,7 @@ int main() {
   step.drafts = rows.ids;
   step.drafts_stride = kNumK;
   step.positions = on_device(std::vector<int32_t>{kPending});
-  step.branched = true;
+  step.quadratic = true;
   step.num_accepted = on_device(std::vector<int32_t>{-1});
   step.tokens = on_device(std::vector<int64_t>(kClean, -1));
   step.tokens_stride = kClean;

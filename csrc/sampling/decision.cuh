@@ -6,7 +6,7 @@
 
 namespace idlm {
 
-constexpr int32_t kAccepted = -1;  // in the workspace: the draft stands, there is no token of row i
+constexpr int32_t kAccepted = -1;  // in the workspace: the draft is accepted, there is no token of row i
 
 struct Request {
   int32_t start, num_rows, num_drafts;  // rows of logits; drafts that exist
@@ -29,12 +29,12 @@ __device__ __forceinline__ bool is_id(int64_t id, int32_t vocab_size) {
 // How many drafts stand. Whole warps call it; lane i looks at draft i.
 __device__ inline int32_t count_accepted(const KernelParams& p, const Request& r, int32_t b, bool rejection) {
   const int32_t i = lane_id();
-  bool stands = false;
+  bool is_accepted = false;
   if (i < r.num_drafts) {
     const int32_t y = p.row_tokens[b * (p.num_k + 1) + i];
-    stands = rejection ? y == kAccepted : y == p.drafts[b * p.drafts_stride + i];
+    is_accepted = rejection ? y == kAccepted : y == p.drafts[b * p.drafts_stride + i];
   }
-  return __ffs(~__ballot_sync(~0u, stands)) - 1;
+  return __ffs(~__ballot_sync(~0u, is_accepted)) - 1;
 }
 
 // Writes what the step commits; one warp.

@@ -35,7 +35,7 @@ __device__ void sample_row(const KernelParams& p, RowSampler<L, S, kRejection>& 
   }
 }
 
-// y_i of clean row i, and in `rejection` whether draft i + 1 stands.
+// y_i of clean row i, and in `rejection` whether draft i + 1 is accepted.
 template <class L, class S, bool kRejection>
 __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L, S, kRejection>& sampler) {
   const int32_t b = sampler.task.entry, i = sampler.task.index;
@@ -50,10 +50,10 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
     const int64_t draft = i < r.num_drafts ? load_uniform(p.drafts + b * p.drafts_stride + i) : -1;
     if (judge && is_id(draft, p.logits.vocab_size)) {
       const int32_t x = static_cast<int32_t>(draft);
-      const DraftLaws& laws = p.laws;
-      const int64_t law = b * laws.stride_request + i * laws.stride_draft;
-      const float q_cut = load_uniform(laws.cut + b * laws.cut_stride + i);
-      const float q_norm = load_uniform(laws.log_norm + b * laws.log_norm_stride + i);
+      const DraftDistributions& dists = p.draft_dists;
+      const int64_t row = b * dists.stride_request + i * dists.stride_draft;
+      const float q_cut = load_uniform(dists.cut + b * dists.cut_stride + i);
+      const float q_norm = load_uniform(dists.log_norm + b * dists.log_norm_stride + i);
       const bool allowed = x < p.logits.id_limit && x != p.logits.mask_id;
       float p_x = 0.0f, q_x = 0.0f;
       if (allowed) {
@@ -65,18 +65,18 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
         } else {
           p_x = logit >= sampler.cut ? sampler.probability(logit, sampler.log_norm) : 0.0f;
         }
-        const float q_logit = load_uniform_as_float(laws.logits, laws.dtype, law + x);
+        const float q_logit = load_uniform_as_float(dists.logits, dists.dtype, row + x);
         q_x = sampler.probability_if_kept(q_logit, q_cut, q_norm);
       }
       const float u = word_to_uniform(sampler.noise.quad(0, kStreamAccept).w[0]);
       accepted = u * q_x < p_x;
       if (!accepted && !(status & kStatusEmptyRow)) {
-        const void* q_logits = static_cast<const char*>(laws.logits) + law * size_of(laws.dtype);
+        const void* q_logits = static_cast<const char*>(dists.logits) + row * size_of(dists.dtype);
         token = sampler.sample_residual(q_logits, q_cut, q_norm);
       }
     }
     if (!accepted && token < 0) token = token_of(sampler, status);
-    // A greedy law is a point mass: its draft stands iff it is that point, whatever q was.
+    // A greedy distribution is a point mass: its draft is accepted iff it is that point, whatever q was.
     if (sampler.greedy && i < r.num_drafts) accepted = draft == token;
   } else {
     token = token_of(sampler, status);
@@ -89,7 +89,7 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
   if (p.num_k == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, token);
 }
 
-// The j-th draft of the next step and, in `rejection`, its law.
+// The j-th draft of the next step and, in `rejection`, its distribution.
 template <class L, class S, bool kRejection>
 __device__ void mask_row(const KernelParams& p, RowSampler<L, S, kRejection>& sampler) {
   const int32_t b = sampler.task.entry, j = sampler.task.index;
@@ -102,15 +102,15 @@ __device__ void mask_row(const KernelParams& p, RowSampler<L, S, kRejection>& sa
     if (status && p.status != nullptr) atomicOr(p.status + b, status);
   }
   if constexpr (kRejection) {
-    const DraftLaws& laws = p.laws;
+    const DraftDistributions& dists = p.draft_dists;
     const bool empty = status & kStatusEmptyRow;  // stored as the point mass that it was sampled from
     if (is_first_thread_of_cluster()) {
-      laws.cut[b * laws.cut_stride + j] = empty ? 0.0f : sampler.temperature.z(sampler.cut);
-      laws.log_norm[b * laws.log_norm_stride + j] = empty ? 0.0f : sampler.log_norm;
+      dists.cut[b * dists.cut_stride + j] = empty ? 0.0f : sampler.temperature.z(sampler.cut);
+      dists.log_norm[b * dists.log_norm_stride + j] = empty ? 0.0f : sampler.log_norm;
     }
-    const int64_t law = b * laws.stride_request + j * laws.stride_draft;
-    const auto write = [&](auto* gLaw) {
-      using Q = std::remove_pointer_t<decltype(gLaw)>;
+    const int64_t row = b * dists.stride_request + j * dists.stride_draft;
+    const auto write = [&](auto* gDistribution) {
+      using Q = std::remove_pointer_t<decltype(gDistribution)>;
       const auto& row = sampler.row;
       for (int32_t q = threadIdx.x; q < row.num_quads(); q += kThreads) {
         const int32_t id = row.first_id + 4 * q;
@@ -120,23 +120,23 @@ __device__ void mask_row(const KernelParams& p, RowSampler<L, S, kRejection>& sa
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           pack.v[e] = Scalar<Q>::down(empty && id + e == sampler.lowest_allowed() ? 0.0f : x[e]);
-        if (p.laws_aligned && id + 4 <= p.logits.id_limit) {
-          *reinterpret_cast<Pack<Q, 4>*>(gLaw + id) = pack;
+        if (p.draft_dists_aligned && id + 4 <= p.logits.id_limit) {
+          *reinterpret_cast<Pack<Q, 4>*>(gDistribution + id) = pack;
         } else {
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (id + e < p.logits.id_limit) gLaw[id + e] = pack.v[e];
+            if (id + e < p.logits.id_limit) gDistribution[id + e] = pack.v[e];
         }
       }
       if (cluster_rank() == 0) {
         for (int32_t id = p.logits.id_limit + threadIdx.x; id < p.logits.vocab_size; id += kThreads)
-          gLaw[id] = Scalar<Q>::down(-INFINITY);
+          gDistribution[id] = Scalar<Q>::down(-INFINITY);
       }
     };
-    if (laws.dtype == DType::kFloat32) {
-      write(static_cast<float*>(laws.logits) + law);
+    if (dists.dtype == DType::kFloat32) {
+      write(static_cast<float*>(dists.logits) + row);
     } else {
-      write(static_cast<L*>(laws.logits) + law);
+      write(static_cast<L*>(dists.logits) + row);
     }
   }
 }
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     }
     __syncthreads();
     const int32_t accepted = sAccepted;
-    const int32_t first_mask = 1 + r.num_drafts + (p.branched ? accepted * p.num_k : 0);
+    const int32_t first_mask = 1 + r.num_drafts + (p.quadratic ? accepted * p.num_k : 0);
     const bool proposed =
-        r.present && first_mask + p.num_k <= r.num_rows && (p.branched || accepted == r.num_drafts);
+        r.present && first_mask + p.num_k <= r.num_rows && (p.quadratic || accepted == r.num_drafts);
     if (j == 0 && cluster_rank() == 0 && warp_id() == 0) {
       const int32_t token = r.present ? load_uniform(p.row_tokens + b * (p.num_k + 1) + accepted) : -1;
       write_outcome(p, r, b, accepted, proposed, token);

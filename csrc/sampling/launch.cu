@@ -114,13 +114,13 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
       params.num_accepted == nullptr || params.tokens == nullptr || params.next_num_drafts == nullptr ||
       params.workspace == nullptr || (params.num_k > 0 && (params.drafts == nullptr || params.next_drafts == nullptr)))
     return failure(Code::kInvalidArgument, "%s: request arrays, results and workspace must not be null", op);
-  const DraftLaws& laws = params.draft_laws;
-  const bool needs_laws = params.rejection && params.num_k > 0;
-  if (needs_laws) {
-    if (laws.logits == nullptr || laws.cut == nullptr || laws.log_norm == nullptr)
-      return failure(Code::kInvalidArgument, "%s: rejection needs the laws of the drafts", op);
-    if (laws.dtype != DType::kFloat32 && (laws.dtype != params.logits.dtype || storage_of(params.logits) == DType::kFloat32))
-      return failure(Code::kUnsupported, "%s: draft laws must have the dtype of the logits or be fp32, with a bias fp32", op);
+  const DraftDistributions& dists = params.draft_dists;
+  const bool needs_dists = params.rejection && params.num_k > 0;
+  if (needs_dists) {
+    if (dists.logits == nullptr || dists.cut == nullptr || dists.log_norm == nullptr)
+      return failure(Code::kInvalidArgument, "%s: rejection needs the distributions of the drafts", op);
+    if (dists.dtype != DType::kFloat32 && (dists.dtype != params.logits.dtype || storage_of(params.logits) == DType::kFloat32))
+      return failure(Code::kUnsupported, "%s: draft distributions must have the dtype of the logits or be fp32, with a bias fp32", op);
   }
   KernelParams p = {};
   p.role = Role::kCleanRow;
@@ -132,10 +132,10 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
   p.drafts = params.drafts;
   p.drafts_stride = params.drafts_stride;
   p.positions = params.positions;
-  p.branched = params.branched;
-  p.laws = laws;
-  p.laws_aligned = needs_laws && aligned(laws.logits, laws.stride_request, laws.dtype) &&
-                   aligned(laws.logits, laws.stride_draft, laws.dtype);
+  p.quadratic = params.quadratic;
+  p.draft_dists = dists;
+  p.draft_dists_aligned = needs_dists && aligned(dists.logits, dists.stride_request, dists.dtype) &&
+                   aligned(dists.logits, dists.stride_draft, dists.dtype);
   p.status = params.status;
   p.row_tokens = static_cast<int32_t*>(params.workspace);
   p.num_accepted = params.num_accepted;

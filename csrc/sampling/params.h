@@ -27,9 +27,9 @@ struct KernelParams {
   const int64_t* drafts;
   int64_t drafts_stride;
   const int32_t* positions;
-  bool branched;
-  DraftLaws laws;
-  bool laws_aligned;
+  bool quadratic;
+  DraftDistributions draft_dists;
+  bool draft_dists_aligned;
   int32_t* status;
   int32_t* row_tokens;  // workspace [batch, num_k + 1]: y_i, or kAccepted
   int32_t* num_accepted;

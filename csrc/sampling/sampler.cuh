@@ -133,7 +133,7 @@ struct RowSampler {
     return argmax_of_cluster(best);
   }
 
-  // The token after a refused draft: a sample of max(0, p - q), or -1 if that is empty. q: the law of the draft.
+  // The token after a rejected draft: a sample of max(0, p - q), or -1 if that is empty. q: the distribution of the draft.
   __device__ int32_t sample_residual(const void* q_logits, float q_cut, float q_log_norm) {
     uint64_t best = 0;
     float scale = INFINITY;  // E >= v, so a residual r can win only if v <= r / exp(best)
@@ -141,7 +141,7 @@ struct RowSampler {
       float residual[4];
       float largest = 0.0f;
       float q_logit[4];
-      load_law(q_logits, row.first_id + 4 * q, q_logit);
+      load_draft_logits(q_logits, row.first_id + 4 * q, q_logit);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         residual[e] = x[e] >= cut ? probability(x[e], log_norm) - probability_if_kept(q_logit[e], q_cut, q_log_norm) : 0.0f;
@@ -204,9 +204,9 @@ struct RowSampler {
     return all == 0 ? -1 : id_of(all);
   }
 
-  // Four logits of a draft law, from id on, without NaN, Inf kept.
-  __device__ __forceinline__ void load_law(const void* q_logits, int32_t id, float (&x)[4]) const {
-    load_quad(q_logits, p.laws.dtype, id, p.laws_aligned, p.logits.id_limit - id, x);
+  // Four logits of a draft distribution, from id on, without NaN, Inf kept.
+  __device__ __forceinline__ void load_draft_logits(const void* q_logits, int32_t id, float (&x)[4]) const {
+    load_quad(q_logits, p.draft_dists.dtype, id, p.draft_dists_aligned, p.logits.id_limit - id, x);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (id + e == p.logits.mask_id) x[e] = -INFINITY;

@@ -97,13 +97,13 @@ def verify(
 
     logits: [B * R, V]. input_ids: int64 [B, R]. num_drafts: int32 [B], all K or 0 (a chain without drafts has its MASK
     rows behind pending). seq_lens: [B] without the step's rows, so that pending stands on position seq_len. sampling:
-    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, branched, mode; num_k.
+    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, quadratic, mode; num_k.
 
     The rows that a request does not use lie at the end of its R and are left out.
     """
     batch, width = input_ids.shape
-    num_k, branched = how.pop("num_k"), how["branched"]
-    used = 1 + num_drafts + ((num_drafts + 1) if branched else 1) * num_k
+    num_k, quadratic = how.pop("num_k"), how["quadratic"]
+    used = 1 + num_drafts + ((num_drafts + 1) if quadratic else 1) * num_k
     starts = torch.zeros(batch + 1, dtype=torch.int32, device=logits.device)
     starts[1:] = used.cumsum(0)
     t = torch.arange(batch * width, device=logits.device)

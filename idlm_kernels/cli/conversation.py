@@ -69,7 +69,7 @@ class Conversation:
         """Run what was asked. None stands for a part of a long prompt, so that a caller can stop between two."""
         assert self._request is not None
         while not self._request.ended:
-            for _, event in self.engine.epoch():
+            for _, event in self.engine.window():
                 yield event
             yield None
 

@@ -240,7 +240,7 @@ def continued(
 def figures_of(predictions: Predictions) -> str:
     shares = "/".join(f"{share:.2f}" for share in predictions.acceptance())
     again = "/".join(f"{share:.2f}" for share in predictions.acceptance(reranked=True))
-    tpf = predictions.tpf(branched=True, reranked=True)
+    tpf = predictions.tpf(quadratic=True, reranked=True)
     return f"acceptance {shares}, re-ranked {again}, TPF {tpf:.2f}"
 
 

@@ -30,7 +30,7 @@ def warm(
         typer.Option(help="Folder of the adapter, or `none`.", show_default="the one of the default model"),
     ] = None,
     plan: Annotated[
-        Literal["auto", "ar", "chain", "branched"], typer.Option(help="The plans that will be served; auto: all.")
+        Literal["auto", "ar", "chain", "quadratic"], typer.Option(help="The plans that will be served; auto: all.")
     ] = "auto",
     stride: Annotated[int, typer.Option("--stride", "-n", min=2, max=32, help="N, up to which.")] = 4,
     rule: Annotated[Literal["match", "rejection"], typer.Option(help="The rule of verification.")] = "match",

@@ -114,7 +114,7 @@ class State(Structure):
 class Plan(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("mask_id", "noise_below")),
-        *((name, c_int32) for name in ("page_size", "branched", "rows")),
+        *((name, c_int32) for name in ("page_size", "quadratic", "rows")),
         *((name, c_void_p) for name in ("ids", "is_mask", "positions", "slots", "tail_mask", "seq_lens")),
         ("query_start_loc", c_void_p),
     )
@@ -125,7 +125,7 @@ class Commit(Structure):
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts", "outcome")),
         *((name, c_int64) for name in ("tokens_stride", "next_drafts_stride", "outcome_stride")),
         ("acceptance", c_float),
-        *((name, c_int32) for name in ("branched", "suffix")),
+        *((name, c_int32) for name in ("quadratic", "suffix")),
     )
 
 
@@ -133,7 +133,7 @@ class Decision(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts", "temperature")),
         *((name, c_int64) for name in ("logits_stride", "drafts_stride", "vocabulary", "id_limit", "mask_id")),
-        *((name, c_int32) for name in ("rows", "batch", "num_k", "branched")),
+        *((name, c_int32) for name in ("rows", "batch", "num_k", "quadratic")),
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
         ("greedy_below", c_float),
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.cpu.step import rerank_greedy
-from python_ref import QState
+from python_ref import DraftDistributions
 
 
 def rerank_drafts(
@@ -31,13 +31,13 @@ def rerank_drafts(
     id_limit: int,
     mask_id: int,
     *,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The drafts of requests with num_drafts > 0 chosen anew, one after the other; see the reference."""
+    """The drafts of requests with num_drafts > 0 chosen again, one after the other; see the reference."""
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
-    if q_state is None:
+    if draft_dists is None:
         found = rerank_greedy(
             *(logits, hidden, first_mask, previous, drafts, num_drafts, temperature),
             *(embedding, head_rows, (from_hidden, from_previous, from_state, to_query), id_limit, mask_id),
@@ -46,5 +46,5 @@ def rerank_drafts(
             return found if out is None else out.copy_(found)
     request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
     return python_ref.rerank_drafts(
-        logits, hidden, *request, *weights, id_limit, mask_id, q_state=q_state, greedy=greedy, out=out
+        logits, hidden, *request, *weights, id_limit, mask_id, draft_dists=draft_dists, greedy=greedy, out=out
     )

@@ -5,9 +5,10 @@ numbers on one core: 3 and 90 us against 30 and 7,400 us). A row that holds anyt
 finite logit, an overflow in logit / T) passes through the reference's `sanitise`.
 
 What is saved: no noise and no sort for greedy rows, no sort without top-p and min-p, with truncation noise for the kept
-ids alone, and in `rejection` no law beyond the first refused draft. With few ids the calls per row cost more than that:
-`rejection` then takes the requests together, as the reference does. Branched steps of 3 drafts on one core, together
-and one by one: 1000 requests, 61 ids 43 and 2,440 ms; 16 requests, 1500 ids 40 and 49, 2500 ids 80 and 46.
+ids alone, and in `rejection` no distribution beyond the first rejected draft. With few ids the calls per row cost more
+than that: `rejection` then takes the requests together, as the reference does. Quadratic steps of 3 drafts on one
+core, together and one by one: 1000 requests, 61 ids 43 and 2,440 ms; 16 requests, 1500 ids 40 and 49, 2500 ids 80 and
+46.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from torch import Tensor
 import python_ref
 from idlm_kernels.cpu.noise import gumbel_at, gumbel_row
 from idlm_kernels.cpu.step import verify_greedy
-from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 from python_ref.noise import uniform
-from python_ref.sampling import add_bias, law, sanitise, scale_by_temperature
+from python_ref.sampling import add_bias, distribution, sanitise, scale_by_temperature
 
 _Floats = NDArray[np.float32]
 _GREEDY_BELOW = float(np.float32(GREEDY_BELOW))  # temperatures are fp32, and so is the bound that they are held to
-MANY_BELOW = 2048  # ids; `rejection`. By the vocabulary alone: the two ways may round a law differently
-MANY_ELEMENTS = 1 << 22  # of a law of some requests, taken together: 32 MB in fp64
+MANY_BELOW = 2048  # ids; `rejection`. By the vocabulary alone: the two ways may round a distribution differently
+MANY_ELEMENTS = 1 << 22  # of a distribution of some requests, taken together: 32 MB in fp64
 SPARSE_BELOW = 1 / 16  # share of the ids up to which their noise alone is computed, and not kept; 5 times slower per id
 
 
@@ -204,16 +205,16 @@ def verify_accept(
     id_limit: int,
     mask_id: int,
     *,
-    branched: bool,
+    quadratic: bool,
     rule: str,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Verify the drafts of every request, sample its next token and propose its next drafts; see the reference.
 
-    Of q_state the rows of requests that propose are written.
+    Of draft_dists the rows of requests that propose are written.
     """
     if logits.dtype == torch.float64:
         return python_ref.verify_accept(
@@ -229,17 +230,15 @@ def verify_accept(
             seed,
             id_limit,
             mask_id,
-            branched=branched,
+            quadratic=quadratic,
             rule=rule,
-            q_state=q_state,
+            draft_dists=draft_dists,
             logit_bias=logit_bias,
             status=status,
             out=out,
         )
     if rule == "match" and logit_bias is None:
-        decided = verify_greedy(
-            logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, branched
-        )
+        decided = verify_greedy(logits, query_start_loc, num_drafts, drafts, temperature, id_limit, mask_id, quadratic)
         if decided is not None:
             if out is None:
                 return decided
@@ -253,8 +252,8 @@ def verify_accept(
             query_start_loc,
             (num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed),
             (id_limit, mask_id),
-            branched,
-            q_state,
+            quadratic,
+            draft_dists,
             logit_bias,
             status,
             out,
@@ -282,15 +281,15 @@ def verify_accept(
             for _, bits in sampled:
                 flags[b] |= bits
         else:
-            assert q_state is not None
-            a, token, bits = _reject(rows, start, params, pending, given, q_state, b)
+            assert draft_dists is not None
+            a, token, bits = _reject(rows, start, params, pending, given, draft_dists, b)
             flags[b] |= bits
         num_accepted[b] = a
         tokens[b][: a + 1] = [*given[:a], token]
 
         # MASK row j of branch a proposes for position L + a + 1 + j; a chain has branch n only.
-        first_mask = 1 + n + (a * num_k if branched else 0)
-        if num_k == 0 or first_mask + num_k > m or not (branched or a == n):
+        first_mask = 1 + n + (a * num_k if quadratic else 0)
+        if num_k == 0 or first_mask + num_k > m or not (quadratic or a == n):
             continue
         stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
         for j in range(num_k):
@@ -298,11 +297,11 @@ def verify_accept(
             if rule == "match":
                 next_drafts[b][j], bits = rows.sample(row, params, position, stream)
             else:
-                assert q_state is not None
-                q, bits = _law_of(rows, rows.biased(row), params)
+                assert draft_dists is not None
+                q, bits = _distribution_of(rows, rows.biased(row), params)
                 next_drafts[b][j] = draw(q.z, params, q.cut, position, stream)
-                q_state.logits[b, j] = rows.biased(row)
-                q_state.cut[b, j], q_state.log_norm[b, j] = q.cut, q.log_norm
+                draft_dists.logits[b, j] = rows.biased(row)
+                draft_dists.cut[b, j], draft_dists.log_norm[b, j] = q.cut, q.log_norm
             flags[b] |= bits
         next_num_drafts[b] = num_k
     if status is not None:
@@ -325,14 +324,14 @@ def _verify_together(
     query_start_loc: Tensor,
     of_requests: tuple[Tensor, ...],
     limits: tuple[int, int],
-    branched: bool,
-    q_state: QState | None,
+    quadratic: bool,
+    draft_dists: DraftDistributions | None,
     logit_bias: Tensor | None,
     status: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rejection` of as many requests at a time as fit into MANY_ELEMENTS, by the reference."""
-    assert q_state is not None
+    assert draft_dists is not None
     batch, num_k = of_requests[1].shape
     if out is None:
         count, ids = torch.empty(batch, dtype=torch.int32), torch.empty(batch, num_k + 1, dtype=torch.int64)
@@ -353,9 +352,9 @@ def _verify_together(
             min_p,
             seed,
             *limits,
-            branched=branched,
+            quadratic=quadratic,
             rule="rejection",
-            q_state=q_state.requests(first, last),
+            draft_dists=draft_dists.requests(first, last),
             logit_bias=logit_bias,
             status=None if status is None else status[first:last],
             out=(out[0][first:last], out[1][first:last], out[2][first:last], out[3][first:last]),
@@ -364,8 +363,8 @@ def _verify_together(
 
 
 @dataclass(frozen=True)
-class _Law:
-    """The law of a row: exp(z - log_norm) where z >= cut; all mass on the largest z for greedy requests."""
+class _Distribution:
+    """The distribution of a row: exp(z - log_norm) where z >= cut; all mass on the largest z for greedy requests."""
 
     z: _Floats
     cut: float
@@ -373,7 +372,7 @@ class _Law:
     greedy: bool
 
     def of(self, token: int) -> Tensor:
-        """The probability of one token, in the arithmetic of `python_ref.sampling.law`."""
+        """The probability of one token, in the arithmetic of `python_ref.sampling.distribution`."""
         if self.greedy:
             return torch.tensor(float(token == self.z.argmax()))
         if self.z[token] < self.cut:
@@ -382,24 +381,24 @@ class _Law:
 
     def of_all(self) -> Tensor:
         z, cut, log_norm = torch.from_numpy(self.z), torch.tensor(self.cut), torch.tensor(self.log_norm)
-        return law(z, cut, log_norm, torch.tensor(self.greedy))
+        return distribution(z, cut, log_norm, torch.tensor(self.greedy))
 
 
-def _law_of(rows: _Rows, logits: Tensor, params: _Params) -> tuple[_Law, int]:
-    """The law of biased logits [V], and the status bits of the row."""
+def _distribution_of(rows: _Rows, logits: Tensor, params: _Params) -> tuple[_Distribution, int]:
+    """The distribution of biased logits [V], and the status bits of the row."""
     z, status = rows.transform(logits, params)
-    return _law(z, params), status
+    return _distribution(z, params), status
 
 
-def _law(z: _Floats, params: _Params) -> _Law:
+def _distribution(z: _Floats, params: _Params) -> _Distribution:
     cut = params.cut(z)
     # Of the kept ids alone: exp of the -inf of the others would take longer than all the rest.
     log_norm = torch.logsumexp(torch.from_numpy(z[z >= cut]), 0)
-    return _Law(z, cut, float(log_norm), params.greedy)
+    return _Distribution(z, cut, float(log_norm), params.greedy)
 
 
 def _reject(
-    rows: _Rows, start: int, params: _Params, pending: int, given: list[int], q_state: QState, b: int
+    rows: _Rows, start: int, params: _Params, pending: int, given: list[int], draft_dists: DraftDistributions, b: int
 ) -> tuple[int, int, int]:
     """(accepted drafts, the token after them, status bits) by the rule of `rejection`."""
     n, vocab_size = len(given), rows.logits.shape[1]
@@ -407,23 +406,23 @@ def _reject(
     status = functools.reduce(operator.or_, (bits for _, bits in transformed))
     for i, draft in enumerate(given):
         position = pending + 1 + i
-        p = _law(transformed[i][0], params)
+        p = _distribution(transformed[i][0], params)
         residual = None
         if 0 <= draft < vocab_size:
-            q_z, _ = rows.transform(q_state.logits[b, i], params)
-            q = _Law(q_z, float(q_state.cut[b, i]), float(q_state.log_norm[b, i]), params.greedy)
+            q_z, _ = rows.transform(draft_dists.logits[b, i], params)
+            q = _Distribution(q_z, float(draft_dists.cut[b, i]), float(draft_dists.log_norm[b, i]), params.greedy)
             u = uniform(torch.tensor(params.seed), torch.tensor(position))
             if bool(u * q.of(draft) < p.of(draft)):
                 continue
             residual = (p.of_all() - q.of_all()).clamp(min=0)
         if residual is None or not bool(residual.any()):
             residual = p.of_all()
-        return i, _argmax_of_law(residual, params, position), status
+        return i, _argmax_of_distribution(residual, params, position), status
     cut = params.cut(transformed[n][0]) if params.truncates else -math.inf
     return n, draw(transformed[n][0], params, cut, pending + 1 + n, STREAM_TARGET), status
 
 
-def _argmax_of_law(p: Tensor, params: _Params, position: int) -> int:
-    """A sample of the unnormalised law p [V] by the target's noise; its mode for a greedy request."""
+def _argmax_of_distribution(p: Tensor, params: _Params, position: int) -> int:
+    """A sample of the unnormalised distribution p [V] by the target's noise; its mode for a greedy request."""
     score = p if params.greedy else p.log() + gumbel_row(p.shape[0], params.seed, position, STREAM_TARGET)
     return int(score.numpy().argmax())

@@ -85,21 +85,19 @@ def _struct(state: StepState) -> native.State:
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, quadratic: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed; see the reference."""
     library = native.library()
     if library is None:
-        return python_ref.plan_rows(
-            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
-        )
+        return python_ref.plan_rows(state, mask_id, page_size, quadratic=quadratic, noise_below=noise_below, out=out)
     if out is None:
         batch, num_k = state.drafts.shape
-        rows = batch * ((num_k + 1) ** 2 if branched else 2 * num_k + 1)
+        rows = batch * ((num_k + 1) ** 2 if quadratic else 2 * num_k + 1)
         ids, positions, slots, tail_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
         seq_lens, starts = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
         out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tail_mask, seq_lens, starts
-    plan = native.Plan(mask_id, noise_below, page_size, branched, out[0].shape[0], *(x.data_ptr() for x in out))
+    plan = native.Plan(mask_id, noise_below, page_size, quadratic, out[0].shape[0], *(x.data_ptr() for x in out))
     library.idlm_cpu_plan_rows(ctypes.byref(_struct(state)), ctypes.byref(plan))
     return out
 
@@ -111,7 +109,7 @@ def commit_step(
     next_num_drafts: Tensor,
     state: StepState,
     *,
-    branched: bool = False,
+    quadratic: bool = False,
     suffix: bool = False,
     acceptance: float | None = None,
     logits: Tensor | None = None,
@@ -123,7 +121,7 @@ def commit_step(
     if library is None:
         return python_ref.commit_step(
             *(num_accepted, tokens, next_drafts, next_num_drafts, state),
-            branched=branched,
+            quadratic=quadratic,
             suffix=suffix,
             acceptance=acceptance,
             logits=logits,
@@ -137,7 +135,7 @@ def commit_step(
     commit = native.Commit(
         *(x.data_ptr() for x in (num_accepted, tokens, next_drafts, next_num_drafts, out)),
         *(x.stride(0) for x in (tokens, next_drafts, out)),
-        *(-1.0 if acceptance is None else acceptance, branched, suffix),
+        *(-1.0 if acceptance is None else acceptance, quadratic, suffix),
     )
     library.idlm_cpu_commit_step(ctypes.byref(_struct(state)), ctypes.byref(commit))
     if logits is not None and query_start_loc is not None:

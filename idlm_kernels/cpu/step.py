@@ -33,7 +33,7 @@ def verify_greedy(
     temperature: Tensor,
     id_limit: int,
     mask_id: int,
-    branched: bool,
+    quadratic: bool,
 ) -> Decided | None:
     """`verify_accept` with rule="match"; None too where NaN, infinity or a draft beyond the vocabulary is met."""
     library = native.library()
@@ -62,7 +62,7 @@ def verify_greedy(
         logits.shape[0],
         batch,
         num_k,
-        branched,
+        quadratic,
         counts.data_ptr(),
         tokens.data_ptr(),
         next_drafts.data_ptr(),
@@ -88,7 +88,7 @@ def rerank_greedy(
     id_limit: int,
     mask_id: int,
 ) -> Tensor | None:
-    """`rerank_drafts` without a q_state. small: from_hidden, from_previous, from_state, to_query.
+    """`rerank_drafts` without a draft_dists. small: from_hidden, from_previous, from_state, to_query.
 
     Of candidates within rounding of each other another one may be chosen than the reference chooses.
     """

@@ -3,8 +3,8 @@
 A line of input is an object with "prompt" (text) or "messages" (a chat), optionally "id" and any SamplingParams field
 but logprobs. A line of output answers the line of input of the same number and holds only what does not depend on
 the schedule, so that an interrupted and resumed run writes the same bytes as an undisturbed one. Lines are written
-whole and in order; they are on disk (fsync) at the edges of epochs. OUTPUT.run.json beside the output remembers how
-it was started, and goes when all is done.
+whole and in order; they are on disk (fsync) at the boundaries of windows. OUTPUT.run.json beside the output remembers
+how it was started, and goes when all is done.
 
 Only a line's own faults are its answer. A fault of the machine (no memory, a device that fails, a full disk) stops the
 run: what was not answered is answered by the next run. One process writes an output at a time.
@@ -131,7 +131,7 @@ def answered(
     encode: Callable[[dict[str, Any]], list[int]],
     count: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[Answer]]:
-    """The answers to lines, in order; after each epoch those that are there, possibly none. count: of new tokens.
+    """The answers to lines, in order; after each window those that are there, possibly none. count: of new tokens.
 
     Raises: LineFailed after the answers before that line; RunStopped where a prompt could not be made.
     """
@@ -145,7 +145,7 @@ def answered(
                 exhausted = True
             else:
                 waiting[number] = _submit(engine, number, line, params, base_seed, encode)
-        for _, event in engine.epoch():
+        for _, event in engine.window():
             count(len(event.token_ids))
         yield _at_the_head(waiting)
         for number, request in sorted(waiting.items()):

@@ -1,10 +1,10 @@
 """The engine: a stationary batch that decodes many requests, with the host beside the steps and not inside them.
 
-Time runs in epochs. At an epoch's edge the host retires what has ended, chooses the plan, finds pages for the steps
-ahead (preempting the youngest requests where there are too few), admits waiting requests and prefills within a budget.
-Then the batch runs a number of steps unchanged; their results are read one step late on a GPU, so that no step waits
-for the host. In `match` the output of a request is a function of (model, prompt, parameters, seed) alone: nothing that
-is decided here can change it.
+Time runs in scheduling windows. At a boundary between two the host retires what has ended, chooses the plan, finds
+pages for the steps ahead (preempting the youngest requests where there are too few), admits waiting requests and
+prefills within a budget. Then the batch runs a number of steps unchanged; their results are read one step late on a
+GPU, so that no step waits for the host. In `match` the output of a request is a function of (model, prompt,
+parameters, seed) alone: nothing that is decided here can change it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill_chunk
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import Transformer
-from python_ref import QState
+from python_ref import DraftDistributions
 from python_ref.contract import GREEDY_BELOW
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., None])
 MAX_STOP_IDS = 64  # of a request
-_TRIAL_STEPS = 4  # of an epoch that learns what a plan costs
+_TRIAL_STEPS = 4  # of a window that learns what a plan costs
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Request:
     limit: int  # largest L
     output: RequestOutput
     drafts: bool = True
-    place: int | None = None  # in the state, while it holds pages
+    batch_index: int | None = None  # in the state, while it holds pages
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose KV is known to be in the cache; meaningful until the first step
     decoding: bool = False  # its prefill has ended
@@ -156,16 +156,18 @@ class Engine:
             id_limit=self._id_limit,
             device=model.device,
         )
-        q_state = None
+        draft_dists = None
         if options.rule == "rejection":
             vocab_size = model.config.vocab_size
-            q_state = QState.empty(options.max_num_seqs, policy.num_drafts, vocab_size, model.dtype, model.device)
+            draft_dists = DraftDistributions.empty(
+                options.max_num_seqs, policy.num_drafts, vocab_size, model.dtype, model.device
+            )
         self._decoder = Decoder(
             model,
             model.new_cache(self.pool.num_pages, options.page_size),
             policy.widest,
             options.rule,
-            q_state,
+            draft_dists,
             rerank=options.rerank and model.rerank_head is not None,
             suffix=options.suffix_drafts,
             logprobs=options.logprobs,
@@ -179,11 +181,11 @@ class Engine:
             for bucket in reversed(self._buckets):  # the largest first: the others fit into its memory
                 self._steps.record(*self._batch(bucket))
         self._waiting: list[Request] = []
-        self._active: list[Request] = []  # those with a place, by arrival
-        self._free_places = list(range(options.max_num_seqs))  # a heap
+        self._active: list[Request] = []  # those in the batch, by arrival
+        self._free_indices = list(range(options.max_num_seqs))  # a heap
         self._arrivals = 0
         self._thread = threading.Lock()  # held by the thread that is inside
-        self._epoch: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
+        self._window: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
         self._interrupted = False  # in the middle of a step
         self._plan_of_last_step: StepPlan | None = None
 
@@ -225,11 +227,11 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request here, with the text so far. Its place is free from the next edge on."""
+        """End a request here, with the text so far. Its batch index is free from the next boundary on."""
         with self._alone():
             request.output.cancel()
-            if request.place is not None:
-                self._state.finish[request.place].fill_(STOPPED)
+            if request.batch_index is not None:
+                self._state.finish[request.batch_index].fill_(STOPPED)
             elif request in self._waiting:
                 self._waiting.remove(request)
 
@@ -240,12 +242,12 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a place. Any thread may ask."""
+        """Requests in the batch. Any thread may ask."""
         return len(self._active)
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a place. Any thread may ask."""
+        """Requests that wait for the batch. Any thread may ask."""
         return len(self._waiting)
 
     # Time
@@ -253,34 +255,39 @@ class Engine:
     def events(self) -> Iterator[tuple[Request, StreamEvent]]:
         """Run until nothing waits and nothing runs, yielding what each step gave to each request."""
         while self.busy:
-            yield from self.epoch()
+            yield from self.window()
 
-    def epoch(self) -> Iterator[tuple[Request, StreamEvent]]:
-        """One edge and the steps after it.
+    def window(self) -> Iterator[tuple[Request, StreamEvent]]:
+        """One boundary and the steps of the window after it.
 
         An iterator that is left before its end costs events and no tokens: each step is given to all of its requests
-        before the first event is handed out, and the next call of `epoch` or `events` reads what is still unread.
+        before the first event is handed out, and the next call of `window` or `events` reads what is still unread.
 
         Raises: RuntimeError where a step was interrupted (Ctrl-C): what the device holds is not known then.
         """
         with self._alone():
             if self._interrupted:
                 raise RuntimeError("a step of this Engine was interrupted: make a new one and submit its requests")
-            if self._epoch is not None:
-                self._epoch.close()
-            self._epoch = self._run_epoch()
-        return _Events(self._alone, self._epoch)
+            if self._window is not None:
+                self._window.close()
+            self._window = self._run_window()
+        return _Events(self._alone, self._window)
 
-    def _run_epoch(self) -> Generator[tuple[Request, StreamEvent], None, None]:
+    def epoch(self) -> Iterator[tuple[Request, StreamEvent]]:
+        """The old name of `window`."""
+        warn_renamed("Engine.", "epoch", "Engine.window")
+        return self.window()
+
+    def _run_window(self) -> Generator[tuple[Request, StreamEvent], None, None]:
         try:
-            yield from self._edge_and_steps()
+            yield from self._boundary_and_steps()
         except GeneratorExit:
             raise
         except BaseException:
             self._interrupted = True
             raise
 
-    def _edge_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
+    def _boundary_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
         _state_of_process["has decoded"] = True
         self._retire()
         plan = self._plan()
@@ -289,7 +296,7 @@ class Engine:
             r.params.temperature < GREEDY_BELOW for r in (*self._active, *self._waiting)
         )
         self._decoder = dataclasses.replace(self._decoder, plan=plan, greedy=greedy)
-        steps = self._epoch_length()
+        steps = self._window_length()
         self._reserve(steps)
         self._admit(steps)
         self._compact()
@@ -299,35 +306,35 @@ class Engine:
         self._retire()
 
     def _plan(self) -> StepPlan:
-        """The plan of the epoch: AR where nobody wants drafts."""
+        """The plan of the window: AR where nobody wants drafts."""
         requests = (*self._active, *self._waiting)
         if requests and not any(request.drafts for request in requests):
             self.policy.trial = False
             return StepPlan("ar", 1)
         return self.policy.choose(max(1, min(self.options.max_num_seqs, len(requests))))
 
-    def _epoch_length(self) -> int:
-        """Many steps in a steady state; while requests wait, so few that a place is not left empty for long."""
+    def _window_length(self) -> int:
+        """Many steps in a steady state; while requests wait, so few that the batch has no gap for long."""
         if self.policy.trial:
-            return min(self.options.epoch_steps, _TRIAL_STEPS)
+            return min(self.options.window_steps, _TRIAL_STEPS)
         if not self._waiting:
-            return self.options.epoch_steps
+            return self.options.window_steps
         soonest = min((r.limit - len(r.tokens) for r in self._active), default=1)
-        return max(1, min(self.options.epoch_steps // 4, soonest))
+        return max(1, min(self.options.window_steps // 4, soonest))
 
-    # The edge of an epoch
+    # The boundary between two windows
 
     def _retire(self) -> None:
         for request in [r for r in self._active if r.ended]:
             self._leave(request)
 
     def _leave(self, request: Request) -> None:
-        """Take a request from its place and give its pages back."""
-        assert request.place is not None
-        self._state.finish[request.place] = IDLE
-        heapq.heappush(self._free_places, request.place)
+        """Take a request out of the batch and give its pages back."""
+        assert request.batch_index is not None
+        self._state.finish[request.batch_index] = IDLE
+        heapq.heappush(self._free_indices, request.batch_index)
         self.pool.release(request.pages)
-        request.place, request.pages, request.decoding, request.cached = None, [], False, 0
+        request.batch_index, request.pages, request.decoding, request.cached = None, [], False, 0
         self._active.remove(request)
 
     def _pages_ahead(self, request: Request, steps: int) -> int:
@@ -337,9 +344,9 @@ class Engine:
         return self.pool.pages_for(reach - 1 + plan.max_rows)
 
     def _reserve(self, steps: int) -> None:
-        """Pages for the epoch ahead, oldest request first; the youngest ones make room where there are too few."""
+        """Pages for the window ahead, oldest request first; the youngest ones make room where there are too few."""
         for request in list(self._active):
-            while request.place is not None:
+            while request.batch_index is not None:
                 pages = self.pool.take(self._pages_ahead(request, steps) - len(request.pages))
                 if pages is not None:
                     request.pages += pages
@@ -353,7 +360,7 @@ class Engine:
         self._waiting.sort(key=lambda r: r.arrival)
 
     def _admit(self, steps: int) -> None:
-        """Give waiting requests a place and pages, strictly in order of arrival."""
+        """Give waiting requests a batch index and pages, strictly in order of arrival."""
         while self._waiting and len(self._active) < self.options.max_num_seqs:
             request = self._waiting[0]
             tokens = request.tokens
@@ -365,12 +372,12 @@ class Engine:
             self._waiting.pop(0)
             request.pages = shared + pages
             request.cached = len(shared) * self.pool.page_size
-            request.place = heapq.heappop(self._free_places)
+            request.batch_index = heapq.heappop(self._free_indices)
             self._active.append(request)
             self._active.sort(key=lambda r: r.arrival)
-            where = request.place
+            where = request.batch_index
             try:
-                self._state.place(
+                self._state.insert(
                     where, tokens, request.params, request.seed, request.limit, request.stop_ids, request.drafts
                 )
             except Exception as error:  # whatever a parameter makes torch raise: the others go on
@@ -378,24 +385,24 @@ class Engine:
                 self._leave(request)
 
     def _compact(self) -> None:
-        """Move requests down to the first places, so that a step runs no more of them than there are requests."""
-        for request in [r for r in self._active if r.place is not None and r.place >= len(self._active)]:
-            assert request.place is not None
-            free = heapq.heappushpop(self._free_places, request.place)
-            self._state.move(request.place, free)
-            if self._decoder.q_state is not None:
-                q = self._decoder.q_state
+        """Move requests down to the first indices, so that a step runs no more of them than there are requests."""
+        for request in [r for r in self._active if r.batch_index is not None and r.batch_index >= len(self._active)]:
+            assert request.batch_index is not None
+            free = heapq.heappushpop(self._free_indices, request.batch_index)
+            self._state.move(request.batch_index, free)
+            if self._decoder.draft_dists is not None:
+                q = self._decoder.draft_dists
                 for x in (q.logits, q.cut, q.log_norm):
-                    x[free] = x[request.place]
-            request.place = free
+                    x[free] = x[request.batch_index]
+            request.batch_index = free
 
     def _write_tables(self) -> None:
-        """Page tables, and drafts within the plan of the epoch."""
+        """Page tables, and drafts within the plan of the window."""
         width = self._state.page_table.shape[1]
         tables = [[0] * width for _ in range(len(self._active))]
         for request in self._active:
-            assert request.place is not None
-            tables[request.place] = (request.pages + [0] * width)[:width]
+            assert request.batch_index is not None
+            tables[request.batch_index] = (request.pages + [0] * width)[:width]
         if tables:
             self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
         self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
@@ -410,12 +417,12 @@ class Engine:
             if request.decoding or request.ended:
                 continue
             length = len(request.tokens)
-            assert request.place is not None
+            assert request.batch_index is not None
             if length - request.cached <= budget:
                 budget -= length - request.cached
                 ready.append(request)
             elif budget > 0:
-                state = self._state.requests(request.place, request.place + 1)
+                state = self._state.requests(request.batch_index, request.batch_index + 1)
                 stop = request.cached + budget
                 if self._guarded([request], partial(prefill_chunk, self._decoder, state, request.cached, stop)):
                     request.cached, budget = stop, 0
@@ -423,11 +430,11 @@ class Engine:
             yield from self._first_step(group)
 
     def _first_step(self, group: list[Request]) -> Iterator[tuple[Request, StreamEvent]]:
-        first, last = group[0].place, group[-1].place
+        first, last = group[0].batch_index, group[-1].batch_index
         assert first is not None and last is not None
         state = self._state.requests(first, last + 1)
-        q_state = self._decoder.q_state
-        decoder = self._narrowed(first, last + 1) if q_state is not None else self._decoder
+        draft_dists = self._decoder.draft_dists
+        decoder = self._narrowed(first, last + 1) if draft_dists is not None else self._decoder
         state.finish.fill_(RUNNING)
         starts, lengths = [r.cached for r in group], [len(r.tokens) for r in group]
         view = state.with_drafts(decoder.plan.num_drafts)
@@ -439,22 +446,24 @@ class Engine:
             yield from self._taken(outcome.tolist(), dict(enumerate(group)))
 
     def _narrowed(self, first: int, last: int) -> Decoder:
-        """The decoder with the q_state of some places and of the drafts of the plan."""
-        q, num_k = self._decoder.q_state, self._decoder.plan.num_drafts
+        """The decoder with the draft_dists of some requests and of the drafts of the plan."""
+        q, num_k = self._decoder.draft_dists, self._decoder.plan.num_drafts
         assert q is not None
-        part = QState(q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k])
-        return dataclasses.replace(self._decoder, q_state=part)
+        part = DraftDistributions(
+            q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k]
+        )
+        return dataclasses.replace(self._decoder, draft_dists=part)
 
     # Steps
 
     def _batch(self, bucket: int) -> tuple[Decoder, DecodeState]:
-        """The first places of the state, and the decoder that goes with them."""
-        decoder = self._decoder if self._decoder.q_state is None else self._narrowed(0, bucket)
+        """The first requests of the state, and the decoder that goes with them."""
+        decoder = self._decoder if self._decoder.draft_dists is None else self._narrowed(0, bucket)
         return decoder, self._state.requests(0, bucket).with_drafts(decoder.plan.num_drafts)
 
     def _run_steps(self, steps: int) -> Iterator[tuple[Request, StreamEvent]]:
         """Run the batch, unchanged; read each result `lag` steps late."""
-        decoding = {r.place: r for r in self._active if r.decoding and r.place is not None}
+        decoding = {r.batch_index: r for r in self._active if r.decoding and r.batch_index is not None}
         if not decoding:
             return
         decoder, state = self._batch(self._buckets[bisect_left(self._buckets, max(decoding) + 1)])
@@ -490,8 +499,8 @@ class Engine:
         except Exception as error:  # whatever a backend may raise: the other requests go on
             for request in requests:
                 request.output.fail(f"{type(error).__name__}: {error}", error)
-                if request.place is not None:
-                    self._state.finish[request.place].fill_(STOPPED)
+                if request.batch_index is not None:
+                    self._state.finish[request.batch_index].fill_(STOPPED)
             return None
 
     def _taken(self, rows: list[list[int]], requests: dict[int, Request]) -> list[tuple[Request, StreamEvent]]:
@@ -499,16 +508,16 @@ class Engine:
         num_k = self._decoder.plan.num_drafts
         verified, accepted = [0] * num_k, [0] * num_k
         events = []
-        for place, request in requests.items():
+        for b, request in requests.items():
             if request.ended:
                 continue
-            num_drafts, num_accepted, *_ = rows[place]
-            event = request.output.read(rows[place], self._decoder.plan.stride)
+            num_drafts, num_accepted, *_ = rows[b]
+            event = request.output.read(rows[b], self._decoder.plan.stride)
             for j in range(min(num_drafts, num_accepted + 1)):
                 verified[j] += 1
                 accepted[j] += j < num_accepted
-            if request.ended and request.place is not None:
-                self._state.finish[request.place].clamp_(min=STOPPED)  # a stop string is known to the host alone
+            if request.ended and request.batch_index is not None:
+                self._state.finish[request.batch_index].clamp_(min=STOPPED)  # a stop string is known to the host alone
             events.append((request, event))
         self.policy.observe(verified, accepted)
         return events
@@ -564,7 +573,7 @@ def _check_process() -> None:
 
 
 class _Events:
-    """An epoch, each step of which keeps other threads out."""
+    """A window, each step of which keeps other threads out."""
 
     def __init__(self, alone: Callable[[], Any], events: Generator[tuple[Request, StreamEvent], None, None]):
         self._alone, self._events = alone, events
@@ -605,17 +614,17 @@ class _Readback:
 
 
 def _buckets(max_num_seqs: int, few: bool) -> list[int]:
-    """Numbers of places that a step may run: all, or powers of two where each costs a recording."""
+    """Batch sizes that a step may run: all, or powers of two where each costs a recording."""
     if not few:
         return list(range(1, max_num_seqs + 1))
     return [*(1 << i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs]
 
 
 def _neighbours(requests: list[Request]) -> Iterator[list[Request]]:
-    """Groups of requests whose places follow each other: one forward, and one view of the state, serves a group."""
+    """Groups of requests with consecutive batch indices: one forward, and one view of the state, serves a group."""
     group: list[Request] = []
-    for request in sorted(requests, key=lambda r: r.place or 0):
-        if group and request.place != (group[-1].place or 0) + 1:
+    for request in sorted(requests, key=lambda r: r.batch_index or 0):
+        if group and request.batch_index != (group[-1].batch_index or 0) + 1:
             yield group
             group = []
         group.append(request)

@@ -63,7 +63,7 @@ class RecordedSteps:
             return False
         key = (state.batch, decoder.plan)
         if key not in self._recordings:
-            # On idle places, so that neither warming up nor recording moves a request.
+            # On idle requests, so that neither warming up nor recording moves a request.
             finish = state.finish.clone()
             state.finish.fill_(LENGTH)
             try:

@@ -61,7 +61,7 @@ class LLM:
             same noise. None draws a seed for each.
         max_model_len: the most tokens of a request, prompt included; the model's own limit when None. No memory is
             taken for it before a request needs it.
-        max_num_seqs: the most prompts that are decoded together; further ones take the places of those that end.
+        max_num_seqs: the most prompts that are decoded together; further ones take over from those that end.
         max_num_batched_tokens: the most prompt tokens of one forward.
         gpu_memory_utilization: the most of the memory that is free, on a CPU too, that the KV cache may take.
         tensor_parallel_size: 1.

@@ -79,7 +79,7 @@ _LEAST = {
     "page_size": 1,
     "num_pages": 1,
     "max_num_batched_tokens": 1,
-    "epoch_steps": 1,
+    "window_steps": 1,
     "lag": 0,
 }
 
@@ -90,7 +90,7 @@ class EngineOptions(DecodeOptions):
 
     max_num_seqs: requests decoded together. max_model_len: the most tokens of a request, prompt included. num_pages:
     pages of the KV cache; enough for max_num_seqs full requests when None. max_num_batched_tokens: the budget of prompt
-    tokens of an epoch, and of one forward. epoch_steps: the most steps of an epoch. lag: steps after which the host
+    tokens of a window, and of one forward. window_steps: the most steps of a window. lag: steps after which the host
     reads a result; when None, 1 on a GPU and 0 elsewhere.
     """
 
@@ -99,7 +99,7 @@ class EngineOptions(DecodeOptions):
     page_size: int = 64
     num_pages: int | None = None
     max_num_batched_tokens: int = 512
-    epoch_steps: int = 16
+    window_steps: int = 16
     lag: int | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +119,11 @@ class EngineOptions(DecodeOptions):
         return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(DecodeOptions)}, **sizes)
 
 
-_OLD_SIZES = {"max_batch": "max_num_seqs", "max_len": "max_model_len", "prefill_tokens": "max_num_batched_tokens"}
+_OLD_SIZES = {
+    "max_batch": "max_num_seqs",
+    "max_len": "max_model_len",
+    "prefill_tokens": "max_num_batched_tokens",
+    "epoch_steps": "window_steps",
+}
 DecodeOptions.__init__ = renamed(verify="rule")(DecodeOptions.__init__)  # type: ignore[method-assign]
 EngineOptions.__init__ = renamed(verify="rule", **_OLD_SIZES)(EngineOptions.__init__)  # type: ignore[method-assign]

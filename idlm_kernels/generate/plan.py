@@ -55,7 +55,7 @@ class StepPlan:
             raise ValueError(f"stride is {self.stride}, wanted 2 to {MAX_STRIDE[self.kind]} for a {self.kind} plan")
 
     @property
-    def branched(self) -> bool:
+    def quadratic(self) -> bool:
         """Whether every draft has a branch of MASK rows, and not the last one alone."""
         return self.kind == "quadratic"
 
@@ -67,7 +67,7 @@ class StepPlan:
     @property
     def max_rows(self) -> int:
         """R, the most rows of a request in a step."""
-        return self.stride**2 if self.branched else 2 * self.stride - 1
+        return self.stride**2 if self.quadratic else 2 * self.stride - 1
 
     def expected_tpf(self, acceptance: float | Sequence[float]) -> float:
         """Tokens per forward in the steady state, for an acceptance by draft index (the last one goes on), or for all.
@@ -76,13 +76,13 @@ class StepPlan:
         rejection have none and commit one token.
         """
         shares = [acceptance] if isinstance(acceptance, (int, float)) else acceptance
-        run = all_stand = 1.0
+        run = all_accepted = 1.0
         for j in range(self.num_drafts):
-            all_stand *= shares[min(j, len(shares) - 1)]
-            run += all_stand
-        if self.branched or self.stride == 1:
+            all_accepted *= shares[min(j, len(shares) - 1)]
+            run += all_accepted
+        if self.quadratic or self.stride == 1:
             return run
-        rejected = 1 - all_stand
+        rejected = 1 - all_accepted
         return (run + rejected) / (1 + rejected)
 
     @classmethod
@@ -96,7 +96,7 @@ class StepPlan:
         if row_budget < 1:
             raise ValueError(f"row_budget is {row_budget}, wanted at least 1 row per request")
         bound = cls(kind, stride)
-        kinds: tuple[PlanKind, ...] = ("chain", "quadratic") if bound.branched else (bound.kind,)
+        kinds: tuple[PlanKind, ...] = ("chain", "quadratic") if bound.quadratic else (bound.kind,)
         plans = [cls(k, n) for k in kinds for n in range(2, bound.stride + 1)] + [cls("ar", 1)]
         fitting = [plan for plan in plans if plan.max_rows <= row_budget]
         # Of equal plans the one with fewer rows: N = 2 chains and branches, say, at an acceptance of 1.
@@ -125,7 +125,7 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         state.with_drafts(plan.num_drafts),
         state.mask_id,
         page_size,
-        branched=plan.branched,
+        quadratic=plan.quadratic,
         noise_below=state.noise_below,
     )
     return Rows(
@@ -136,7 +136,7 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         page_table=state.page_table,
         seq_lens=seq_lens,
         query_start_loc=query_start_loc,
-        tail_mask=tail_mask if plan.branched else None,
+        tail_mask=tail_mask if plan.quadratic else None,
         max_query_len=plan.max_rows,
         has_masks=plan.num_drafts > 0,
     )

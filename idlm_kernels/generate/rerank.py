@@ -9,7 +9,7 @@ from idlm_kernels import ops
 from idlm_kernels.cpu.step import rerank_greedy
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.transformer import Transformer
-from python_ref import QState
+from python_ref import DraftDistributions
 
 
 def rerank_drafts(
@@ -22,7 +22,7 @@ def rerank_drafts(
     tokens: Tensor,
     next_drafts: Tensor,
     next_num_drafts: Tensor,
-    q_state: QState | None,
+    draft_dists: DraftDistributions | None,
     *,
     greedy: bool = False,
 ) -> Tensor:
@@ -34,7 +34,7 @@ def rerank_drafts(
     head = model.rerank_head
     assert head is not None
     previous = tokens.gather(1, num_accepted.long().unsqueeze(1)).squeeze(1)
-    if model.stack is not None and q_state is None:  # on the weights as they are packed
+    if model.stack is not None and draft_dists is None:  # on the weights as they are packed
         small = (head.from_hidden, head.from_previous, head.from_state, head.to_query)
         found = rerank_greedy(
             *(logits, hidden, first_mask, previous, next_drafts, next_num_drafts, state.temperature),
@@ -63,6 +63,6 @@ def rerank_drafts(
         head.to_query,
         state.id_limit,
         state.sampled_mask_id,
-        q_state=q_state,
+        draft_dists=draft_dists,
         greedy=greedy,
     )

@@ -19,7 +19,7 @@ __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
 
 @dataclass(frozen=True, eq=False)
 class DecodeState(StepState):
-    """B places for requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
+    """B requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
     Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]. mask_id: the id given to MASK
     rows (any valid one where a vector takes its place); noise_below: if not 0, MASK rows are given ids drawn from
@@ -89,7 +89,7 @@ class DecodeState(StepState):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor"}
 
     def requests(self, first: int, last: int) -> DecodeState:
-        """A view of places first .. last - 1: what is written to it is written here."""
+        """A view of requests first .. last - 1: what is written to it is written here."""
         views: dict[str, Any] = {name: x[first:last] for name, x in self._tensors().items()}
         return replace(self, **views)
 
@@ -98,12 +98,12 @@ class DecodeState(StepState):
         return self if self.drafts.shape[1] == num_drafts else replace(self, drafts=self.drafts[:, :num_drafts])
 
     def move(self, source: int, target: int) -> None:
-        """Copy a request from one place to another and leave the first one idle."""
+        """Copy a request from one index to another and leave the first one idle."""
         for x in self._tensors().values():
             x[target] = x[source]
         self.finish[source] = IDLE
 
-    def place(
+    def insert(
         self,
         b: int,
         tokens: Sequence[int],
@@ -113,7 +113,7 @@ class DecodeState(StepState):
         stop_ids: Sequence[int],
         drafts: bool = True,
     ) -> None:
-        """Put a request whose committed text is `tokens` into place b. It stays idle until its prefill ends.
+        """Put a request whose committed text is `tokens` in at index b. It stays idle until its prefill ends.
 
         drafts: whether its steps have any.
         """

@@ -17,14 +17,14 @@ from idlm_kernels.generate.rerank import rerank_drafts
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.cpu_stack import CpuCache
 from idlm_kernels.model.transformer import KVCache, Transformer
-from python_ref import QState
+from python_ref import DraftDistributions
 
 
 @dataclass
 class Decoder:
     """What does not change from step to step.
 
-    rule: "match" or "rejection", which has a q_state with the places of the state. rerank: choose drafts by the
+    rule: "match" or "rejection", which has a draft_dists with the batch of the state. rerank: choose drafts by the
     adapter's re-ranking head, which the model must have. greedy: the host knows that no request samples. suffix: draft
     from the request's own text too (`match` only). logprobs: report those of the emitted tokens.
     synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed without an
@@ -35,7 +35,7 @@ class Decoder:
     cache: KVCache | CpuCache
     plan: StepPlan
     rule: str
-    q_state: QState | None = None
+    draft_dists: DraftDistributions | None = None
     rerank: bool = False
     greedy: bool = False
     suffix: bool = False
@@ -72,7 +72,7 @@ def first_step(decoder: Decoder, state: DecodeState, starts: list[int], lengths:
 
 
 def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor, query_start_loc: Tensor) -> Tensor:
-    branched = decoder.plan.branched
+    quadratic = decoder.plan.quadratic
     num_accepted, tokens, next_drafts, next_num_drafts = ops.verify_accept(
         logits,
         query_start_loc,
@@ -86,9 +86,9 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         state.seed,
         state.id_limit,
         state.sampled_mask_id,
-        branched=branched,
+        quadratic=quadratic,
         rule=decoder.rule,
-        q_state=decoder.q_state,
+        draft_dists=decoder.draft_dists,
         status=state.status,
     )
     if decoder.rerank and decoder.plan.num_drafts > 0:
@@ -102,7 +102,7 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
             tokens,
             next_drafts,
             next_num_drafts,
-            decoder.q_state,
+            decoder.draft_dists,
             greedy=decoder.greedy,
         )
     return ops.commit_step(
@@ -111,7 +111,7 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         next_drafts,
         next_num_drafts,
         state,
-        branched=branched,
+        quadratic=quadratic,
         suffix=decoder.suffix,
         acceptance=decoder.synthetic_acceptance,
         logits=logits if decoder.logprobs else None,
@@ -122,4 +122,4 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
 def _first_mask(plan: StepPlan, state: DecodeState, query_start_loc: Tensor, num_accepted: Tensor) -> Tensor:
     """The row int32 [B] of the first of the MASK rows that propose the next drafts."""
     rows = query_start_loc[:-1] + state.num_drafts + 1
-    return torch.add(rows, num_accepted, alpha=plan.num_drafts) if plan.branched else rows
+    return torch.add(rows, num_accepted, alpha=plan.num_drafts) if plan.quadratic else rows

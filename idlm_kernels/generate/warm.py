@@ -2,7 +2,7 @@
 
 Kernels are compiled per form of their arguments (dtypes, and of each integer whether it is 1 or a multiple of 16) and
 per constant, some of which follow from batch and context. Which they are a dry run of the very code that serves finds
-out: every plan, bucket of places and width of table, prefills of many lengths. Nothing runs: tensors are on the device
+out: every plan, batch size and width of table, prefills of many lengths. Nothing runs: tensors are on the device
 `meta`, and a launch compiles and goes no further. What is compiled lies in Triton's cache, where the process that
 serves finds it, with the same Triton, sources and target.
 
@@ -40,7 +40,7 @@ from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill
 from idlm_kernels.model import ModelConfig, Transformer, load_checkpoint
 from idlm_kernels.model.adapter import Adapter, load_adapter
 from idlm_kernels.model.random_weights import RandomCheckpoint
-from python_ref import QState
+from python_ref import DraftDistributions
 
 META = torch.device("meta")
 # Tokens of a forward, up to the engine's budget: each number of row tiles, and each form of the number itself.
@@ -184,29 +184,33 @@ def calls(model: Transformer, wanted: Wanted) -> Iterator[tuple[str, Callable[[]
         for plan in plans:
             decoder = Decoder(model, cache, plan, wanted.rule, rerank=model.rerank_head is not None)
             for bucket in _buckets(batch, few=True):
-                places = _places(decoder, state, 0, bucket, widest)
-                yield f"{plan.kind} N={plan.stride}, {bucket} requests", functools.partial(decode_step, *places)
-            for several, first in itertools.product(range(1, batch + 1), (0, 1)):  # at an even place and at an odd one
+                requests = _requests(decoder, state, 0, bucket, widest)
+                yield f"{plan.kind} N={plan.stride}, {bucket} requests", functools.partial(decode_step, *requests)
+            for several, first in itertools.product(
+                range(1, batch + 1), (0, 1)
+            ):  # from an even index and from an odd one
                 if first + several > batch:
                     continue
-                places = _places(decoder, state, first, first + several, widest)
+                requests = _requests(decoder, state, first, first + several, widest)
                 for count in PREFILLS:
                     if count * several > budget:
                         break
                     ends = [0] * several, [count] * several
-                    yield f"{several} prefills of {count}", functools.partial(first_step, *places, *ends)
+                    yield f"{several} prefills of {count}", functools.partial(first_step, *requests, *ends)
                     if several == 1:
-                        yield f"a chunk of {count}", functools.partial(prefill_chunk, *places, 0, count)
+                        yield f"a chunk of {count}", functools.partial(prefill_chunk, *requests, 0, count)
 
 
-def _places(decoder: Decoder, state: DecodeState, first: int, last: int, widest: int) -> tuple[Decoder, DecodeState]:
-    """Some places of a state, as Engine gives them to a step."""
+def _requests(decoder: Decoder, state: DecodeState, first: int, last: int, widest: int) -> tuple[Decoder, DecodeState]:
+    """Some requests of a state, as Engine gives them to a step."""
     num_k = decoder.plan.num_drafts
     if decoder.rule == "rejection":
         model, batch = decoder.model, len(state.lengths)
-        q = QState.empty(batch, widest, model.config.vocab_size, model.dtype, META)
-        part = QState(q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k])
-        decoder = dataclasses.replace(decoder, q_state=part)
+        q = DraftDistributions.empty(batch, widest, model.config.vocab_size, model.dtype, META)
+        part = DraftDistributions(
+            q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k]
+        )
+        decoder = dataclasses.replace(decoder, draft_dists=part)
     return decoder, state.requests(first, last).with_drafts(num_k)
 
 

@@ -20,7 +20,7 @@ from idlm_kernels.native.gemm import (
     silu_and_mul,
     stream_of,
 )
-from python_ref import STREAM_TARGET, QState
+from python_ref import STREAM_TARGET, DraftDistributions
 
 __all__ = [
     "LIMITS",
@@ -149,37 +149,38 @@ def verify_accept(
     id_limit: int,
     mask_id: int,
     *,
-    branched: bool,
+    quadratic: bool,
     rule: str,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `idlm_kernels.verify_accept`; logits and logit_bias bf16, fp16 or fp32, K up to 31.
 
-    `rejection` stores the laws of the next drafts with forbidden ids and NaN at -inf, and a row without a finite logit
-    as the point mass that it was sampled from; laws of requests without next drafts are left as they are.
+    `rejection` stores the distributions of the next drafts with forbidden ids and NaN at -inf, and a row without a
+    finite logit as the point mass that it was sampled from; distributions of requests without next drafts are left as
+    they are.
     """
     op, device = "verify_accept", logits.device
     options = _options(op, device)
     description = _logits(op, logits, id_limit, mask_id, logit_bias)
     batch, num_k = drafts.shape
     _check_plan(op, num_k)
-    distributions = load().DraftLaws()
+    distributions = load().DraftDistributions()
     if rule == "rejection" and num_k:
-        assert q_state is not None
+        assert draft_dists is not None
         # What was sampled from is stored without rounding, and biased logits are fp32.
         allowed = (torch.float32,) if logit_bias is not None else (logits.dtype, torch.float32)
-        distributions = load().DraftLaws(
-            logits=q_state.logits.data_ptr(),
-            stride_request=q_state.logits.stride(0),
-            stride_draft=q_state.logits.stride(1),
-            dtype=_dtype(op, "q_state.logits", q_state.logits, allowed),
-            cut=q_state.cut.data_ptr(),
-            cut_stride=q_state.cut.stride(0),
-            log_norm=q_state.log_norm.data_ptr(),
-            log_norm_stride=q_state.log_norm.stride(0),
+        distributions = load().DraftDistributions(
+            logits=draft_dists.logits.data_ptr(),
+            stride_request=draft_dists.logits.stride(0),
+            stride_draft=draft_dists.logits.stride(1),
+            dtype=_dtype(op, "draft_dists.logits", draft_dists.logits, allowed),
+            cut=draft_dists.cut.data_ptr(),
+            cut_stride=draft_dists.cut.stride(0),
+            log_norm=draft_dists.log_norm.data_ptr(),
+            log_norm_stride=draft_dists.log_norm.stride(0),
         )
     if out is None:
         out = (
@@ -202,9 +203,9 @@ def verify_accept(
         drafts=drafts.data_ptr(),
         drafts_stride=drafts.stride(0),
         positions=positions.data_ptr(),
-        branched=branched,
+        quadratic=quadratic,
         rejection=rule == "rejection",
-        draft_laws=distributions,
+        draft_dists=distributions,
         status=_address(status),
         num_accepted=num_accepted.data_ptr(),
         tokens=tokens.data_ptr(),

@@ -11,13 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register
-from idlm_kernels.ops.sampling import check_logits, check_parameters, with_q_state
-from python_ref import QState
+from idlm_kernels.ops.sampling import check_logits, check_parameters, with_draft_dists
+from python_ref import DraftDistributions
 
 
+@renamed(q_state="draft_dists")
 def rerank_drafts(
     logits: Tensor,
     hidden: Tensor,
@@ -40,7 +42,7 @@ def rerank_drafts(
     id_limit: int,
     mask_id: int,
     *,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -52,9 +54,9 @@ def rerank_drafts(
         s_j = silu(from_hidden x + from_previous e + from_state s_{j-1}),    u = to_query s_j
 
     The row's 32 best ids that may be sampled (the lowest of ties) gain head_rows[id] . u, and the draft is sampled
-    among them by the transform and the noise of `sample_rows`: with stream 0, the noise of its position, or, if q_state
-    is given, with stream 1. A NaN score counts as -inf; without a finite score the lowest allowed id is taken.
-    In fp32 at least, fp64 for fp64 logits.
+    among them by the transform and the noise of `sample_rows`: with stream 0, the noise of its position, or, if
+    draft_dists is given, with stream 1. A NaN score counts as -inf; without a finite score the lowest allowed id is
+    taken. In fp32 at least, fp64 for fp64 logits.
 
     Args:
         logits: [T, V], bf16, fp16, fp32 or fp64; V up to 262,144.
@@ -63,13 +65,13 @@ def rerank_drafts(
         previous: int64 [B], the new pending token; one that is no row of the embedding is read as the nearest.
         positions: int32 [B], of `previous`; the drafts are those of the K positions after it.
         drafts: int64 [B, K], as `verify_accept` gave them.
-        num_drafts: int32 [B]; where it is 0 the drafts stay as they are and q_state is not touched.
+        num_drafts: int32 [B]; where it is 0 the drafts stay as they are and draft_dists is not touched.
         temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
         embedding: [at least id_limit, H], of tokens.
         head_rows: [at least id_limit, H], of the LM head.
         from_hidden: [W, H], and from_previous [W, H], from_state [W, W], to_query [H, W]: the head, W its width.
         id_limit: ids from here on are never sampled; mask_id: nor is this one; -1 when there is none.
-        q_state: given for `rejection`, as to `verify_accept`: overwritten with the distributions of the new drafts.
+        draft_dists: given for `rejection`, as to `verify_accept`: overwritten with the distributions of the new drafts.
         greedy: the caller knows that all temperatures are below 1e-4. Spares work, changes no result.
         out: int64 [B, K]; allocated when None.
 
@@ -117,29 +119,34 @@ def rerank_drafts(
     check.tensor(op, "to_query", to_query, (size, width), check.FLOATS, device)
     if not isinstance(greedy, bool):
         raise TypeError(f"{op}: greedy must be a bool, got {type(greedy).__name__}")
-    laws: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if q_state is not None:
-        if not isinstance(q_state, QState):
-            raise TypeError(f"{op}: q_state must be a QState, got {type(q_state).__name__}")
+    distributions: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if draft_dists is not None:
+        if not isinstance(draft_dists, DraftDistributions):
+            raise TypeError(f"{op}: draft_dists must be a DraftDistributions, got {type(draft_dists).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
-        check.tensor(op, "q_state.logits", q_state.logits, (batch, num_k, vocab_size), (logits.dtype, acc), device)
-        check.tensor(op, "q_state.cut", q_state.cut, (batch, num_k), (acc,), device)
-        check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (acc,), device)
-        laws = (q_state.logits, q_state.cut, q_state.log_norm)
+        check.tensor(
+            op, "draft_dists.logits", draft_dists.logits, (batch, num_k, vocab_size), (logits.dtype, acc), device
+        )
+        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_k), (acc,), device)
+        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_k), (acc,), device)
+        distributions = (draft_dists.logits, draft_dists.cut, draft_dists.log_norm)
     if out is not None:
         check.tensor(op, "out", out, (batch, num_k), check.INT64, device)
     request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
-    written = [*zip(("q_state.logits", "q_state.cut", "q_state.log_norm"), laws, strict=True), ("out", out)]
+    written = [
+        *zip(("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm"), distributions, strict=True),
+        ("out", out),
+    ]
     check.all_writable(op, written, logits, hidden, *request, *weights)
     if traced(logits):
-        args = (logits, hidden, *request, *weights, id_limit, mask_id, greedy, *laws)
+        args = (logits, hidden, *request, *weights, id_limit, mask_id, greedy, *distributions)
         if out is None:
             return torch.ops.idlm.rerank_drafts(*args)
         torch.ops.idlm.rerank_drafts_out(*args, out)
         return out
     run = implementation(op, device.type)
-    return run(logits, hidden, *request, *weights, id_limit, mask_id, q_state=q_state, greedy=greedy, out=out)
+    return run(logits, hidden, *request, *weights, id_limit, mask_id, draft_dists=draft_dists, greedy=greedy, out=out)
 
 
 register(
@@ -149,5 +156,5 @@ register(
     "Tensor head_rows, Tensor from_hidden, Tensor from_previous, Tensor from_state, Tensor to_query, SymInt id_limit, "
     "SymInt mask_id, *, bool greedy, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm",
     lambda logits, hidden, first_mask, previous, positions, drafts, *rest: drafts.new_empty(drafts.shape),
-    run=partial(with_q_state, "rerank_drafts"),
+    run=partial(with_draft_dists, "rerank_drafts"),
 )

@@ -15,7 +15,7 @@ from idlm_kernels._deprecated import renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register, run_op
-from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 
 RULES = ("match", "rejection")
 MAX_VOCAB = 262_144
@@ -123,7 +123,7 @@ def sample_rows(
     return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "status": status}, out)
 
 
-@renamed(mode="rule")
+@renamed(mode="rule", branched="quadratic", q_state="draft_dists")
 def verify_accept(
     logits: Tensor,
     query_start_loc: Tensor,
@@ -138,9 +138,9 @@ def verify_accept(
     id_limit: int,
     mask_id: int,
     *,
-    branched: bool,
+    quadratic: bool,
     rule: str,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -148,7 +148,7 @@ def verify_accept(
     """Decide a step: which drafts are accepted, the token after them, and the drafts of the next step.
 
     Rows of a request: clean rows 0..n (pending, its n drafts), then K MASK rows for each branch: branches 0..n if
-    `branched`, else branch n alone; without MASK rows (AR) nothing is proposed. Clean row i gives y_i for position
+    `quadratic`, else branch n alone; without MASK rows (AR) nothing is proposed. Clean row i gives y_i for position
     L + i, where L = positions + 1.
 
     `match`: y_i as by `sample_rows` with stream 0. A draft is accepted iff it equals y_i and all before it are
@@ -166,11 +166,11 @@ def verify_accept(
         positions: int32 [B], of pending (L - 1).
         temperature, top_k, top_p, min_p, seed: [B], as in `sample_rows`.
         id_limit, mask_id: as in `sample_rows`.
-        branched: whether there is a branch after every draft (the quadratic plan).
+        quadratic: whether there is a branch after every draft (the quadratic plan).
         rule: "match" or "rejection".
-        q_state: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
+        draft_dists: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
             Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
-        logit_bias: [T, V], added to the logits first, in fp32. With `rejection` q_state.logits must then be fp32.
+        logit_bias: [T, V], added to the logits first, in fp32. With `rejection` draft_dists.logits must then be fp32.
         status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
             count out of range (the draft is rejected, the token is of p).
         out: the four results, to write into; allocated when None.
@@ -193,7 +193,7 @@ def verify_accept(
         >>> num_accepted, tokens, next_drafts, next_num_drafts = verify_accept(
         ...     logits, torch.tensor([0, 3]).int(), torch.tensor([2]).int(), torch.tensor([[5, 9]]),
         ...     torch.tensor([11]).int(), zero, zero.int(), one, zero, torch.tensor([0]),
-        ...     id_limit=10, mask_id=-1, branched=False, rule="match")
+        ...     id_limit=10, mask_id=-1, quadratic=False, rule="match")
         >>> num_accepted, tokens, next_drafts
         (tensor([1], dtype=torch.int32), tensor([[ 5,  6, -1]]), tensor([[-1, -1]]))
     """
@@ -208,26 +208,26 @@ def verify_accept(
     check_parameters(op, batch, device, temperature, top_k, top_p, min_p, seed)
     if logits.shape[0] == 0 and batch:
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
-    if not isinstance(branched, bool):
-        raise TypeError(f"{op}: branched must be a bool, got {type(branched).__name__}")
+    if not isinstance(quadratic, bool):
+        raise TypeError(f"{op}: quadratic must be a bool, got {type(quadratic).__name__}")
     if rule not in RULES:
         raise ValueError(f"{op}: rule is {rule!r}, wanted one of {', '.join(RULES)}")
     if status is not None:
         check.tensor(op, "status", status, (batch,), check.INT32, device)
     state: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if rule == "rejection":
-        if q_state is None:
-            raise ValueError(f"{op}: rule 'rejection' needs a q_state (QState.empty)")
-        if not isinstance(q_state, QState):
-            raise TypeError(f"{op}: q_state must be a QState, got {type(q_state).__name__}")
+        if draft_dists is None:
+            raise ValueError(f"{op}: rule 'rejection' needs a draft_dists (DraftDistributions.empty)")
+        if not isinstance(draft_dists, DraftDistributions):
+            raise TypeError(f"{op}: draft_dists must be a DraftDistributions, got {type(draft_dists).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
         dtypes = (acc,) if logit_bias is not None else (logits.dtype, acc)
-        check.tensor(op, "q_state.logits", q_state.logits, (batch, num_k, logits.shape[1]), dtypes, device)
-        check.tensor(op, "q_state.cut", q_state.cut, (batch, num_k), (acc,), device)
-        check.tensor(op, "q_state.log_norm", q_state.log_norm, (batch, num_k), (acc,), device)
-        state = (q_state.logits, q_state.cut, q_state.log_norm)
-    elif q_state is not None:
-        raise ValueError(f"{op}: q_state is for rule 'rejection', wanted None with {rule!r}")
+        check.tensor(op, "draft_dists.logits", draft_dists.logits, (batch, num_k, logits.shape[1]), dtypes, device)
+        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_k), (acc,), device)
+        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_k), (acc,), device)
+        state = (draft_dists.logits, draft_dists.cut, draft_dists.log_norm)
+    elif draft_dists is not None:
+        raise ValueError(f"{op}: draft_dists is for rule 'rejection', wanted None with {rule!r}")
     if out is not None:
         if len(out) != 4:
             raise ValueError(f"{op}: out has {len(out)} tensors, wanted 4")
@@ -235,13 +235,16 @@ def verify_accept(
         check.tensor(op, "out[1]", out[1], (batch, num_k + 1), check.INT64, device)
         check.tensor(op, "out[2]", out[2], (batch, num_k), check.INT64, device)
         check.tensor(op, "out[3]", out[3], (batch,), check.INT32, device)
-    written = [("status", status), *zip(("q_state.logits", "q_state.cut", "q_state.log_norm"), state, strict=True)]
+    written = [
+        ("status", status),
+        *zip(("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm"), state, strict=True),
+    ]
     written += [(f"out[{i}]", x) for i, x in enumerate(out or ())]
     inputs = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
     check.all_writable(op, written, *inputs, logit_bias)
     if traced(logits):
         args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-        options = (id_limit, mask_id, branched, rule, *state, logit_bias, status)
+        options = (id_limit, mask_id, quadratic, rule, *state, logit_bias, status)
         if out is None:
             return torch.ops.idlm.verify_accept(*args, *options)
         torch.ops.idlm.verify_accept_out(*args, *options, *out)
@@ -259,30 +262,30 @@ def verify_accept(
         seed,
         id_limit,
         mask_id,
-        branched=branched,
+        quadratic=quadratic,
         rule=rule,
-        q_state=q_state,
+        draft_dists=draft_dists,
         logit_bias=logit_bias,
         status=status,
         out=out,
     )
 
 
-def with_q_state(
+def with_draft_dists(
     op: str, q_logits: Tensor | None, q_cut: Tensor | None, q_log_norm: Tensor | None, **arguments: Any
 ) -> Any:
-    """The backend of an op whose registered form takes the parts of a QState."""
+    """The backend of an op whose registered form takes the parts of a DraftDistributions."""
     state = None
     if q_logits is not None and q_cut is not None and q_log_norm is not None:
-        state = QState(q_logits, q_cut, q_log_norm)
-    return implementation(op, arguments["logits"].device.type)(q_state=state, **arguments)
+        state = DraftDistributions(q_logits, q_cut, q_log_norm)
+    return implementation(op, arguments["logits"].device.type)(draft_dists=state, **arguments)
 
 
 def _run(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     if "tokens" not in arguments:
-        return with_q_state("verify_accept", **arguments)
+        return with_draft_dists("verify_accept", **arguments)
     out = tuple(arguments.pop(name) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts"))
-    with_q_state("verify_accept", out=out, **arguments)
+    with_draft_dists("verify_accept", out=out, **arguments)
     return None
 
 
@@ -305,7 +308,7 @@ register(
 register(
     "verify_accept",
     "Tensor logits, Tensor query_start_loc, Tensor num_drafts, Tensor drafts, Tensor positions, Tensor temperature, "
-    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, SymInt id_limit, SymInt mask_id, *, bool branched, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, SymInt id_limit, SymInt mask_id, *, bool quadratic, "
     "str rule, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm, Tensor? logit_bias, Tensor!? status",
     _fake_results,
     out="Tensor! num_accepted, Tensor! tokens, Tensor! next_drafts, Tensor! next_num_drafts",

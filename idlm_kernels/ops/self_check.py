@@ -220,8 +220,8 @@ def _sample_rows(case: Case) -> None:
 
 
 def _verify_accept(case: Case) -> None:
-    for branched, rule in ((True, "match"), (False, "match"), (True, "rejection")):
-        _check(case, VerifyAccept(branched=branched, rule=rule).call(CPU))
+    for quadratic, rule in ((True, "match"), (False, "match"), (True, "rejection")):
+        _check(case, VerifyAccept(quadratic=quadratic, rule=rule).call(CPU))
 
 
 def _rerank_drafts(case: Case) -> None:
@@ -235,14 +235,14 @@ def _advance(case: Case) -> None:
 
 def _plan_rows(case: Case) -> None:
     """AR, a chain, branches, random ids; the longest text goes beyond its pages."""
-    for num_k, branched, noise_below in ((0, False, 0), (3, False, 0), (3, True, 0), (3, True, 151_669)):
-        _check(case, PlanRows(num_k=num_k, branched=branched, noise_below=noise_below).call(CPU))
+    for num_k, quadratic, noise_below in ((0, False, 0), (3, False, 0), (3, True, 0), (3, True, 151_669)):
+        _check(case, PlanRows(num_k=num_k, quadratic=quadratic, noise_below=noise_below).call(CPU))
 
 
 def _commit_step(case: Case) -> None:
     """With drafts of the text, with a pretended acceptance, and with logprobs, which are judged as floats."""
     call = CommitStep().call(CPU)
-    for options in ({"suffix": True}, {"acceptance": 0.6}, {"acceptance": 0.6, "branched": True}):
+    for options in ({"suffix": True}, {"acceptance": 0.6}, {"acceptance": 0.6, "quadratic": True}):
         _check(case, call.changed(**options))
     rows, columns = call["tokens"].numel(), 6 + call["tokens"].shape[1]
     logits = Draw(CPU).normal(rows, 5003, scale=3.0)

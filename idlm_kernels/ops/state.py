@@ -1,7 +1,7 @@
 """`advance`: the end of a step, on the device.
 
 Contract: design sections 3 and 5.2. Commits the emitted tokens, applies stop ids and the length limit, and leaves the
-state that the next step starts from. Pages need no move: they are reserved for the whole epoch ahead.
+state that the next step starts from. Pages need no move: they are reserved for the whole window ahead.
 """
 
 from __future__ import annotations

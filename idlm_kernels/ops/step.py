@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register
@@ -22,7 +23,7 @@ Planned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _PLANNED = ("ids", "is_mask", "positions", "slot_mapping", "tail_mask", "seq_lens", "query_start_loc")
 _STATE = tuple(field.name for field in dataclasses.fields(StepState))
 _WRITTEN = ("text", "lengths", "drafts", "num_drafts", "draft_source", "finish")
-MAX_DRAFTS = {False: 31, True: 7}  # a row sees at most 64 slots of its step; by `branched`
+MAX_DRAFTS = {False: 31, True: 7}  # a row sees at most 64 slots of its step; by `quadratic`
 
 # A state is asked for at every step. Once found to be in order, which metadata alone decide, it stays so. Kept are the
 # spans of what is written.
@@ -53,20 +54,21 @@ def _check_state(op: str, state: StepState) -> torch.device:
     return device
 
 
+@renamed(branched="quadratic")
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, quadratic: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """The rows of the next step of every running request, packed, with padding last.
 
     A request with n drafts runs clean rows 0..n (pending, its drafts), then K MASK rows for each branch: branches
-    0..n if `branched`, else branch n alone. T is B * R, where R is (K + 1)^2 if branched, else 2K + 1.
+    0..n if `quadratic`, else branch n alone. T is B * R, where R is (K + 1)^2 if quadratic, else 2K + 1.
 
     Args:
         state: `lengths` (at least 1), `text`, `drafts` [B, K], `num_drafts` (0..K), `finish` and `page_table` are
-            read. K is at most 31, or 7 if branched.
+            read. K is at most 31, or 7 if quadratic.
         mask_id: the id of MASK rows.
         page_size: tokens of a page.
-        branched: whether there is a branch after every draft (the quadratic plan).
+        quadratic: whether there is a branch after every draft (the quadratic plan).
         noise_below: if not 0, MASK rows have ids drawn from 1 .. noise_below - 1 instead of mask_id, by the request's
             seed, the row's place and its position.
         out: the seven results, to write into; allocated when None.
@@ -88,7 +90,7 @@ def plan_rows(
         ...     text=torch.tensor([[3, 1, 4, 0, 0]]), lengths=ints(3), drafts=torch.tensor([[7]]), num_drafts=ints(1),
         ...     max_drafts=ints(1), draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[-1]]),
         ...     finish=ints(0), status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
-        >>> ids, is_mask, positions, slots, _, seq_lens, _ = plan_rows(state, 9, 16, branched=False)
+        >>> ids, is_mask, positions, slots, _, seq_lens, _ = plan_rows(state, 9, 16, quadratic=False)
         >>> ids, positions, slots, seq_lens
         (tensor([4, 7, 9]), tensor([2, 3, 4]), tensor([34, 35, 36]), tensor([5], dtype=torch.int32))
     """
@@ -99,15 +101,15 @@ def plan_rows(
     check.positive(op, "noise_below", noise_below, 0)
     if noise_below == 1:
         raise ValueError(f"{op}: noise_below is 1, which leaves no id to draw")
-    if not isinstance(branched, bool):
-        raise TypeError(f"{op}: branched must be a bool, got {type(branched).__name__}")
+    if not isinstance(quadratic, bool):
+        raise TypeError(f"{op}: quadratic must be a bool, got {type(quadratic).__name__}")
     batch, num_k = state.drafts.shape
-    if num_k > MAX_DRAFTS[branched]:
-        raise ValueError(f"{op}: state.drafts has {num_k} columns, wanted at most {MAX_DRAFTS[branched]}")
+    if num_k > MAX_DRAFTS[quadratic]:
+        raise ValueError(f"{op}: state.drafts has {num_k} columns, wanted at most {MAX_DRAFTS[quadratic]}")
     if out is not None:
         if len(out) != len(_PLANNED):
             raise ValueError(f"{op}: out has {len(out)} tensors, wanted {len(_PLANNED)}")
-        rows = batch * _max_rows(num_k, branched)
+        rows = batch * _max_rows(num_k, quadratic)
         dtypes = (check.INT64, (torch.bool,), check.INT64, check.INT64, check.INT64, check.INT32, check.INT32)
         sizes = (rows, rows, rows, rows, rows, batch, batch + 1)
         for i, (x, dtype, size) in enumerate(zip(out, dtypes, sizes, strict=True)):
@@ -115,14 +117,15 @@ def plan_rows(
         check.all_writable(op, [(f"out[{i}]", x) for i, x in enumerate(out)], *_tensors(state))
     if not traced(state.lengths):
         return implementation(op, device.type)(
-            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
+            state, mask_id, page_size, quadratic=quadratic, noise_below=noise_below, out=out
         )
     if out is None:
-        return torch.ops.idlm.plan_rows(*_tensors(state), mask_id, page_size, branched, noise_below)
-    torch.ops.idlm.plan_rows_out(*_tensors(state), mask_id, page_size, branched, noise_below, *out)
+        return torch.ops.idlm.plan_rows(*_tensors(state), mask_id, page_size, quadratic, noise_below)
+    torch.ops.idlm.plan_rows_out(*_tensors(state), mask_id, page_size, quadratic, noise_below, *out)
     return out
 
 
+@renamed(branched="quadratic")
 def commit_step(
     num_accepted: Tensor,
     tokens: Tensor,
@@ -130,7 +133,7 @@ def commit_step(
     next_num_drafts: Tensor,
     state: StepState,
     *,
-    branched: bool = False,
+    quadratic: bool = False,
     suffix: bool = False,
     acceptance: float | None = None,
     logits: Tensor | None = None,
@@ -144,10 +147,10 @@ def commit_step(
 
     Args:
         num_accepted: int32 [B], tokens: int64 [B, N], next_drafts: int64 [B, N - 1], next_num_drafts: int32 [B]: the
-            results of `verify_accept`, the drafts possibly chosen anew.
+            results of `verify_accept`, the drafts possibly re-ranked.
         state: `text`, `lengths`, `drafts`, `num_drafts`, `draft_source` and `finish` are written. draft_source: 0 no
             drafts, 1 those of MASK rows, 2 those of the text. A request has at most max_drafts drafts.
-        branched: whether the step was of a quadratic plan; for `acceptance` alone.
+        quadratic: whether the step was of a quadratic plan; for `acceptance` alone.
         suffix: draft what followed the last earlier occurrence of the end of the text: after a match of 2 tokens
             where MASK rows gave no draft, of 6 in place of theirs. With `match` only.
         acceptance: do not verify, but accept each draft with this probability, drawn from the request's own noise.
@@ -184,7 +187,7 @@ def commit_step(
         check.tensor(op, name, x, (batch,), check.INT32, device)
     check.tensor(op, "tokens", tokens, (batch, num_k + 1), check.INT64, device)
     check.tensor(op, "next_drafts", next_drafts, (batch, num_k), check.INT64, device)
-    for name, flag in (("branched", branched), ("suffix", suffix)):
+    for name, flag in (("quadratic", quadratic), ("suffix", suffix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
     if acceptance is not None:
@@ -208,7 +211,7 @@ def commit_step(
     if spans is None or not check.apart(spans + [check.span(x) for x in read if x is not None]):
         check.all_writable(op, [(f"state.{name}", getattr(state, name)) for name in _WRITTEN], *read)
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
-    options = (branched, suffix, acceptance, logits, query_start_loc)
+    options = (quadratic, suffix, acceptance, logits, query_start_loc)
     if traced(tokens):
         if out is None:
             return torch.ops.idlm.commit_step(*results, *_tensors(state), *options)
@@ -217,7 +220,7 @@ def commit_step(
     return implementation(op, device.type)(
         *results,
         state,
-        branched=branched,
+        quadratic=quadratic,
         suffix=suffix,
         acceptance=acceptance,
         logits=logits,
@@ -226,8 +229,8 @@ def commit_step(
     )
 
 
-def _max_rows(num_k: int, branched: bool) -> int:
-    return (num_k + 1) ** 2 if branched else 2 * num_k + 1
+def _max_rows(num_k: int, quadratic: bool) -> int:
+    return (num_k + 1) ** 2 if quadratic else 2 * num_k + 1
 
 
 def _tensors(state: StepState) -> list[Tensor]:
@@ -251,9 +254,9 @@ def _run_commit(**arguments: Any) -> Any:
 
 
 def _fake_plan(*arguments: Any) -> Planned:
-    lengths, drafts, branched = arguments[1], arguments[2], arguments[-2]
+    lengths, drafts, quadratic = arguments[1], arguments[2], arguments[-2]
     batch, num_k = drafts.shape
-    rows = batch * _max_rows(num_k, branched)
+    rows = batch * _max_rows(num_k, quadratic)
     ids, positions, slots, tail_mask = (drafts.new_empty(rows) for _ in range(4))
     starts = lengths.new_empty(batch + 1)
     return ids, drafts.new_empty(rows, dtype=torch.bool), positions, slots, tail_mask, lengths.new_empty(batch), starts
@@ -266,7 +269,7 @@ def _fake_commit(*arguments: Any) -> Tensor:
 
 register(
     "plan_rows",
-    f"{', '.join(f'Tensor {name}' for name in _STATE)}, SymInt mask_id, SymInt page_size, *, bool branched, "
+    f"{', '.join(f'Tensor {name}' for name in _STATE)}, SymInt mask_id, SymInt page_size, *, bool quadratic, "
     "SymInt noise_below",
     _fake_plan,
     out=", ".join(f"Tensor! {name}" for name in _PLANNED),
@@ -277,7 +280,7 @@ register(
     "commit_step",
     "Tensor num_accepted, Tensor tokens, Tensor next_drafts, Tensor next_num_drafts, "
     + ", ".join(f"Tensor{'!' * (name in _WRITTEN)} {name}" for name in _STATE)
-    + ", *, bool branched, bool suffix, float? acceptance, Tensor? logits, Tensor? query_start_loc",
+    + ", *, bool quadratic, bool suffix, float? acceptance, Tensor? logits, Tensor? query_start_loc",
     _fake_commit,
     run=_run_commit,
 )

@@ -40,7 +40,7 @@ _CLIENT_GONE = 499  # nginx's number; nobody reads it
 class Server:
     """An engine with its worker, and what it is called by its clients.
 
-    max_waiting: texts that may wait for a place beside those that are decoded, before requests are refused with 429.
+    max_waiting: texts that may wait beside those that are decoded, before requests are refused with 429.
     max_body_size: bytes of a request.
     """
 

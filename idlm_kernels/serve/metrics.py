@@ -30,7 +30,7 @@ class Metrics:
         )
         gauges = {
             "idlm_running": ("Requests that are decoded", lambda: engine.num_running),
-            "idlm_waiting": ("Requests that wait for a place", lambda: engine.num_waiting),
+            "idlm_waiting": ("Requests that wait for the batch", lambda: engine.num_waiting),
             "idlm_free_pages": ("Pages of the KV cache that no request holds", lambda: engine.pool.free_pages),
             "idlm_pages": ("Pages of the KV cache", lambda: engine.pool.num_pages),
         }

@@ -249,14 +249,14 @@ class Worker:
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # of this thread
             while self._take_from_inbox(wait=not self.engine.busy):
-                if self.engine.busy and not self._run_epoch():
+                if self.engine.busy and not self._run_window():
                     break
         except BaseException as error:  # whatever it is, no request can be trusted to be answered any more
             self._tell(partial(self.fail, error))
 
-    def _run_epoch(self) -> bool:
+    def _run_window(self) -> bool:
         """Whether to go on after it."""
-        for request, event in self.engine.epoch():
+        for request, event in self.engine.window():
             choice = request.tag
             assert isinstance(choice, _Choice)
             if request.output.fault is None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.testing.numerics import GRANTED, check_bits, check_close, check_laws, same_bits
-from python_ref import QState
+from idlm_kernels.testing.numerics import GRANTED, check_bits, check_close, check_distributions, same_bits
+from python_ref import DraftDistributions
 
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
@@ -104,7 +104,8 @@ def check(call: Call | Problem, function: Function, device: torch.device | None 
     got, peer, exact = call.run(function, device), call.run(), call.widened().run()
     results = [x.result if isinstance(x.result, tuple) else (x.result,) for x in (got, peer, exact)]
     for i, (x, y, z) in enumerate(zip(*results, strict=True)):
-        check_close(x, z, y, "the result" if len(results[0]) == 1 else f"the result[{i}]")
+        name = "the result" if len(results[0]) == 1 else f"the result[{i}]"
+        check_close(x, z, y, name, GRANTED.get((call.op, name), 0.0))
     left, peer_left, exact_left = (dict(_named(x.left)) for x in (got, peer, exact))
     for name, before in _named(call.arguments):
         if same_bits(peer_left[name], before):
@@ -112,18 +113,18 @@ def check(call: Call | Problem, function: Function, device: torch.device | None 
         else:
             granted = GRANTED.get((call.op, name), 0.0)
             check_close(left[name], exact_left[name], peer_left[name], name, granted)
-    if call.arguments.get("q_state") is not None:
+    if call.arguments.get("draft_dists") is not None:
         num_drafts = got.result[3] if call.op == "verify_accept" else got.left["num_drafts"]
-        check_laws(got.left, exact.left, num_drafts > 0)
+        check_distributions(got.left, exact.left, num_drafts > 0)
     return got
 
 
 def _named(arguments: Arguments) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name, those of a struct as `state.lengths`; but for laws, which `check_laws` judges."""
+    """Every tensor by its name, those of a struct as `state.lengths`, but for what `check_distributions` judges."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif dataclasses.is_dataclass(value) and not isinstance(value, QState):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, DraftDistributions):
             yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
 
 

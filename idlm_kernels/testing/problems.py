@@ -10,7 +10,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.testing.calls import Arguments, Call, Draw, Problem
-from python_ref import QState, StepState
+from python_ref import DraftDistributions, StepState
 
 # Linear layers
 
@@ -300,34 +300,34 @@ class VerifyAccept(Problem):
     """
 
     op = "verify_accept"
-    branched: bool = True
+    quadratic: bool = True
     rule: str = "match"
     vocab_size: int = VOCAB
 
     def arguments(self, draw: Draw) -> Arguments:
         num_k, batch, vocab_size = 3, 6, self.vocab_size
-        laws = draw.normal(batch * (1 + num_k), vocab_size, scale=3.0, dtype=self.dtype)
+        distributions = draw.normal(batch * (1 + num_k), vocab_size, scale=3.0, dtype=self.dtype)
         first: Arguments = {
-            "logits": laws,
-            "query_start_loc": draw.tensor(range(0, len(laws) + 1, 1 + num_k)),
+            "logits": distributions,
+            "query_start_loc": draw.tensor(range(0, len(distributions) + 1, 1 + num_k)),
             "num_drafts": draw.tensor([0] * batch),
             "drafts": draw.tensor([[-1] * num_k] * batch, torch.int64),
             "positions": draw.tensor(range(0, 100 * batch, 100)),
             **sampling_parameters(draw, batch, vocab_size),
-            "branched": self.branched,
+            "quadratic": self.quadratic,
             "rule": self.rule,
-            "q_state": None,
+            "draft_dists": None,
         }
         if self.rule == "rejection":
-            first["q_state"] = QState.empty(batch, num_k, vocab_size, self.dtype, draw.device)
+            first["draft_dists"] = DraftDistributions.empty(batch, num_k, vocab_size, self.dtype, draw.device)
         _, _, drafts, _ = python_ref.verify_accept(**first)
-        drafts[0, 2] = 11  # refused by `match`, after two that stand
+        drafts[0, 2] = 11  # rejected by `match`, after two that are accepted
         drafts[3, 2] = vocab_size  # no id
         num_drafts = [3, 3, 2, 3, 0, 0]
-        counts = [1 + n + num_k * (n + 1 if self.branched else 1) for n in num_drafts[:4]] + [1, 0]
+        counts = [1 + n + num_k * (n + 1 if self.quadratic else 1) for n in num_drafts[:4]] + [1, 0]
         logits = draw.normal(sum(counts), vocab_size, scale=3.0, dtype=self.dtype)
         for b in range(4):
-            start, near = sum(counts[:b]), laws[b * (1 + num_k) + 1 :][: num_drafts[b]].float()
+            start, near = sum(counts[:b]), distributions[b * (1 + num_k) + 1 :][: num_drafts[b]].float()
             noise = draw.normal(*near.shape, scale=0.4, dtype=torch.float32)
             logits[start : start + num_drafts[b]] = (near + noise).to(self.dtype)
         return first | {
@@ -342,7 +342,7 @@ class VerifyAccept(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class RerankDrafts(Problem):
-    """K drafts for requests of every kind, the fourth of which has none. q_state in fp32, where no rounding decides."""
+    """K drafts for requests of every kind, the fourth of which has none; draft_dists in fp32: no rounding decides."""
 
     op = "rerank_drafts"
     batch: int = 5
@@ -374,7 +374,9 @@ class RerankDrafts(Problem):
             "to_query": draw.normal(hidden, width, scale=2 * width**-0.5, dtype=self.dtype),
         }
         if self.rejection:
-            arguments["q_state"] = QState.empty(batch, num_k, self.vocab_size, torch.float32, draw.device)
+            arguments["draft_dists"] = DraftDistributions.empty(
+                batch, num_k, self.vocab_size, torch.float32, draw.device
+            )
         return arguments
 
 
@@ -437,11 +439,11 @@ class PlanRows(Problem):
 
     op = "plan_rows"
     num_k: int = 3
-    branched: bool = True
+    quadratic: bool = True
     noise_below: int = 0
 
     def arguments(self, draw: Draw) -> Arguments:
-        how = {"branched": self.branched, "noise_below": self.noise_below}
+        how = {"quadratic": self.quadratic, "noise_below": self.noise_below}
         return {"state": _state(draw, self.num_k), "mask_id": 5, "page_size": 5, **how}
 
 

@@ -1,4 +1,4 @@
-"""How far drafts would stand: greedy acceptance and tokens per forward on known continuations, from one forward each.
+"""How many drafts would be accepted: greedy acceptance and tokens per forward on known texts, from one forward each.
 
 Exact for greedy decoding: the base's own continuation is the path, so the drafts of every point on it can be computed
 at once and the steps of a plan walked afterwards.
@@ -23,8 +23,9 @@ from python_ref.noise import noise_ids
 
 @dataclass
 class Predictions:
-    """stands: per sample bool [n, K]; row i: the drafts made when answer token i was sampled, for tokens i + 1 ...,
-    are they right. plain without the re-ranking head, reranked with it (the same where there is none)."""
+    """plain, reranked: per sample bool [n, K], whether a draft is right; row i: the drafts made when answer token i was
+    sampled, for tokens i + 1 ... . plain without the re-ranking head, reranked with it
+    (the same where there is none)."""
 
     plain: list[Tensor]
     reranked: list[Tensor]
@@ -81,12 +82,12 @@ class Predictions:
                 verified[j] += len(within) if j == 0 else int(within[:, j - 1].sum())
         return [r / max(1, v) for r, v in zip(right, verified, strict=True)]
 
-    def tpf(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> float:
+    def tpf(self, *, quadratic: bool, reranked: bool = False, stride: int | None = None) -> float:
         """Committed tokens per forward of the plan's steps, over all samples together."""
-        steps = self.steps(branched=branched, reranked=reranked, stride=stride)
+        steps = self.steps(quadratic=quadratic, reranked=reranked, stride=stride)
         return sum(steps) / max(1, len(steps))
 
-    def steps(self, *, branched: bool, reranked: bool = False, stride: int | None = None) -> list[int]:
+    def steps(self, *, quadratic: bool, reranked: bool = False, stride: int | None = None) -> list[int]:
         """Tokens that each step of the plan commits, from sample to sample."""
         committed = []
         for stands in self.reranked if reranked else self.plain:
@@ -97,7 +98,7 @@ class Predictions:
                 a = accepted[i] if drafted else 0
                 committed.append(min(a + 1, len(accepted) - 1 - i))
                 i += committed[-1]
-                drafted = branched or not drafted or a == width
+                drafted = quadratic or not drafted or a == width
         return committed
 
 

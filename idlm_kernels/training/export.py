@@ -126,8 +126,8 @@ def _card(
     ]
     if predictions is not None:
         n = settings.stride
-        chain, branched = (predictions.tpf(branched=b) for b in (False, True))
-        again = predictions.tpf(branched=True, reranked=True)
+        chain, quadratic = (predictions.tpf(quadratic=b) for b in (False, True))
+        again = predictions.tpf(quadratic=True, reranked=True)
         lines += [
             "",
             f"Greedy decoding of {len(predictions.plain)} held-out prompts, computed in one pass"
@@ -142,7 +142,7 @@ def _card(
                 )
             ),
             "",
-            f"Tokens per forward at N={n}: chain {chain:.2f}, quadratic {branched:.2f}, quadratic and re-ranked"
+            f"Tokens per forward at N={n}: chain {chain:.2f}, quadratic {quadratic:.2f}, quadratic and re-ranked"
             f" {again:.2f}.",
         ]
     return "\n".join(lines) + "\n"

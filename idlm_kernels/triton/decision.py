@@ -18,7 +18,7 @@ class DecisionShape(NamedTuple):
     """Of the kernels that decide."""
 
     K: int
-    BRANCHED: bool
+    QUADRATIC: bool
     SLICES: int
     BLOCK_SLICES: int
     BLOCK_K: int
@@ -53,14 +53,14 @@ def best_of_slices(slices, row, has_row, mask_id, SLICES: tl.constexpr, BLOCK_SL
 
 
 @triton.jit
-def proposal(a, span, K: tl.constexpr, BRANCHED: tl.constexpr):
+def proposal(a, span, K: tl.constexpr, QUADRATIC: tl.constexpr):
     """The first MASK row of branch a, counted from the request's first row, and how many drafts it proposes: K or none.
     A chain has branch n only."""
     first_mask = 1 + span.n
-    if BRANCHED:
+    if QUADRATIC:
         first_mask += a * K
     is_proposed = (span.m_rows > 0) & (first_mask + K <= span.m_rows) & (K > 0)
-    if not BRANCHED:
+    if not QUADRATIC:
         is_proposed = is_proposed & (a == span.n)
     return first_mask, tl.where(is_proposed, K, 0)
 
@@ -86,7 +86,7 @@ def commit(
     token = tl.where((i <= a) & (i < span.m_rows), token, -1)
     tl.store(results.tokens + request.to(tl.int64) * results.stride_tokens + i, token, mask=i <= shape.K)
 
-    first_mask, num_proposed = proposal(a, span, shape.K, shape.BRANCHED)
+    first_mask, num_proposed = proposal(a, span, shape.K, shape.QUADRATIC)
     has_new = i < num_proposed
     new_row = span.start + first_mask + i
     new, new_status = best_of_slices(slices, new_row, has_new, mask_id, shape.SLICES, shape.BLOCK_SLICES)
@@ -171,7 +171,7 @@ class Step(NamedTuple):
     parameters: SamplingParameters
     id_limit: int
     mask_id: int
-    branched: bool
+    quadratic: bool
     status: Tensor | None
     out: tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -179,7 +179,7 @@ class Step(NamedTuple):
         num_k = self.drafts.shape[1]
         return DecisionShape(
             K=num_k,
-            BRANCHED=self.branched,
+            QUADRATIC=self.quadratic,
             SLICES=sampled.count,
             BLOCK_SLICES=next_power_of_2(sampled.count),
             BLOCK_K=next_power_of_2(num_k + 1),

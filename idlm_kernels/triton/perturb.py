@@ -70,7 +70,7 @@ def _perturb_kernel(
     slice_ids,
     stream,
     shape: tl.constexpr,
-    BRANCHED: tl.constexpr,
+    QUADRATIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -89,7 +89,7 @@ def _perturb_kernel(
         ahead = i
         if i > n:
             branch = n
-            if BRANCHED:
+            if QUADRATIC:
                 branch = (i - n - 1) // k
             ahead = branch + 1 + (i - n - 1) % k
             if shape.WITH_DISTRIBUTION:
@@ -166,7 +166,7 @@ def sampled_slices(
     query_start_loc: Tensor | None = None,
     num_drafts: Tensor | None = None,
     num_k: int = 0,
-    branched: bool = False,
+    quadratic: bool = False,
     with_distribution: bool = False,
 ) -> SampledSlices:
     """Launches 1 and 2. `with_distribution` is for `rejection`: distributions too, and MASK rows are sampled with their
@@ -234,7 +234,7 @@ def sampled_slices(
         slice_ids,
         stream,
         shape=shape,
-        BRANCHED=branched,
+        QUADRATIC=quadratic,
         BLOCK=kBlockPerturb,
         num_warps=4,
     )

@@ -6,7 +6,7 @@ Two launches after the slices are sampled, both over slices of ids and requests:
    broadcast), then samples its slice of the residual of the first rejected one, where one is needed: not for greedy
    requests, whose distributions are points, nor for a draft that is no id. Where the residual is empty, p is sampled:
    that is what the row's slices hold already.
-2. _conclude_kernel writes the results and replaces the distributions in q_state by those of the new drafts.
+2. _conclude_kernel writes the results and replaces the distributions in draft_dists by those of the new drafts.
 
 Bytes: p's row and q's row once more for a request that rejects a draft; K rows copied for one that proposes. A row
 without a finite logit is a point on the lowest id; its normaliser is stored as -0.0, by which it is known.
@@ -27,7 +27,7 @@ from idlm_kernels.triton.noise import log, noise, uniform_of_positions
 from idlm_kernels.triton.perturb import SampledSlices, kBlockPerturb
 from idlm_kernels.triton.rows import kGreedyBelow, kNoId, lowest_id, span_of, transformed
 from idlm_kernels.triton.structs import DraftLogits, Logits, LogitsRow
-from python_ref import STREAM_ACCEPT, STREAM_TARGET, QState
+from python_ref import STREAM_ACCEPT, STREAM_TARGET, DraftDistributions
 
 kStreamTarget, kStreamAccept = tl.constexpr(STREAM_TARGET), tl.constexpr(STREAM_ACCEPT)
 kPointMass = tl.constexpr(-0x80000000)  # the bits of -0.0
@@ -230,7 +230,7 @@ def _conclude_kernel(
     span = span_of(gQueryStart, gNumDrafts, request, K)
     start, m_rows, n = span.start, span.m_rows, span.n
     a = tl.load(gNumAccepted + request)
-    first_mask, num_proposed = proposal(a, span, K, shape.BRANCHED)
+    first_mask, num_proposed = proposal(a, span, K, shape.QUADRATIC)
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_K)
         is_clean = (i <= n) & (i < m_rows)
@@ -261,13 +261,13 @@ def _conclude_kernel(
         tl.store(pQ, raw.to(q_logits.logits.dtype.element_ty), mask=inside)
 
 
-def judge(sampled: SampledSlices, step: Step, q_state: QState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def judge(sampled: SampledSlices, step: Step, draft_dists: DraftDistributions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The decision of `rejection`: two launches."""
     (batch, num_k), vocab_size = step.drafts.shape, step.logits.vocab_size
     num_accepted, tokens, next_drafts, next_num_drafts = step.out
     score = torch.empty(batch, sampled.count, dtype=torch.float32, device=tokens.device)
     residual = Residual(score, torch.empty_like(score, dtype=torch.int32))
-    q = (DraftLogits.of(q_state), q_state.cut, q_state.log_norm)
+    q = (DraftLogits.of(draft_dists), draft_dists.cut, draft_dists.log_norm)
     drafts = (step.query_start_loc, step.num_drafts, step.drafts)
     launch(
         _residual_kernel,

@@ -31,7 +31,7 @@ from idlm_kernels.triton.rerank_kernel import (
     kCandidates,
 )
 from idlm_kernels.triton.structs import DraftLogits
-from python_ref import QState
+from python_ref import DraftDistributions
 
 kBlockGroups = 16  # of a CTA that looks for maxima: 4096 ids
 kBlockW = 4  # entries of the state per CTA: 64 CTAs at W 256
@@ -68,7 +68,7 @@ def rerank_drafts(
     id_limit: int,
     mask_id: int,
     *,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     greedy: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -79,7 +79,7 @@ def rerank_drafts(
     if batch == 0 or num_k == 0 or torch.float64 in (x.dtype for x in (logits, hidden, *weights)):
         rest = (id_limit, mask_id)
         return python_ref.rerank_drafts(
-            logits, hidden, *request, *weights, *rest, q_state=q_state, greedy=greedy, out=out
+            logits, hidden, *request, *weights, *rest, draft_dists=draft_dists, greedy=greedy, out=out
         )
     result = torch.empty_like(drafts) if out is None else out
     width, num_groups = from_hidden.shape[0], triton.cdiv(id_limit, kChunk * kGroup)
@@ -92,9 +92,9 @@ def rerank_drafts(
     row_part = scratch(batch, num_k, width)
     value, ids = scratch(batch, num_k, kCandidates), scratch(batch, num_k, kCandidates, dtype=torch.int32)
     state, part = scratch(num_k, batch, width), scratch(batch, slices, kCandidates)
-    cut, log_norm = (None, None) if q_state is None else (q_state.cut, q_state.log_norm)
+    cut, log_norm = (None, None) if draft_dists is None else (draft_dists.cut, draft_dists.log_norm)
     scored = (Candidates(part, value, ids), positions, temperature, top_k, top_p, min_p, seed)
-    q = DraftLogits.of(q_state)
+    q = DraftLogits.of(draft_dists)
     shape = Shape(
         H=size,
         W=width,
@@ -104,10 +104,10 @@ def rerank_drafts(
         BLOCK_STATE=min(next_power_of_2(width), 256),
         SLICES=slices,
         BLOCK_SLICES=next_power_of_2(slices),
-        HAS_Q=q_state is not None,
+        HAS_Q=draft_dists is not None,
     )
 
-    groups = num_groups if q_state is None else triton.cdiv(vocab_size, kChunk * kGroup)
+    groups = num_groups if draft_dists is None else triton.cdiv(vocab_size, kChunk * kGroup)
     launch(
         _maxima_kernel,
         (batch * num_k, triton.cdiv(groups, kBlockGroups)),
@@ -127,7 +127,7 @@ def rerank_drafts(
         id_limit,
         mask_id,
         num_groups,
-        HAS_Q=q_state is not None,
+        HAS_Q=draft_dists is not None,
         BLOCK_GROUPS=kBlockGroups,
         num_warps=4,
     )

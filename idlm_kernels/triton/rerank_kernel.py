@@ -18,7 +18,7 @@ import triton.language as tl
 from idlm_kernels.triton.common import silu_times
 from idlm_kernels.triton.noise import gumbel, log, uniform
 from idlm_kernels.triton.rows import kGreedyBelow, kLargest, kNoId, lowest_id
-from idlm_kernels.triton.structs import DraftDistributions, SamplingParameters
+from idlm_kernels.triton.structs import DraftDistributionArgs, SamplingParameters
 from python_ref import STREAM_DRAFT, STREAM_TARGET
 from python_ref.contract import NUM_CANDIDATES
 
@@ -114,7 +114,7 @@ def _choose(
     candidates,
     gPositions,  # [B]
     parameters,  # SamplingParameters
-    q,  # DraftDistributions
+    q,  # DraftDistributionArgs
     request,
     j,
     num_k,
@@ -210,7 +210,7 @@ def _state_kernel(
     BLOCK_W: tl.constexpr = shape.BLOCK_W
     TILES: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     parameters = SamplingParameters(temperature=gTemperature, top_k=gTopK, top_p=gTopP, min_p=gMinP, seed=gSeed)
-    q = DraftDistributions(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
+    q = DraftDistributionArgs(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
     tile = tl.program_id(0) % TILES
     n = tile * BLOCK_W + tl.arange(0, BLOCK_W)
     first = (tl.program_id(0) // TILES * num_served).to(tl.int64)
@@ -314,7 +314,7 @@ def _last_kernel(
 ):
     """The last draft of a request, or its drafts as they were."""
     parameters = SamplingParameters(temperature=gTemperature, top_k=gTopK, top_p=gTopP, min_p=gMinP, seed=gSeed)
-    q = DraftDistributions(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
+    q = DraftDistributionArgs(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
     request = tl.program_id(0).to(tl.int64)
     gMine = gOut + request * stride_out
     if tl.load(gNumDrafts + request) > 0:

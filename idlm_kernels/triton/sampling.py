@@ -21,7 +21,7 @@ from idlm_kernels.triton.decision import Step, best_of_slices, decide
 from idlm_kernels.triton.perturb import sampled_slices
 from idlm_kernels.triton.rejection import judge
 from idlm_kernels.triton.structs import Logits, SamplingParameters
-from python_ref import STREAM_TARGET, QState
+from python_ref import STREAM_TARGET, DraftDistributions
 
 
 @triton.jit(do_not_specialize=["num_rows", "mask_id"], do_not_specialize_on_alignment=["gOut", "gStatus"])
@@ -112,9 +112,9 @@ def verify_accept(
     id_limit: int,
     mask_id: int,
     *,
-    branched: bool,
+    quadratic: bool,
     rule: str,
-    q_state: QState | None = None,
+    draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
     status: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -133,9 +133,9 @@ def verify_accept(
             *parameters,
             id_limit,
             mask_id,
-            branched=branched,
+            quadratic=quadratic,
             rule=rule,
-            q_state=q_state,
+            draft_dists=draft_dists,
             logit_bias=logit_bias,
             status=status,
             out=out,
@@ -153,7 +153,7 @@ def verify_accept(
         parameters,
         id_limit,
         mask_id,
-        branched,
+        quadratic,
         status,
         out,
     )
@@ -167,10 +167,10 @@ def verify_accept(
         query_start_loc,
         num_drafts,
         num_k,
-        branched,
+        quadratic,
         with_distribution=rule == "rejection",
     )
     if rule == "rejection":
-        assert q_state is not None
-        return judge(sampled, step, q_state)
+        assert draft_dists is not None
+        return judge(sampled, step, draft_dists)
     return decide(sampled, step)

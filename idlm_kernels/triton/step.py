@@ -41,7 +41,7 @@ class PlanShape(NamedTuple):
 
     K: int
     R: int  # the most rows of a request
-    BRANCHED: bool
+    QUADRATIC: bool
     NOISE: bool  # MASK rows have ids of their own
     BLOCK_R: int
 
@@ -50,7 +50,7 @@ class CommitShape(NamedTuple):
     """What the compiler knows of a commit."""
 
     K: int
-    BRANCHED: bool
+    QUADRATIC: bool
     SUFFIX: bool
     PRETEND: bool
     LOGPROBS: bool
@@ -72,7 +72,7 @@ def _rows_of(gNumDrafts, gFinish, request, batch, shape: tl.constexpr):
     n = tl.minimum(tl.maximum(n, 0), shape.K)
     finish = tl.load(gFinish + request, mask=request < batch, other=kFailed)
     branches = 1
-    if shape.BRANCHED:
+    if shape.QUADRATIC:
         branches = n + 1
     return n, tl.where(finish == kRunning, 1 + n + branches * shape.K, 0)
 
@@ -128,7 +128,7 @@ def _plan_kernel(
     is_row = r < m
     is_clean = r <= n
     branch, j = n + tl.zeros_like(r), tl.maximum(r - 1 - n, 0)
-    if shape.BRANCHED and shape.K > 0:
+    if shape.QUADRATIC and shape.K > 0:
         branch = j // shape.K
         j -= branch * shape.K
     token = tl.load(gText + b * stride_text + length - 1 + tl.zeros_like(r), mask=r == 0, other=0)
@@ -144,7 +144,7 @@ def _plan_kernel(
 
     two = tl.full([shape.BLOCK_R], 2, tl.int64)
     seen = (two << r) - 1
-    if shape.BRANCHED:
+    if shape.QUADRATIC:
         own = ((two << j) - 1) << tl.minimum(1 + n + branch * shape.K, 63)
         seen = tl.where(is_clean, seen, ((two << branch) - 1) | own)
 
@@ -165,15 +165,13 @@ def _plan_kernel(
 
 
 def plan_rows(
-    state: StepState, mask_id: int, page_size: int, *, branched: bool, noise_below: int = 0, out: Planned | None = None
+    state: StepState, mask_id: int, page_size: int, *, quadratic: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """See `idlm_kernels.plan_rows`."""
     (batch, num_k), device = state.drafts.shape, state.lengths.device
-    most = (num_k + 1) ** 2 if branched else 2 * num_k + 1
+    most = (num_k + 1) ** 2 if quadratic else 2 * num_k + 1
     if batch == 0:
-        return python_ref.plan_rows(
-            state, mask_id, page_size, branched=branched, noise_below=noise_below, out=out
-        )
+        return python_ref.plan_rows(state, mask_id, page_size, quadratic=quadratic, noise_below=noise_below, out=out)
     if out is None:
         rows = batch * most
         ids, positions, slots, tail_mask = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(4))
@@ -199,7 +197,7 @@ def plan_rows(
         state.text.stride(0),
         state.drafts.stride(0),
         state.page_table.stride(0),
-        shape=PlanShape(K=num_k, R=most, BRANCHED=branched, NOISE=noise_below > 0, BLOCK_R=next_power_of_2(most)),
+        shape=PlanShape(K=num_k, R=most, QUADRATIC=quadratic, NOISE=noise_below > 0, BLOCK_R=next_power_of_2(most)),
         num_warps=1,
     )
     return out
@@ -300,14 +298,14 @@ def _commit_kernel(
     if shape.PRETEND:
         draft = tl.load(gDraft, mask=is_draft, other=0)
         u = uniform_of_positions(tl.load(gSeed + b), length + i, kAcceptStream, shape.BLOCK_N)
-        stands = (u < acceptance) & (i < n) & is_draft
+        is_accepted = (u < acceptance) & (i < n) & is_draft
         is_present = tl.max(tl.where(i == 0, token, -1), axis=0) >= 0
-        a = tl.where(is_present, tl.min(tl.where(stands, shape.BLOCK_N, i), axis=0), 0)
+        a = tl.where(is_present, tl.min(tl.where(is_accepted, shape.BLOCK_N, i), axis=0), 0)
         sampled = tl.max(token, axis=0)
         token = tl.where((i <= a) & is_present, tl.maximum(tl.where(i == a, sampled, draft), 0), -1)
         new_draft = tl.maximum(new_draft, 0)
         drafts_again = is_present
-        if not shape.BRANCHED:
+        if not shape.QUADRATIC:
             drafts_again = drafts_again & (a == n)
         num_next = tl.where(drafts_again, shape.K, 0)
 
@@ -367,7 +365,7 @@ def commit_step(
     next_num_drafts: Tensor,
     state: StepState,
     *,
-    branched: bool = False,
+    quadratic: bool = False,
     suffix: bool = False,
     acceptance: float | None = None,
     logits: Tensor | None = None,
@@ -379,7 +377,7 @@ def commit_step(
     if batch == 0 or (logits is not None and logits.dtype == torch.float64):
         return python_ref.commit_step(
             *(num_accepted, tokens, next_drafts, next_num_drafts, state),
-            branched=branched,
+            quadratic=quadratic,
             suffix=suffix,
             acceptance=acceptance,
             logits=logits,
@@ -423,7 +421,7 @@ def commit_step(
         out.stride(0),
         shape=CommitShape(
             K=width - 1,
-            BRANCHED=branched,
+            QUADRATIC=quadratic,
             SUFFIX=suffix,
             PRETEND=acceptance is not None,
             LOGPROBS=logits is not None,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from python_ref import QState
+from python_ref import DraftDistributions
 
 
 class Logits(NamedTuple):
@@ -72,16 +72,16 @@ class DraftLogits(NamedTuple):
     stride_log_norm: Any
 
     @classmethod
-    def of(cls, q_state: QState | None) -> DraftLogits:
+    def of(cls, draft_dists: DraftDistributions | None) -> DraftLogits:
         """None: of a call that has none."""
-        if q_state is None:
+        if draft_dists is None:
             return cls(None, 0, 0, 0, 0)
-        request, draft, _ = q_state.logits.stride()
-        return cls(q_state.logits, request, draft, q_state.cut.stride(0), q_state.log_norm.stride(0))
+        request, draft, _ = draft_dists.logits.stride()
+        return cls(draft_dists.logits, request, draft, draft_dists.cut.stride(0), draft_dists.log_norm.stride(0))
 
 
-class DraftDistributions(NamedTuple):
-    """All of them: what QState is on the host."""
+class DraftDistributionArgs(NamedTuple):
+    """What `DraftDistributions` is on the host."""
 
     of: DraftLogits
     cut: Any  # fp32 [B, K]

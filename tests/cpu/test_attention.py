@@ -288,8 +288,8 @@ def test_prefill_has_the_bits_of_single_rows(shape: tuple[int, int, int], window
     assert torch.equal(torch.cat(chunks), whole)
 
 
-def branched_masks(n: int, k: int) -> list[int]:
-    """Tail masks of a branched plan: clean rows 0..n, then k MASK rows for each branch."""
+def quadratic_masks(n: int, k: int) -> list[int]:
+    """Tail masks of a quadratic plan: clean rows 0..n, then k MASK rows for each branch."""
     masks = [(2 << i) - 1 for i in range(n + 1)]
     for b in range(n + 1):
         first = 1 + n + b * k
@@ -299,9 +299,9 @@ def branched_masks(n: int, k: int) -> list[int]:
 
 @shapes
 @pytest.mark.parametrize("length", [16, 130, 391])
-def test_bits_of_a_branched_plan(shape: tuple[int, int, int], length: int, num_threads: int) -> None:
+def test_bits_of_a_quadratic_plan(shape: tuple[int, int, int], length: int, num_threads: int) -> None:
     r = request(shape, length, 16)
-    r.tail_mask = branched_masks(3, 3)
+    r.tail_mask = quadratic_masks(3, 3)
     rows = attend([r])[0]
     args, options = arguments([r], Paging())
     want = python_ref.strided_attention(*(x.double() if x.is_floating_point() else x for x in args), **options)
@@ -318,7 +318,7 @@ def test_bits_of_a_branched_plan(shape: tuple[int, int, int], length: int, num_t
 
 def test_the_rows_of_a_tail_mask_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     r = request((4, 2, 8), 391, 16)
-    r.tail_mask = branched_masks(3, 3)
+    r.tail_mask = quadratic_masks(3, 3)
     want = attend([r])[0]
     monkeypatch.setattr(attention, "MAX_ROWS", 3)
     attention._plan.cache_clear()
@@ -451,7 +451,7 @@ def test_rows_beyond_max_query_len_are_padding() -> None:
     for tail in (False, True):
         r, other = request(SHAPES["tiny"], 40, 16), request(SHAPES["tiny"], 9, 3, seed=5)
         if tail:
-            r.tail_mask, other.tail_mask = branched_masks(3, 3), [1, 3, 5]
+            r.tail_mask, other.tail_mask = quadratic_masks(3, 3), [1, 3, 5]
         args, options = arguments([r, other], Paging())
         whole = strided_attention(*args, **options)
         for function in (strided_attention, python_ref.strided_attention):

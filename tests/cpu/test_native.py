@@ -524,13 +524,14 @@ def test_a_forward_keeps_the_rotary_table_that_it_began_with(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("num_k", "branched"), [(0, False), (0, True), (1, False), (3, False), (31, False), (1, True), (3, True), (7, True)]
+    ("num_k", "quadratic"),
+    [(0, False), (0, True), (1, False), (3, False), (31, False), (1, True), (3, True), (7, True)],
 )
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-def test_rows_of_a_plan(num_k: int, branched: bool, page_size: int) -> None:
+def test_rows_of_a_plan(num_k: int, quadratic: bool, page_size: int) -> None:
     for seed in range(5):
         state = random_places(seed, num_k, page_size)
-        how: dict[str, Any] = {"branched": branched, "noise_below": (0, 151_669)[seed % 2]}
+        how: dict[str, Any] = {"quadratic": quadratic, "noise_below": (0, 151_669)[seed % 2]}
         want = python_ref.plan_rows(state, 60, page_size, **how)
         out = tuple(torch.full_like(x, 1) for x in want)
         assert cpu_state.plan_rows(state, 60, page_size, out=out, **how) is out
@@ -593,9 +594,9 @@ def step_problem(seed: int, vocab_size: int = 600) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("quadratic", [False, True])
 @pytest.mark.parametrize("ties", [False, True])
-def test_greedy_verification(branched: bool, ties: bool, isa: str) -> None:
+def test_greedy_verification(quadratic: bool, ties: bool, isa: str) -> None:
     for seed in range(5):
         problem = step_problem(seed)
         if seed == 4:  # the second draft is right, after one that is not
@@ -603,9 +604,9 @@ def test_greedy_verification(branched: bool, ties: bool, isa: str) -> None:
         if ties:  # of several best ids the first one, and never the MASK id, which is as good
             problem["logits"] = problem["logits"].clamp(max=1.5)
             problem["mask_id"] = int(problem["logits"][2].argmax())
-        want = python_ref.verify_accept(**problem, branched=branched, rule="match")
+        want = python_ref.verify_accept(**problem, quadratic=quadratic, rule="match")
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
-        got = step.verify_greedy(**{name: problem[name] for name in names}, branched=branched)
+        got = step.verify_greedy(**{name: problem[name] for name in names}, quadratic=quadratic)
         assert got is not None
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
@@ -616,18 +617,18 @@ def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str)
     problem = step_problem(1)
     names = ("logits", "query_start_loc", "num_drafts", "drafts", "temperature", "id_limit", "mask_id")
     problem["logits"][0, 599] = value  # beyond the limit: no matter
-    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is not None
+    assert step.verify_greedy(**{name: problem[name] for name in names}, quadratic=False) is not None
     problem["logits"][0, 77] = value
-    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    assert step.verify_greedy(**{name: problem[name] for name in names}, quadratic=False) is None
     problem = step_problem(1)
     problem["drafts"][0, 0] = 600
-    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    assert step.verify_greedy(**{name: problem[name] for name in names}, quadratic=False) is None
     problem = step_problem(1)
     problem["query_start_loc"][-1] += 1  # a row that is not there
-    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    assert step.verify_greedy(**{name: problem[name] for name in names}, quadratic=False) is None
     problem = step_problem(1)
     problem["temperature"][3] = 0.5
-    assert step.verify_greedy(**{name: problem[name] for name in names}, branched=False) is None
+    assert step.verify_greedy(**{name: problem[name] for name in names}, quadratic=False) is None
 
 
 def rerank_problem(

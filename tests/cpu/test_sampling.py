@@ -12,7 +12,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.cpu import noise, sample_rows, sampling, verify_accept
-from python_ref import QState
+from python_ref import DraftDistributions
 from python_ref.noise import gumbel, noise_words
 from python_ref.sampling import log_norm_of, sanitise, scale_by_temperature, truncation_cut
 
@@ -146,10 +146,10 @@ class Problem:
 
     def __init__(self, seed: int, rule: str, faults: bool):
         rng = random.Random(seed)
-        self.rule, self.branched = rule, rng.random() < 0.5
+        self.rule, self.quadratic = rule, rng.random() < 0.5
         batch, k, vocab_size = rng.randint(1, 4), rng.randint(0, 4), rng.choice([7, 50, 1000])
         counts = [rng.randint(0, k) for _ in range(batch)]
-        rows = [1 + n + (k * (n + 1) if self.branched else k) for n in counts]
+        rows = [1 + n + (k * (n + 1) if self.quadratic else k) for n in counts]
         rows = [rng.choice([m, m, m, 0, 1 + n]) for m, n in zip(rows, counts, strict=True)]
         self.query_start_loc = torch.tensor([0, *rows]).cumsum(0).int()
         self.logits = random_logits(rng, sum(rows) + 2, vocab_size, faults)
@@ -169,18 +169,20 @@ class Problem:
         self.limits = rng.choice([vocab_size, vocab_size - 3]), rng.choice([-1, 0, vocab_size // 2, vocab_size - 1])
         self.bias = None if rng.random() < 0.7 else torch.randn_like(self.logits.float())
         q_logits = random_logits(rng, batch * k, vocab_size, False).view(batch, k, vocab_size) if k else None
-        self.q_state = None
+        self.draft_dists = None
         if rule == "rejection":
-            self.q_state = QState.empty(batch, k, vocab_size, self.logits.dtype, torch.device("cpu"))
+            self.draft_dists = DraftDistributions.empty(batch, k, vocab_size, self.logits.dtype, torch.device("cpu"))
             if q_logits is not None:
                 temperature, *truncation, _ = (p.unsqueeze(1).expand(batch, k) for p in self.params)
                 z = scale_by_temperature(sanitise(q_logits, *self.limits)[0], temperature)
-                self.q_state.logits = q_logits
-                self.q_state.cut = truncation_cut(z.flatten(0, 1), *(t.flatten() for t in truncation)).view(batch, k)
-                self.q_state.log_norm = log_norm_of(z, self.q_state.cut)
+                self.draft_dists.logits = q_logits
+                self.draft_dists.cut = truncation_cut(z.flatten(0, 1), *(t.flatten() for t in truncation)).view(
+                    batch, k
+                )
+                self.draft_dists.log_norm = log_norm_of(z, self.draft_dists.cut)
 
-    def run(self, op) -> tuple[list[Tensor], QState | None]:
-        state = self.q_state and QState(*(x.clone() for x in vars(self.q_state).values()))
+    def run(self, op) -> tuple[list[Tensor], DraftDistributions | None]:
+        state = self.draft_dists and DraftDistributions(*(x.clone() for x in vars(self.draft_dists).values()))
         status = torch.zeros_like(self.num_drafts)
         result = op(
             self.logits,
@@ -190,9 +192,9 @@ class Problem:
             self.positions,
             *self.params,
             *self.limits,
-            branched=self.branched,
+            quadratic=self.quadratic,
             rule=self.rule,
-            q_state=state,
+            draft_dists=state,
             logit_bias=self.bias,
             status=status,
         )

@@ -27,7 +27,7 @@ def test_what_was_seen_counts_and_the_rest_follows_it() -> None:
 
 
 class Machine:
-    """Runs epochs of a policy with true costs by rows and a true acceptance; tokens per second against AR's."""
+    """Runs windows of a policy with true costs by rows and a true acceptance; tokens per second against AR's."""
 
     def __init__(self, seconds: CostTable, acceptance: float, noise: float = 0.0):
         self.seconds, self.acceptance, self.noise = seconds, acceptance, noise
@@ -36,9 +36,9 @@ class Machine:
     def step_of(self, plan: StepPlan) -> float:
         return self.seconds.of(plan.max_rows)
 
-    def speed(self, policy: PlanPolicy, epochs: int) -> float:
+    def speed(self, policy: PlanPolicy, windows: int) -> float:
         tokens = time = 0.0
-        for _ in range(epochs):
+        for _ in range(windows):
             plan = policy.choose(1)
             for _ in range(4 if policy.trial else 16):
                 step = self.step_of(plan) * (1 + self.random.random() * self.noise)

@@ -37,7 +37,7 @@ def models(make_generator: MakeGenerator) -> list[Generator]:
 
 
 class RandomPolicy(PlanPolicy):
-    """Another plan in every epoch."""
+    """Another plan in every window."""
 
     def __init__(self, rng: random.Random):
         super().__init__(tuple(PLANS), CostTable({1: 1.0}))
@@ -80,21 +80,21 @@ REFUSED: list[tuple[Any, ...]] = [
 
 def poison(monkeypatch: pytest.MonkeyPatch, seeds: set[int]) -> None:
     """Requests with these seeds cannot be placed, neither at first nor after a preemption."""
-    place = DecodeState.place
+    insert = DecodeState.insert
 
     def failing(self: DecodeState, b: int, tokens: Any, params: Any, seed: int, *rest: Any) -> None:
         if seed in seeds:
             raise RuntimeError("poisoned")
-        place(self, b, tokens, params, seed, *rest)
+        insert(self, b, tokens, params, seed, *rest)
 
-    monkeypatch.setattr(DecodeState, "place", failing)
+    monkeypatch.setattr(DecodeState, "insert", failing)
 
 
 def assert_nothing_leaks(engine: Engine) -> None:
     assert not engine.busy
     assert engine.pool.free_pages == engine.pool.num_pages
     assert not engine.pool._page_of and not engine.pool._key_of and not any(engine.pool._holders)
-    assert sorted(engine._free_places) == list(range(engine.options.max_num_seqs))
+    assert sorted(engine._free_indices) == list(range(engine.options.max_num_seqs))
 
 
 @pytest.mark.parametrize("seed", [*range(60), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(60, 600))])
@@ -115,7 +115,7 @@ def test_any_schedule_gives_the_same_tokens(
         # From barely enough for one request, which preempts constantly, to plenty.
         num_pages=-(-(47 + 25) // page_size) + rng.choice((0, 1, 3, 40)),
         max_num_batched_tokens=rng.choice((1, 4, 9, 64)),
-        epoch_steps=rng.randrange(1, 9),
+        window_steps=rng.randrange(1, 9),
         lag=rng.choice((0, 1, 3)),
         suffix_drafts=rng.random() < (0.5 if max_len == 48 else 0.8),
         logprobs=rng.random() < 0.3,
@@ -140,9 +140,9 @@ def test_any_schedule_gives_the_same_tokens(
             for _ in range(rng.randrange(1, 6)):
                 next(events, None)
             continue
-        epoch = engine.epoch()  # which reads what a dropped one has left, without events
+        window = engine.window()  # which reads what a dropped one has left, without events
         seen = {id(request): len(request.output.token_ids) for request, _ in asked}
-        for request, event in epoch:
+        for request, event in window:
             seen[id(request)] += len(event.token_ids)
             assert seen[id(request)] == len(request.output.token_ids), "events tell all tokens, once"
             if rng.random() < 0.01:
@@ -173,7 +173,7 @@ def test_a_request_without_drafts_is_decoded_the_ordinary_way(models: list[Gener
         return decode_step(decoder, state)
 
     chain = StepPlan("chain", 4)
-    options = EngineOptions(rule=rule, max_num_seqs=2, max_model_len=64, epoch_steps=2)
+    options = EngineOptions(rule=rule, max_num_seqs=2, max_model_len=64, window_steps=2)
     engine = Engine(models[1].model, None, PlanPolicy.fixed(chain), options, step=step)
     params = SamplingParams(temperature=1.0, max_tokens=24)
     plain = engine.submit([1, 2, 3], params, 5, drafts=False)
@@ -192,17 +192,17 @@ def test_a_request_without_drafts_is_decoded_the_ordinary_way(models: list[Gener
 
 def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
     """Two requests that fit a page pool only one after the other."""
-    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=14, epoch_steps=2)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=14, window_steps=2)
     engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("quadratic", 3)), options)
     params = SamplingParams(temperature=0.8, max_tokens=30)
     requests = [engine.submit([1, 2, 3, 4], params, seed) for seed in (1, 2)]
     preempted = 0
     while engine.busy:
-        before = [request.place for request in requests]
-        for _ in engine.epoch():
+        before = [request.batch_index for request in requests]
+        for _ in engine.window():
             pass
-        preempted += before[1] is not None and requests[1].place is None and not requests[1].ended
-        assert requests[0].place is not None or requests[0].ended, "the oldest is never preempted"
+        preempted += before[1] is not None and requests[1].batch_index is None and not requests[1].ended
+        assert requests[0].batch_index is not None or requests[0].ended, "the oldest is never preempted"
     assert preempted > 0
     for request in requests:
         assert request.output.token_ids == alone(models[0], request.prompt, params, request.seed)[0]
@@ -211,13 +211,13 @@ def test_requests_are_preempted_and_come_back(models: list[Generator]) -> None:
 
 def test_equal_prompts_share_pages(models: list[Generator]) -> None:
     prompt = [random.Random(1).randrange(VOCAB) for _ in range(33)]
-    options = EngineOptions(max_num_seqs=4, max_model_len=64, page_size=8, epoch_steps=2)
+    options = EngineOptions(max_num_seqs=4, max_model_len=64, page_size=8, window_steps=2)
     engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("chain", 4)), options)
     params = SamplingParams(temperature=1.0, max_tokens=12)
     first = engine.submit(prompt, params, 1)
-    list(engine.epoch())
+    list(engine.window())
     others = [engine.submit(prompt[:n], params, n) for n in (33, 32, 20)]
-    list(engine.epoch())
+    list(engine.window())
     assert [len(set(first.pages) & set(other.pages)) for other in others] == [4, 3, 2]
     for _ in engine.events():
         pass
@@ -228,7 +228,7 @@ def test_equal_prompts_share_pages(models: list[Generator]) -> None:
 
 def test_nobody_starves(models: list[Generator]) -> None:
     """Requests start in order of arrival, however short those behind are."""
-    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=20, epoch_steps=3)
+    options = EngineOptions(max_num_seqs=2, max_model_len=40, page_size=4, num_pages=20, window_steps=3)
     engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), options)
     requests = [engine.submit([1] * (30 if i == 1 else 2), SamplingParams(max_tokens=6), i) for i in range(8)]
     starts: list[int] = []
@@ -239,14 +239,14 @@ def test_nobody_starves(models: list[Generator]) -> None:
 
 
 def test_a_long_prompt_does_not_stall_the_others(models: list[Generator]) -> None:
-    options = EngineOptions(max_num_seqs=2, max_model_len=120, page_size=8, max_num_batched_tokens=8, epoch_steps=2)
+    options = EngineOptions(max_num_seqs=2, max_model_len=120, page_size=8, max_num_batched_tokens=8, window_steps=2)
     engine = Engine(models[0].model, None, PlanPolicy.fixed(StepPlan("ar", 1)), options)
     short = engine.submit([1, 2], SamplingParams(max_tokens=20, temperature=1.0), 1)
-    list(engine.epoch())
+    list(engine.window())
     long = engine.submit([i % VOCAB for i in range(80)], SamplingParams(max_tokens=3, temperature=1.0), 2)
     while not long.output.token_ids:
         before = len(short.output.token_ids)
-        list(engine.epoch())
+        list(engine.window())
         assert short.ended or len(short.output.token_ids) > before
     for _ in engine.events():
         pass
@@ -275,7 +275,7 @@ class EagerRecorder:
 @pytest.mark.parametrize("rule", ["match", "rejection"])
 def test_recorded_steps_and_running_out_of_memory(rule: str, memory: int, models: list[Generator]) -> None:
     options = EngineOptions(
-        rule=rule, max_num_seqs=5, max_model_len=40, page_size=4, lag=2, epoch_steps=3, num_pages=40
+        rule=rule, max_num_seqs=5, max_model_len=40, page_size=4, lag=2, window_steps=3, num_pages=40
     )
     params = SamplingParams(temperature=1.0, max_tokens=15)
     outputs = []
@@ -288,7 +288,7 @@ def test_recorded_steps_and_running_out_of_memory(rule: str, memory: int, models
         outputs.append([(request.output.token_ids, request.output.finish_reason) for request in requests])
         assert_nothing_leaks(engine)
     assert outputs[0] == outputs[1]
-    assert recorder is not None and recorder.made == min(memory, 4), "places 1, 2, 4 and 5, the largest first"
+    assert recorder is not None and recorder.made == min(memory, 4), "batches of 1, 2, 4 and 5, the largest first"
 
 
 def failing(at: int, error: Exception) -> Callable[[Decoder, DecodeState], Tensor]:
@@ -400,7 +400,7 @@ def test_requests_that_can_never_run_are_refused(models: list[Generator]) -> Non
     with pytest.raises(ValueError, match="11 pages of 4 tokens, but the cache has 6"):
         engine.submit([1] * 10, SamplingParams(max_tokens=100), 0)
     assert not engine.busy
-    for wrong in ({"max_num_seqs": 0}, {"epoch_steps": 0}, {"max_model_len": 1}, {"synthetic_acceptance": 1.5}):
+    for wrong in ({"max_num_seqs": 0}, {"window_steps": 0}, {"max_model_len": 1}, {"synthetic_acceptance": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EngineOptions(**wrong)  # type: ignore[arg-type]
 

@@ -178,7 +178,9 @@ def test_mixed_seeds_and_drawn_seeds(bad_drafter: Generator) -> None:
 
 def test_acceptance_is_counted_as_defined(make_generator: MakeGenerator) -> None:
     """Figures of a decode against those worked out from its AR text and the drafts seen on the way."""
-    checkpoint = MemoryCheckpoint(tiny_config(), seed=2, scale=0.1)  # flat laws under shared noise: drafts often match
+    checkpoint = MemoryCheckpoint(
+        tiny_config(), seed=2, scale=0.1
+    )  # flat distributions under shared noise: drafts often match
     generator = make_generator(checkpoint)
     result = results(generator, prompts_of(5), "quadratic", 3, temperature=0.5, max_tokens=64)[0]
     params = SamplingParams(temperature=0.5, seed=11, max_tokens=64)

@@ -93,14 +93,14 @@ def test_a_parameter_that_cannot_be_placed_ends_its_request_alone(
     generator = make_generator()
     engine = engine_of(generator)
     requests = submitted(engine)
-    place = DecodeState.place
+    insert = DecodeState.insert
 
     def failing(self: DecodeState, b: int, tokens: Any, params: Any, seed: int, *rest: Any) -> None:
         if seed == 4:
             raise RuntimeError("value cannot be converted")
-        place(self, b, tokens, params, seed, *rest)
+        insert(self, b, tokens, params, seed, *rest)
 
-    monkeypatch.setattr(DecodeState, "place", failing)
+    monkeypatch.setattr(DecodeState, "insert", failing)
     list(engine.events())
     assert requests[4].output.finish_reason == "error" and "cannot be converted" in str(requests[4].output.error)
     del requests[4]
@@ -224,7 +224,7 @@ def test_a_held_back_character_that_completes_a_stop_string_is_not_why_a_request
         ({"lag": -1}, ValueError),
         ({"lag": "1"}, TypeError),
         ({"page_size": 2.0}, TypeError),
-        ({"epoch_steps": None}, TypeError),
+        ({"window_steps": None}, TypeError),
     ],
 )
 def test_options_of_an_engine_out_of_range_are_named(options: dict[str, Any], error: type[Exception]) -> None:

@@ -112,11 +112,11 @@ def test_a_prefill_ends_in_the_rows_of_a_step() -> None:
     assert not torch.equal(rows.ids[rows.is_mask], torch.full((9,), state.mask_id))
 
 
-@pytest.mark.parametrize("branched", [False, True])
-def test_to_draw_needs_no_host(branched: bool) -> None:
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_to_draw_needs_no_host(quadratic: bool) -> None:
     """So a recorded step draws anew at each replay: what it draws from is the state, on the device."""
     state = noisy_state([3, 0, 2], 4)
-    how: dict[str, Any] = {"branched": branched, "noise_below": state.noise_below}
+    how: dict[str, Any] = {"quadratic": quadratic, "noise_below": state.noise_below}
     with NoSync() as first:
         python_ref.plan_rows(state, state.mask_id, 16, **how)
     state.lengths.add_(1)

@@ -102,15 +102,15 @@ def test_a_step_reads_nothing_on_the_host(
         with_head(generator)
     traces: list[Any] = []
 
-    def guarded(decoder: Decoder, places: DecodeState) -> Tensor:
+    def guarded(decoder: Decoder, state: DecodeState) -> Tensor:
         with NoSync() as mode:
-            outcome = decode_step(decoder, places)
-        if places.batch == 2:
+            outcome = decode_step(decoder, state)
+        if state.batch == 2:
             traces.append(mode.trace)
         return outcome
 
     # Too few pages for two at a time: requests come, end, are preempted and come back while steps are watched.
-    engine = engine_of(generator, plan, rule, guarded, page_size=4, num_pages=18, epoch_steps=4, **options)
+    engine = engine_of(generator, plan, rule, guarded, page_size=4, num_pages=18, window_steps=4, **options)
     requests = [engine.submit(list(range(n)), PARAMS, n) for n in (3, 8, 5)]
     requests[0].limit = 20
     preempted: list[Request] = []
@@ -133,9 +133,9 @@ def test_a_step_makes_few_torch_calls_beside_the_ops(
     re-ranking has what it is asked about: previous token (2), position and first MASK row (2, and one by branch)."""
     calls: list[list[str]] = []
 
-    def counted(decoder: Decoder, places: DecodeState) -> Tensor:
+    def counted(decoder: Decoder, state: DecodeState) -> Tensor:
         with NoSync() as mode:
-            outcome = decode_step(decoder, places)
+            outcome = decode_step(decoder, state)
         calls.append([name for name in mode.kernels if not name.startswith("idlm.")])
         return outcome
 
@@ -144,7 +144,7 @@ def test_a_step_makes_few_torch_calls_beside_the_ops(
         with_head(generator)
     engine = engine_of(generator, plan, "match", counted, **options)
     engine.submit([1, 2, 3], PARAMS, 5)
-    list(engine.epoch())
+    list(engine.window())
     rerank = {"ar": 0, "chain": 5, "quadratic": 6}[plan] if "rerank" in options else 0
     assert calls and all(len(names) == 1 + 2 * generator.model.has_adapter + rerank for names in calls), calls[-1]
 

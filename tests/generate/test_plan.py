@@ -124,7 +124,7 @@ def simulated_tpf(plan: StepPlan, p: float, steps: int = 200_000) -> float:
         while a < n and rng.random() < p:
             a += 1
         tokens += a + 1
-        n = plan.num_drafts if plan.branched or a == n else 0
+        n = plan.num_drafts if plan.quadratic or a == n else 0
     return tokens / steps
 
 
@@ -151,7 +151,7 @@ def test_row_budget() -> None:
     for budget in range(1, 80):
         for kind in ("ar", "chain", "quadratic"):
             chosen = StepPlan.within(budget, kind, 6)  # type: ignore[arg-type]
-            assert chosen.max_rows <= budget and (kind == "quadratic" or not chosen.branched)
+            assert chosen.max_rows <= budget and (kind == "quadratic" or not chosen.quadratic)
             rivals = [StepPlan(k, n) for k in ("chain", "quadratic") for n in range(2, 7) if k == "chain" or k == kind]  # type: ignore[arg-type]
             fitting = [r for r in rivals if r.max_rows <= budget and kind != "ar"]
             assert all(chosen.expected_tpf(0.8) >= r.expected_tpf(0.8) for r in fitting)

@@ -1,4 +1,4 @@
-"""`rejection` end to end: the law of what a model emits is the law of AR sampling."""
+"""`rejection` end to end: the distribution of what a model emits is the distribution of AR sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from idlm_kernels import use_backend
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.plan import prefill_rows
-from python_ref.sampling import law, log_norm_of, truncation_cut
+from python_ref.sampling import distribution, log_norm_of, truncation_cut
 from tests.tiny import MemoryCheckpoint, tiny_config, tiny_state
 
 MakeGenerator = Callable[..., Generator]
@@ -19,7 +19,7 @@ VOCAB, TOKENS, REQUESTS = 5, 4, 4000
 PROMPT = [1, 3, 2]
 
 
-def exact_law(generator: Generator, params: SamplingParams) -> torch.Tensor:
+def exact_distribution(generator: Generator, params: SamplingParams) -> torch.Tensor:
     """Probability of every sequence of TOKENS tokens after PROMPT under AR sampling, fp64 [VOCAB ** TOKENS]."""
     tails = list(itertools.product(range(VOCAB), repeat=TOKENS))
     p = torch.ones(len(tails), dtype=torch.float64)
@@ -34,7 +34,7 @@ def exact_law(generator: Generator, params: SamplingParams) -> torch.Tensor:
                 cut = truncation_cut(
                     z, torch.tensor([params.top_k]), torch.tensor([params.top_p]), torch.tensor([params.min_p])
                 )
-                memo[prefix] = law(z, cut, log_norm_of(z, cut), torch.tensor([False]))[0].double()
+                memo[prefix] = distribution(z, cut, log_norm_of(z, cut), torch.tensor([False]))[0].double()
             p[index] *= memo[prefix][tail[i]]
     return p / p.sum()
 
@@ -57,7 +57,9 @@ def p_value(counts: torch.Tensor, p: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}], ids=["plain", "truncated"]
 )
-def test_law_of_four_tokens(plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator) -> None:
+def test_distribution_of_four_tokens(
+    plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator
+) -> None:
     with use_backend("torch"):  # the references take the whole batch at once
         generator = make_generator(MemoryCheckpoint(tiny_config(vocab_size=VOCAB), seed=4, scale=0.3))
     generator.max_num_seqs = REQUESTS
@@ -68,7 +70,7 @@ def test_law_of_four_tokens(plan: str, stride: int, sampling: dict[str, float], 
     cells = (tokens * VOCAB ** torch.arange(TOKENS - 1, -1, -1)).sum(1)
     counts = torch.bincount(cells, minlength=VOCAB**TOKENS).double()
     with use_backend("torch"):
-        want = exact_law(generator, each[0])
+        want = exact_distribution(generator, each[0])
     assert p_value(counts, want) > 1e-3
     assert (counts / REQUESTS - want).abs().sum() / 2 < 0.1
     if plan != "ar":

@@ -12,7 +12,7 @@ from idlm_kernels import use_backend
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model.rerank import RerankHead
 from tests.generate.test_exactness import SAMPLERS, decode, prompts_of
-from tests.generate.test_rejection import PROMPT, REQUESTS, TOKENS, VOCAB, exact_law, p_value
+from tests.generate.test_rejection import PROMPT, REQUESTS, TOKENS, VOCAB, exact_distribution, p_value
 from tests.tiny import MemoryCheckpoint, oracle_checkpoint, tiny_config
 
 MakeGenerator = Callable[..., Generator]
@@ -67,15 +67,17 @@ def test_nan_drafts_nothing_that_harms(make_generator: MakeGenerator) -> None:
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}], ids=["plain", "truncated"]
 )
-def test_law_of_rejection(plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator) -> None:
-    """With q the law after re-ranking, four tokens keep the joint law of AR sampling."""
+def test_distribution_of_rejection(
+    plan: str, stride: int, sampling: dict[str, float], make_generator: MakeGenerator
+) -> None:
+    """With q the distribution after re-ranking, four tokens keep the joint distribution of AR sampling."""
     with use_backend("torch"):
         generator = make_generator(MemoryCheckpoint(tiny_config(vocab_size=VOCAB), seed=4, scale=0.3))
         with_head(generator, random_head(32, scale=1.0))
         generator.max_num_seqs = REQUESTS
         each = [SamplingParams(seed=2000 + s, max_tokens=TOKENS, **sampling) for s in range(REQUESTS)]  # type: ignore[arg-type]
         found = generator.generate([PROMPT] * REQUESTS, each, plan=plan, stride=stride, rule="rejection")  # type: ignore[arg-type]
-        want = exact_law(generator, each[0])
+        want = exact_distribution(generator, each[0])
     tokens = torch.tensor([r.token_ids for r in found])
     cells = (tokens * VOCAB ** torch.arange(TOKENS - 1, -1, -1)).sum(1)
     counts = torch.bincount(cells, minlength=VOCAB**TOKENS).double()

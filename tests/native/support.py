@@ -22,7 +22,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.testing import same_bits
-from python_ref import QState
+from python_ref import DraftDistributions
 from python_ref import sampling as ref
 from python_ref.noise import gumbel, uniform
 
@@ -218,9 +218,9 @@ class Step:
     seed: Tensor
     id_limit: int
     mask_id: int
-    branched: bool
+    quadratic: bool
     rule: str
-    q_state: QState | None = None
+    draft_dists: DraftDistributions | None = None
     logit_bias: Tensor | None = None
 
     @classmethod
@@ -232,7 +232,7 @@ class Step:
         dtype: torch.dtype,
         generator: torch.Generator,
         *,
-        branched: bool,
+        quadratic: bool,
         rule: str,
         mixes: tuple[Mix, ...] = MIXES,
         closeness: float = 0.5,
@@ -240,7 +240,7 @@ class Step:
         kinds: tuple[int, ...] = (0, 1, 2, 3),
         num_drafts: int | None = None,
     ) -> Step:
-        """Drafts, `num_drafts` or any number per request, are drawn from laws `closeness` away from those of the clean
+        """Drafts, `num_drafts` or any number per request, are drawn from distributions `closeness` away from the clean
         rows, so that some stand. Kinds of requests: 0 absent, 1 without MASK rows, others complete."""
 
         def draw(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -254,7 +254,7 @@ class Step:
         if num_drafts is not None:
             drafted.fill_(num_drafts)
         kind = torch.tensor(kinds)[draw(0, len(kinds), (batch,))]
-        masks = num_k * (drafted + 1 if branched else torch.ones_like(drafted))
+        masks = num_k * (drafted + 1 if quadratic else torch.ones_like(drafted))
         counts = torch.where(kind == 0, 0, 1 + drafted + torch.where(kind == 1, 0, masks))
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         total = max(1, int(start[-1]))
@@ -267,21 +267,21 @@ class Step:
         each = [x.repeat_interleave(num_k) for x in (temperature, top_k, top_p, min_p, seed)]
         where = (positions.long().unsqueeze(1) + 1 + torch.arange(num_k)).flatten()
         drafts = torch.zeros(batch, num_k, dtype=torch.int64)
-        q_state = None
+        draft_dists = None
         if num_k:
             stream = 0 if rule == "match" else 1
             drafts = ref.sample_rows(q_logits, where, *each, id_limit, mask_id, stream=stream).view(batch, num_k)
         if rule == "rejection":
-            q_state = QState.empty(batch, num_k, vocab_size, q_logits.dtype, q_logits.device)
+            draft_dists = DraftDistributions.empty(batch, num_k, vocab_size, q_logits.dtype, q_logits.device)
             if num_k:
                 z = ref.scale_by_temperature(ref.sanitise(q_logits, id_limit, mask_id)[0], each[0])
                 cut = ref.truncation_cut(z, *each[1:4])
-                q_state.logits.copy_(q_logits.view(batch, num_k, vocab_size))
-                q_state.cut.copy_(cut.view(batch, num_k))
-                q_state.log_norm.copy_(ref.log_norm_of(z, cut).view(batch, num_k))
+                draft_dists.logits.copy_(q_logits.view(batch, num_k, vocab_size))
+                draft_dists.cut.copy_(cut.view(batch, num_k))
+                draft_dists.log_norm.copy_(ref.log_norm_of(z, cut).view(batch, num_k))
         return cls(
             noisy(total).to(dtype), start, drafted, drafts, positions, temperature, top_k, top_p, min_p, seed,
-            id_limit, mask_id, branched, rule, q_state, bias,
+            id_limit, mask_id, quadratic, rule, draft_dists, bias,
         )  # fmt: skip
 
     def run(self, backend: ModuleType, device: torch.device | None = None) -> Outcome:
@@ -291,11 +291,11 @@ class Step:
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "positions", "temperature", "top_k", "top_p")
         args = [at(getattr(self, name)) for name in (*names, "min_p", "seed", "id_limit", "mask_id")]
         status = torch.zeros(len(self.positions), dtype=torch.int32, device=device)
-        q = self.q_state
-        q = None if q is None else QState(at(q.logits).clone(), at(q.cut).clone(), at(q.log_norm).clone())
-        options = {"branched": self.branched, "rule": self.rule, "logit_bias": at(self.logit_bias), "status": status}
-        results = backend.verify_accept(*args, **options, q_state=q)
-        q = None if q is None else QState(q.logits.cpu(), q.cut.cpu(), q.log_norm.cpu())
+        q = self.draft_dists
+        q = None if q is None else DraftDistributions(at(q.logits).clone(), at(q.cut).clone(), at(q.log_norm).clone())
+        options = {"quadratic": self.quadratic, "rule": self.rule, "logit_bias": at(self.logit_bias), "status": status}
+        results = backend.verify_accept(*args, **options, draft_dists=q)
+        q = None if q is None else DraftDistributions(q.logits.cpu(), q.cut.cpu(), q.log_norm.cpu())
         return Outcome(*(x.cpu() for x in results), status.cpu(), q)
 
     def requests(self, first: int, last: int) -> Step:
@@ -308,7 +308,7 @@ class Step:
             **{name: getattr(self, name)[first:last] for name in names},
             logits=self.logits[rows],
             query_start_loc=start - start[0],
-            q_state=None if self.q_state is None else self.q_state.requests(first, last),
+            draft_dists=None if self.draft_dists is None else self.draft_dists.requests(first, last),
             logit_bias=None if self.logit_bias is None else self.logit_bias[rows],
         )
 
@@ -336,7 +336,7 @@ class Outcome:
     next_drafts: Tensor
     next_num_drafts: Tensor
     status: Tensor
-    q_state: QState | None
+    draft_dists: DraftDistributions | None
 
     def equal(self, other: Outcome) -> Tensor:
         """Requests [B] with the same decision."""
@@ -349,14 +349,14 @@ class Outcome:
 
     def requests(self, first: int, last: int) -> Outcome:
         parts = (x[first:last] for x in (self.num_accepted, self.tokens, self.next_drafts, self.next_num_drafts))
-        return Outcome(*parts, self.status[first:last], self.q_state and self.q_state.requests(first, last))
+        return Outcome(*parts, self.status[first:last], self.draft_dists and self.draft_dists.requests(first, last))
 
     def same_bits(self, other: Outcome) -> bool:
-        q, p = self.q_state, other.q_state
-        laws = q is None or p is None or all(
+        q, p = self.draft_dists, other.draft_dists
+        distributions = q is None or p is None or all(
             same_bits(a, b) for a, b in ((q.logits, p.logits), (q.cut, p.cut), (q.log_norm, p.log_norm))
         )  # fmt: skip
-        return laws and bool(self.equal(other).all()) and torch.equal(self.status, other.status)
+        return distributions and bool(self.equal(other).all()) and torch.equal(self.status, other.status)
 
 
 def check_step(step: Step, backend: ModuleType, device: torch.device, tally: Tally, name: str = "") -> None:
@@ -365,7 +365,7 @@ def check_step(step: Step, backend: ModuleType, device: torch.device, tally: Tal
     decided = decided_requests(step)
     tally.add(name, got.equal(expected), decided)
     if step.rule == "rejection":
-        check_laws(step, got, expected, decided & (expected.next_num_drafts > 0))
+        check_distributions(step, got, expected, decided & (expected.next_num_drafts > 0))
 
 
 def decided_requests(step: Step) -> Tensor:
@@ -385,7 +385,7 @@ def decided_requests(step: Step) -> Tensor:
                     sound[i] = _judgement_decided(step, clean, b, i)
         decided[b] = bool(sound.all())
         if expected.next_num_drafts[b]:
-            first = start + 1 + num_drafts + (accepted * num_k if step.branched else 0)
+            first = start + 1 + num_drafts + (accepted * num_k if step.quadratic else 0)
             stream = python_ref.STREAM_TARGET if step.rule == "match" else python_ref.STREAM_DRAFT
             decided[b] &= bool(step.rows_of(b, first, num_k, accepted + 2, stream).decided().all())
     return decided
@@ -393,11 +393,11 @@ def decided_requests(step: Step) -> Tensor:
 
 def _judgement_decided(step: Step, clean: Rows, b: int, i: int) -> bool:
     """Whether it is certain that draft i of request b stands or, where it does not, which token takes its place."""
-    assert step.q_state is not None
-    q_z = ref.sanitise(step.q_state.logits[b, i : i + 1], step.id_limit, step.mask_id)[0]
+    assert step.draft_dists is not None
+    q_z = ref.sanitise(step.draft_dists.logits[b, i : i + 1], step.id_limit, step.mask_id)[0]
     q_z = ref.scale_by_temperature(q_z, step.temperature[b : b + 1])[0]
-    q_norm = step.q_state.log_norm[b, i].double()
-    q = torch.exp(q_z.double() - q_norm).masked_fill(q_z < step.q_state.cut[b, i], 0.0)
+    q_norm = step.draft_dists.log_norm[b, i].double()
+    q = torch.exp(q_z.double() - q_norm).masked_fill(q_z < step.draft_dists.cut[b, i], 0.0)
     u = uniform(clean.seed[i : i + 1], clean.positions[i : i + 1]).double().item()
     g = gumbel(clean.seed[i : i + 1], clean.positions[i : i + 1], len(q), python_ref.STREAM_TARGET, torch.float64)[0]
     x = int(step.drafts[b, i])
@@ -409,7 +409,8 @@ def _judgement_decided(step: Step, clean: Rows, b: int, i: int) -> bool:
         p = torch.exp(kept - p_norm)
         # A normaliser is rounded to fp32; that of a point mass is exact.
         p_error, q_error = (
-            torch.where(law < 1, (MASS + 2.0**-22 * norm.abs()) * law, 0.0) for norm, law in ((p_norm, p), (q_norm, q))
+            torch.where(distribution < 1, (MASS + 2.0**-22 * norm.abs()) * distribution, 0.0)
+            for norm, distribution in ((p_norm, p), (q_norm, q))
         )
         difference = u * q - p
         if difference[x].abs() <= u * q_error[x] + p_error[x] and max(p[x], q[x]) > 0:
@@ -428,17 +429,17 @@ def _judgement_decided(step: Step, clean: Rows, b: int, i: int) -> bool:
     return len(outcomes) == 1
 
 
-def check_laws(step: Step, got: Outcome, expected: Outcome, which: Tensor) -> None:
-    """The stored laws of the requests `which` keep the same ids with the same probabilities."""
-    assert got.q_state is not None and expected.q_state is not None
+def check_distributions(step: Step, got: Outcome, expected: Outcome, which: Tensor) -> None:
+    """The stored distributions of the requests `which` keep the same ids with the same probabilities."""
+    assert got.draft_dists is not None and expected.draft_dists is not None
     for b in which.nonzero().flatten().tolist():
         num_k = step.drafts.shape[1]
         temperature = step.temperature[b].expand(num_k)
-        laws = []
-        for q in (got.q_state, expected.q_state):
+        distributions = []
+        for q in (got.draft_dists, expected.draft_dists):
             z = ref.scale_by_temperature(ref.sanitise(q.logits[b], step.id_limit, step.mask_id)[0], temperature)
-            laws.append((z, z >= q.cut[b].unsqueeze(1), q.log_norm[b]))
-        (z, kept, norm), (want_z, want_kept, want_norm) = laws
+            distributions.append((z, z >= q.cut[b].unsqueeze(1), q.log_norm[b]))
+        (z, kept, norm), (want_z, want_kept, want_norm) = distributions
         assert torch.equal(z, want_z), f"request {b}: the stored logits differ"
         stray = (kept != want_kept).double() * torch.exp(want_z.double() - want_norm.double().unsqueeze(1))
         assert float(stray.sum(1).max()) <= 3 * MASS, f"request {b}: the kept ids differ"

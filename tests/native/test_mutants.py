@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "drafts of the wrong branch",
         "kernel.cuh",
-        "(p.branched ? accepted * p.num_k : 0)",
-        "(p.branched ? r.num_drafts * p.num_k : 0)",
+        "(p.quadratic ? accepted * p.num_k : 0)",
+        "(p.quadratic ? r.num_drafts * p.num_k : 0)",
     ),
     Mutant(
         "q is left out of the residual",
@@ -87,7 +87,7 @@ def battery(softgpu: ModuleType) -> None:
         check_rows(Rows.make(10, 40_000, torch.float32, generator), backend, CPU, tally, "schedule")
     for rule in ("match", "rejection"):
         kinds = {"mixes": (Mix(), Mix(0.7)), "kinds": (2,), "closeness": 1.0}
-        step = Step.make(60, 3, 100, torch.float32, generator, branched=True, rule=rule, **kinds)
+        step = Step.make(60, 3, 100, torch.float32, generator, quadratic=True, rule=rule, **kinds)
         check_step(step, backend, CPU, tally, rule)
         with softgpu.configured(sched="random", seed=6, quantum=20):
             check_step(step.requests(0, 10), backend, CPU, tally, f"{rule}, schedule")

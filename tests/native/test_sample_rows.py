@@ -54,7 +54,7 @@ def test_full_vocabularies(
 
 
 def test_statistics_of_ids_rest_on_many_rows(device: torch.device, generator: torch.Generator) -> None:
-    # Equality with the reference, whose law is tested, on as many rows as a law would need.
+    # Equality with the reference, whose distribution is tested, on as many rows as a distribution would need.
     tally = Tally()
     mixes = (Mix(), Mix(top_p=0.8), Mix(temperature=0.6, top_k=20))
     check_rows(Rows.make(4096, 64, torch.float32, generator, mixes=mixes), backend, device, tally)
@@ -75,10 +75,10 @@ def test_only_what_errors_can_turn_is_left_out(generator: torch.Generator) -> No
 
     # The id with the lowest logit has by far the best noise: it is sampled, if it is kept.
     seed = next(s for s in range(1000) if noise(s)[2] > noise(s)[:2].max() + 2)
-    law = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
+    distribution = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
     for gap, certain in ((0.0, False), (1e-6, False), (-1e-6, False), (1e-5, True), (-1e-5, True)):
         assert decided(Mix(), torch.tensor([0.0, gap, -50.0]) - noise(seed)) == certain, gap
-        assert decided(Mix(top_p=0.75 + gap), law.log().float()) == certain, gap
+        assert decided(Mix(top_p=0.75 + gap), distribution.log().float()) == certain, gap
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,7 +33,7 @@ def faulty(module: ModuleType, op: str) -> ModuleType:
         if op == "sample_rows":
             params.logits.mask_id = -1
         elif op == "verify_accept":
-            params.branched = not params.branched  # the other kind of plan
+            params.quadratic = not params.quadratic  # the other kind of plan
         else:
             params.num_stop_ids = 0
         right(params, options)

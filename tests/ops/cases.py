@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import idlm_kernels
 import python_ref
-from idlm_kernels import QState, StepState
+from idlm_kernels import DraftDistributions, StepState
 from idlm_kernels.ops import OPS
 from idlm_kernels.testing import Draw
 
@@ -80,7 +80,7 @@ def _sample_rows(variant: str) -> Arguments:
 
 
 def _verify_accept(variant: str) -> Arguments:
-    """K = 2, branched: requests with 2, 0 and no drafts and no rows; 9 + 3 + 0 rows and a padding row."""
+    """K = 2, quadratic: requests with 2, 0 and no drafts and no rows; 9 + 3 + 0 rows and a padding row."""
     other = variant == "other"
     args: Arguments = {
         "logits": _randn(13, 9),
@@ -91,15 +91,15 @@ def _verify_accept(variant: str) -> Arguments:
         **_parameters(3),
         "id_limit": 8,
         "mask_id": 2,
-        "branched": True,
+        "quadratic": True,
         "rule": "match",
     }
     if variant in ("rejection", "full"):
-        q_state = QState.empty(3, 2, 9, torch.float32, torch.device("cpu"))
-        q_state.logits.copy_(_randn(3, 2, 9, seed=4))
-        q_state.cut.fill_(-9.0)
-        q_state.log_norm.fill_(3.0)
-        args |= {"rule": "rejection", "q_state": q_state, "branched": variant == "full"}
+        draft_dists = DraftDistributions.empty(3, 2, 9, torch.float32, torch.device("cpu"))
+        draft_dists.logits.copy_(_randn(3, 2, 9, seed=4))
+        draft_dists.cut.fill_(-9.0)
+        draft_dists.log_norm.fill_(3.0)
+        args |= {"rule": "rejection", "draft_dists": draft_dists, "quadratic": variant == "full"}
     if variant == "full":
         args |= {"logit_bias": _randn(13, 9, seed=5), "status": torch.zeros(3, dtype=torch.int32)}
     return args
@@ -129,8 +129,8 @@ def _rerank_drafts(variant: str) -> Arguments:
     if variant == "greedy":
         args |= {"greedy": True, "temperature": torch.zeros(3)}
     if variant == "rejection":
-        q_state = QState.empty(3, 2, 9, torch.float32, torch.device("cpu"))
-        args |= {"q_state": q_state}
+        draft_dists = DraftDistributions.empty(3, 2, 9, torch.float32, torch.device("cpu"))
+        args |= {"draft_dists": draft_dists}
     return args
 
 
@@ -171,7 +171,7 @@ def _state(variant: str) -> StepState:
 
 
 def _plan_rows(variant: str) -> Arguments:
-    how = {"branched": variant == "branched", "noise_below": 7 if variant == "noise" else 0}
+    how = {"quadratic": variant == "quadratic", "noise_below": 7 if variant == "noise" else 0}
     return {"state": _state(variant), "mask_id": 9, "page_size": 4, **how}
 
 
@@ -185,7 +185,7 @@ def _commit_step(variant: str) -> Arguments:
         "state": _state(variant),
     }
     if variant == "full":
-        args |= {"branched": True, "suffix": True, "acceptance": 0.5}
+        args |= {"quadratic": True, "suffix": True, "acceptance": 0.5}
         args |= {"logits": _randn(9, 9), "query_start_loc": _int32(0, 5, 8, 8)}
     return args
 
@@ -261,7 +261,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
     "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),
-    "plan_rows": (_plan_rows, ("plain", "branched", "noise")),
+    "plan_rows": (_plan_rows, ("plain", "quadratic", "noise")),
     "commit_step": (_commit_step, ("plain", "full")),
     "linear": (_linear, ("plain", "full")),
     "gated_lora_linear": (_gated_lora_linear, ("plain", "full")),
@@ -306,11 +306,11 @@ def mapped(change: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def tensors(args: Arguments) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor argument by the name that errors give it: also q_state.logits, state.text, out[0]."""
+    """Every tensor argument by the name that errors give it: also draft_dists.logits, state.text, out[0]."""
     for name, value in args.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif isinstance(value, (QState, StepState)):
+        elif isinstance(value, (DraftDistributions, StepState)):
             yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
         elif isinstance(value, tuple):
             yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))

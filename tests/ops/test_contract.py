@@ -236,8 +236,8 @@ def test_inner_stride(op, name):
 WRITTEN = {
     "strided_attention": ("lse",),
     "sample_rows": ("status",),
-    "verify_accept": ("q_state.logits", "q_state.cut", "q_state.log_norm", "status"),
-    "rerank_drafts": ("q_state.logits", "q_state.cut", "q_state.log_norm"),
+    "verify_accept": ("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm", "status"),
+    "rerank_drafts": ("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm"),
     "advance": ("text", "lengths", "drafts", "num_drafts", "finish"),
     "commit_step": (
         *("state.text", "state.lengths", "state.drafts", "state.num_drafts"),
@@ -310,23 +310,23 @@ BAD_OPTIONS = [
     ("verify_accept", "id_limit", (0, -1, 10), ValueError),
     ("verify_accept", "mask_id", NOT_INTS, TypeError),
     ("verify_accept", "mask_id", (-2, 9), ValueError),
-    ("verify_accept", "branched", (1, None, "chain", torch.tensor(True)), TypeError),
+    ("verify_accept", "quadratic", (1, None, "chain", torch.tensor(True)), TypeError),
     ("verify_accept", "rule", ("greedy", None, 0), ValueError),
-    ("verify_accept", "q_state", ((1, 2, 3), "q"), TypeError),
+    ("verify_accept", "draft_dists", ((1, 2, 3), "q"), TypeError),
     ("rerank_drafts", "id_limit", NOT_INTS, TypeError),
     ("rerank_drafts", "id_limit", (0, -1, 10), ValueError),
     ("rerank_drafts", "mask_id", NOT_INTS, TypeError),
     ("rerank_drafts", "mask_id", (-2, 9), ValueError),
-    ("rerank_drafts", "q_state", ((1, 2, 3), "q"), TypeError),
+    ("rerank_drafts", "draft_dists", ((1, 2, 3), "q"), TypeError),
     ("rerank_drafts", "greedy", (1, None, torch.tensor(True)), TypeError),
     ("plan_rows", "state", (None, (1, 2), "s"), TypeError),
     ("plan_rows", "mask_id", NOT_INTS, TypeError),
     ("plan_rows", "mask_id", (-1,), ValueError),
     ("plan_rows", "page_size", NOT_INTS, TypeError),
     ("plan_rows", "page_size", (0, -1), ValueError),
-    ("plan_rows", "branched", (1, None, torch.tensor(True)), TypeError),
+    ("plan_rows", "quadratic", (1, None, torch.tensor(True)), TypeError),
     ("commit_step", "state", (None, (1, 2), "s"), TypeError),
-    ("commit_step", "branched", (1, None, torch.tensor(True)), TypeError),
+    ("commit_step", "quadratic", (1, None, torch.tensor(True)), TypeError),
     ("commit_step", "suffix", (1, None, torch.tensor(True)), TypeError),
     ("commit_step", "acceptance", NOT_NUMBERS, TypeError),
     ("commit_step", "acceptance", (-0.1, 1.1, float("nan")), ValueError),
@@ -364,12 +364,12 @@ def test_bad_combinations():
     for op in ("sample_rows", "verify_accept", "rerank_drafts"):
         refused(op, arguments(op) | {"id_limit": 1, "mask_id": 0}, ValueError, "id_limit")
     rejection = arguments("verify_accept", "rejection")
-    refused("verify_accept", rejection | {"q_state": None}, ValueError, "q_state")
-    refused("verify_accept", rejection | {"rule": "match"}, ValueError, "q_state")
+    refused("verify_accept", rejection | {"draft_dists": None}, ValueError, "draft_dists")
+    refused("verify_accept", rejection | {"rule": "match"}, ValueError, "draft_dists")
     narrow = arguments("verify_accept", "full")
-    narrow["q_state"].logits = narrow["q_state"].logits.to(torch.bfloat16)
+    narrow["draft_dists"].logits = narrow["draft_dists"].logits.to(torch.bfloat16)
     narrow["logits"] = narrow["logits"].to(torch.bfloat16)
-    refused("verify_accept", narrow, TypeError, "q_state.logits")  # a bias needs fp32
+    refused("verify_accept", narrow, TypeError, "draft_dists.logits")  # a bias needs fp32
     del narrow["logit_bias"]
     public("verify_accept")(**narrow)
     refused("verify_accept", narrow | {"out": new_out("verify_accept", narrow)[:3]}, ValueError, "out")
@@ -382,8 +382,8 @@ def test_bad_combinations():
     rowless = {name: rerank[name][:0] for name in ("logits", "hidden")}
     refused("rerank_drafts", rerank | rowless, ValueError, "logits")
 
-    for branched, most in ((False, 31), (True, 7)):
-        plan = arguments("plan_rows") | {"branched": branched}
+    for quadratic, most in ((False, 31), (True, 7)):
+        plan = arguments("plan_rows") | {"quadratic": quadratic}
         for columns in (most, most + 1):
             wide = replaced(plan, "state.drafts", torch.zeros(3, columns, dtype=torch.int64))
             if columns == most:
@@ -529,7 +529,7 @@ def test_no_rows_verify_accept(variant):
             nobody[name] = value[:0]
         elif name == "query_start_loc":
             nobody[name] = value[:1]
-        elif name == "q_state":
+        elif name == "draft_dists":
             nobody[name] = type(value)(value.logits[:0], value.cut[:0], value.log_norm[:0])
         else:
             nobody[name] = value[:0] if isinstance(value, torch.Tensor) else value
@@ -554,6 +554,7 @@ def test_a_workspace_that_nobody_wrote_is_taken_for_one_release(op):
 def test_the_rule_of_verify_accept_is_taken_by_its_old_name():
     args = arguments("verify_accept", variants(("verify_accept",))[0][1])
     want, old = public("verify_accept")(**args), copy.deepcopy(args)
+    old["branched"] = old.pop("quadratic")
     old["mode"] = old.pop("rule")
     with pytest.warns(DeprecationWarning, match="verify_accept: mode is now rule"):
         got = public("verify_accept")(**old)

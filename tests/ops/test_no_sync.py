@@ -96,7 +96,7 @@ def test_noise_and_tables_do_not_sync(name):
 def test_every_reference_function_is_covered():
     covered = {*STEP_OPS, *other_functions(), "prepare_weight"}
     functions = {name for name in python_ref.__all__ if callable(getattr(python_ref, name))}
-    assert functions - {"QState", "StepState"} == covered
+    assert functions - {"DraftDistributions", "StepState"} == covered
 
 
 @pytest.mark.parametrize(("op", "variant"), variants())

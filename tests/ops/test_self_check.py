@@ -93,8 +93,8 @@ def forgetful_prepare(weight: Tensor) -> Tensor:
 
 
 def first_cut(result: Any, arguments: dict[str, Any]) -> Any:
-    if arguments["q_state"] is not None:
-        arguments["q_state"].cut.fill_(-torch.inf)
+    if arguments["draft_dists"] is not None:
+        arguments["draft_dists"].cut.fill_(-torch.inf)
     return result
 
 
@@ -183,17 +183,21 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         after("sample_rows", lambda y, a: (a["status"].bitwise_and_(6), y)[1]),
         "status",
     ),
-    "another branch": ("verify_accept", changed("verify_accept", branched=lambda x: not x), "the result.* differs"),
-    "a law of more ids": ("verify_accept", after("verify_accept", first_cut), "a law of a next draft is off by"),
+    "another branch": ("verify_accept", changed("verify_accept", quadratic=lambda x: not x), "the result.* differs"),
+    "a distribution of more ids": (
+        "verify_accept",
+        after("verify_accept", first_cut),
+        "a distribution of a next draft is off by",
+    ),
     "the state is not carried on": (
         "rerank_drafts",
         changed("rerank_drafts", from_state=torch.zeros_like),
         "the result",
     ),
-    "a law with another normaliser": (
+    "a distribution with another normaliser": (
         "rerank_drafts",
-        after("rerank_drafts", lambda y, a: ("q_state" in a and a["q_state"].log_norm.add_(0.01), y)[1]),
-        "a law of a next draft is off by",
+        after("rerank_drafts", lambda y, a: ("draft_dists" in a and a["draft_dists"].log_norm.add_(0.01), y)[1]),
+        "a distribution of a next draft is off by",
     ),
     "stops are ignored": ("advance", changed("advance", stop_ids=lambda x: x.fill_(-1)), "the result.* differs"),
     "ended requests go on": ("advance", changed("advance", finish=torch.zeros_like), "the result.* differs"),

@@ -295,9 +295,9 @@ def test_sglang_tree_masks_become_tail_masks() -> None:
     assert torch.equal(metadata.seq_lens, rows.seq_lens) and torch.equal(metadata.tail_mask, rows.tail_mask)
 
 
-@pytest.mark.parametrize("branched", [False, True], ids=["chain", "quadratic"])
-def test_sglang_verify_takes_the_rows_that_a_request_uses(branched: bool) -> None:
-    num_k, width = 2, 9 if branched else 5
+@pytest.mark.parametrize("quadratic", [False, True], ids=["chain", "quadratic"])
+def test_sglang_verify_takes_the_rows_that_a_request_uses(quadratic: bool) -> None:
+    num_k, width = 2, 9 if quadratic else 5
     num_drafts = torch.tensor([2, 0, 2]).int()
     logits = randn(3 * width, 61)
     best = logits.argmax(1).view(3, width)
@@ -307,11 +307,11 @@ def test_sglang_verify_takes_the_rows_that_a_request_uses(branched: bool) -> Non
     one = torch.ones(3)
     sampling = {"temperature": 0 * one, "top_k": torch.zeros(3).int(), "top_p": one, "min_p": 0 * one}
     sampling["seed"] = torch.zeros(3, dtype=torch.int64)
-    how = {"id_limit": 61, "mask_id": -1, "branched": branched, "rule": "match", "num_k": num_k}
+    how = {"id_limit": 61, "mask_id": -1, "quadratic": quadratic, "rule": "match", "num_k": num_k}
     accepted, tokens, drafts, count = sglang.verify(logits, ids, num_drafts, torch.tensor([4, 9, 2]), sampling, **how)
     assert accepted.tolist() == [2, 0, 1]
     assert tokens.tolist() == [best[0, :3].tolist(), [int(best[1, 0]), -1, -1], [*best[2, :2].tolist(), -1]]
-    branch = {True: (7, 1, 5), False: (3, 1, None)}[branched]
+    branch = {True: (7, 1, 5), False: (3, 1, None)}[quadratic]
     for b, first in enumerate(branch):
         assert drafts[b].tolist() == ([-1, -1] if first is None else best[b, first : first + 2].tolist())
         assert count[b] == (0 if first is None else 2)

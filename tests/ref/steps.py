@@ -116,11 +116,11 @@ def parameters_of(steps: list[Step], num_k: int) -> tuple[Tensor, ...]:
     )
 
 
-def verify(steps: list[Step], num_k: int, *, branched: bool, rule: str = "match", **options: Any) -> tuple[list, ...]:
+def verify(steps: list[Step], num_k: int, *, quadratic: bool, rule: str = "match", **options: Any) -> tuple[list, ...]:
     """The four results of verify_accept and the status, as lists."""
     status = torch.zeros(len(steps), dtype=torch.int32)
     args = parameters_of(steps, num_k)
-    results = verify_accept(*args, ID_LIMIT, MASK_ID, branched=branched, rule=rule, status=status, **options)
+    results = verify_accept(*args, ID_LIMIT, MASK_ID, quadratic=quadratic, rule=rule, status=status, **options)
     return tuple(x.tolist() for x in (*results, status))
 
 
@@ -168,7 +168,7 @@ def _random_commit(seed: int, num_k: int | None) -> dict[str, Any]:
         "next_drafts": next_drafts,
         "next_num_drafts": (proposed * num_k).to(torch.int32),
         "state": state,
-        "branched": bool(ints(0, 2)),
+        "quadratic": bool(ints(0, 2)),
         "suffix": bool(ints(0, 2)),
         "acceptance": [None, 0.0, 0.5, 1.0][int(ints(0, 4))],
     }

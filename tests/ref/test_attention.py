@@ -190,8 +190,8 @@ def test_64_rows_use_every_bit():
     check(p, tail_mask=last_bit_only)
 
 
-def branched_masks(n: int, num_k: int) -> list[int]:
-    """Bits of each row of a branched step, from the words of the design: row order, then who sees whom."""
+def quadratic_masks(n: int, num_k: int) -> list[int]:
+    """Bits of each row of a quadratic step, from the words of the design: row order, then who sees whom."""
     rows: list[tuple[str, int, int]] = [("clean", i, 0) for i in range(n + 1)]
     rows += [("mask", b, j) for b in range(n + 1) for j in range(num_k)]
 
@@ -210,9 +210,9 @@ def signed(bits: int) -> int:
 
 
 @pytest.mark.parametrize("num_k", [1, 3, 7])
-def test_branched_layout(num_k):
+def test_quadratic_layout(num_k):
     """Requests with 0..K drafts in one batch; K = 7 makes the 64 rows of N = 8."""
-    masks = [branched_masks(n, num_k) for n in sorted({0, 1, num_k})]
+    masks = [quadratic_masks(n, num_k) for n in sorted({0, 1, num_k})]
     requests = [(5 + b + len(bits), len(bits)) for b, bits in enumerate(masks)]
     p = problem(requests, heads=(2, 1), head_dim=4, page_size=3)
     check(p, tail_mask=torch.tensor([signed(bits) for row in masks for bits in row]))
@@ -300,7 +300,7 @@ def test_large_scores_do_not_overflow():
 
 def test_a_row_is_untouched_by_what_it_must_not_see():
     """Each slot in turn is overwritten: rows that do not see it keep their very bits, the others change."""
-    masks = branched_masks(2, 2)
+    masks = quadratic_masks(2, 2)
     p = problem([(4 + len(masks), len(masks))], dtype=torch.float32, page_size=3, heads=(2, 1))
     seq_len, m = 4 + len(masks), len(masks)
     tail_mask = torch.tensor([signed(bits) for bits in masks])

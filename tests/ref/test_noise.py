@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, gumbel, noise, philox4x32, uniform
 from python_ref.noise import gumbel_at, noise_words, uniform_to_gumbel, word_to_uniform
-from tests.ref.laws import REJECT_BELOW, chi_square_p
+from tests.ref.distributions import REJECT_BELOW, chi_square_p
 
 MASK32 = 0xFFFFFFFF
 

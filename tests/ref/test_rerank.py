@@ -1,4 +1,4 @@
-"""Re-ranking of drafts against a loop in fp64 over the whole vocabulary, and the law that `rejection` is told."""
+"""Re-ranking of drafts against a loop in fp64 over the vocabulary, and the distribution that `rejection` is told."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_ref import QState, rerank_drafts, sample_rows
+from python_ref import DraftDistributions, rerank_drafts, sample_rows
 from python_ref.contract import GREEDY_BELOW, NUM_CANDIDATES, STREAM_DRAFT, STREAM_TARGET
 from python_ref.rerank import best_candidates
-from python_ref.sampling import law, sanitise, scale_by_temperature
-from tests.ref.laws import REJECT_BELOW, chi_square_p, counts_of
+from python_ref.sampling import distribution, sanitise, scale_by_temperature
+from tests.ref.distributions import REJECT_BELOW, chi_square_p, counts_of
 
 WEIGHTS = ("embedding", "head_rows", "from_hidden", "from_previous", "from_state", "to_query")
 SAMPLERS = {
@@ -73,10 +73,10 @@ def problem(
     }
 
 
-def laws_for(args: dict[str, Any]) -> QState:
-    """Of what was there before: no law at all."""
+def distributions_for(args: dict[str, Any]) -> DraftDistributions:
+    """Of what was there before: no distribution at all."""
     logits = args["logits"]
-    q = QState.empty(*args["drafts"].shape, logits.shape[1], logits.dtype, logits.device)
+    q = DraftDistributions.empty(*args["drafts"].shape, logits.shape[1], logits.dtype, logits.device)
     q.cut += 77
     return q
 
@@ -120,8 +120,8 @@ def by_hand(args: dict[str, Any], stream: int) -> tuple[Tensor, Tensor]:
 def test_against_a_loop(dtype: torch.dtype, sampler: str, rejection: bool) -> None:
     for seed, shape in enumerate([{}, {"batch": 1, "num_k": 1}, {"vocab_size": 20, "num_k": 2}, {"num_k": 7}]):
         args = problem(dtype=dtype, seed=seed, **shape, **SAMPLERS[sampler])
-        q = laws_for(args) if rejection else None
-        found = rerank_drafts(**args, q_state=q)
+        q = distributions_for(args) if rejection else None
+        found = rerank_drafts(**args, draft_dists=q)
         drafts, rows = by_hand(args, STREAM_DRAFT if rejection else STREAM_TARGET)
         assert found.tolist() == drafts.tolist()
         if q is not None:
@@ -130,7 +130,7 @@ def test_against_a_loop(dtype: torch.dtype, sampler: str, rejection: bool) -> No
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_law_that_is_kept_is_the_one_sampled_from(sampler: str) -> None:
+def test_the_distribution_that_is_kept_is_the_one_sampled_from(sampler: str) -> None:
     """Over 4096 seeds: chi-square of each draft against its own q; q adds up to 1."""
     batch = 4096
     one = problem(batch=1, num_k=2, vocab_size=40, dtype=torch.float32, **SAMPLERS[sampler])
@@ -148,17 +148,17 @@ def test_the_law_that_is_kept_is_the_one_sampled_from(sampler: str) -> None:
     ):
         args[name] = one[name].expand(batch, *one[name].shape[1:]).contiguous()
     args["seed"] = torch.arange(batch) * 7919 - 5
-    q = laws_for(args)
-    drafts = rerank_drafts(**args, q_state=q)
+    q = distributions_for(args)
+    drafts = rerank_drafts(**args, draft_dists=q)
     z = scale_by_temperature(q.logits, args["temperature"].unsqueeze(1))
-    p = law(z, q.cut, q.log_norm, (args["temperature"] < GREEDY_BELOW).unsqueeze(1).expand(batch, 2))
+    p = distribution(z, q.cut, q.log_norm, (args["temperature"] < GREEDY_BELOW).unsqueeze(1).expand(batch, 2))
     assert (p.sum(-1) - 1).abs().max() < 1e-5
     assert (p.gather(-1, drafts.unsqueeze(-1)) > 0).all()
     first = p[0, 0].double() / p[0, 0].double().sum()
-    assert torch.equal(p[:, 0], p[:1, 0].expand(batch, -1)), "the first draft has one law"
+    assert torch.equal(p[:, 0], p[:1, 0].expand(batch, -1)), "the first draft has one distribution"
     assert chi_square_p(counts_of(drafts[:, 0], 42), first) > REJECT_BELOW
     likely = drafts[:, 0].mode().values
-    after = drafts[:, 0] == likely  # one law for the second draft too, given the first
+    after = drafts[:, 0] == likely  # one distribution for the second draft too, given the first
     second = p[after][0, 1].double()
     assert chi_square_p(counts_of(drafts[after, 1], 42), second / second.sum()) > REJECT_BELOW
 
@@ -210,15 +210,15 @@ def faulty(args: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("sampler", ["greedy", "plain", "all"])
 def test_faults_give_defined_drafts(sampler: str, mask_id: int) -> None:
     args = faulty(problem(**SAMPLERS[sampler])) | {"mask_id": mask_id}
-    q = laws_for(args)
+    q = distributions_for(args)
     found = rerank_drafts(**copy.deepcopy(args))
     assert found.tolist() == by_hand(args, STREAM_TARGET)[0].tolist()
     lowest = 1 if mask_id == 0 else 0
     assert (found[0, 1], found[1, 0]) == (lowest, lowest)
-    drafts = rerank_drafts(**args, q_state=q)
+    drafts = rerank_drafts(**args, draft_dists=q)
     assert drafts.tolist() == by_hand(args, STREAM_DRAFT)[0].tolist()
     z = scale_by_temperature(sanitise(q.logits, args["id_limit"], mask_id)[0], args["temperature"].unsqueeze(1))
-    p = law(z, q.cut, q.log_norm, (args["temperature"] < GREEDY_BELOW).unsqueeze(1).expand(4, 3))
+    p = distribution(z, q.cut, q.log_norm, (args["temperature"] < GREEDY_BELOW).unsqueeze(1).expand(4, 3))
     chosen = args["num_drafts"] > 0
     assert (p[chosen].sum(-1) - 1).abs().max() < 1e-6
     assert p[0, 1, lowest] == 1 and p[1, 0, lowest] == 1
@@ -228,8 +228,8 @@ def test_faults_give_defined_drafts(sampler: str, mask_id: int) -> None:
 def test_a_head_of_nan_takes_the_lowest_id() -> None:
     args = problem()
     args["to_query"] = args["to_query"] * torch.nan
-    q = laws_for(args)
-    drafts = rerank_drafts(**args, q_state=q)
+    q = distributions_for(args)
+    drafts = rerank_drafts(**args, draft_dists=q)
     chosen = args["num_drafts"] > 0
     assert (drafts[chosen] == 0).all()
     assert (q.logits[chosen][..., 0] == 0).all() and (q.logits[chosen][..., 1:] == -math.inf).all()
@@ -239,9 +239,9 @@ def test_a_head_of_nan_takes_the_lowest_id() -> None:
 def test_requests_without_drafts_are_left_alone() -> None:
     args = problem()
     args["previous"][2], args["first_mask"][2] = -1, 10**6
-    q = laws_for(args)
+    q = distributions_for(args)
     before = copy.deepcopy(q)
-    drafts = rerank_drafts(**args, q_state=q)
+    drafts = rerank_drafts(**args, draft_dists=q)
     assert drafts[2].tolist() == args["drafts"][2].tolist()
     for part in ("logits", "cut", "log_norm"):
         assert torch.equal(getattr(q, part)[2], getattr(before, part)[2])
@@ -254,9 +254,12 @@ def test_the_greedy_hint_changes_nothing(change: Any) -> None:
         for seed in range(4):
             args = change(problem(dtype=dtype, seed=seed, temperature=0.0))
             assert torch.equal(rerank_drafts(**args, greedy=True), rerank_drafts(**args))
-            laws = [laws_for(args) for _ in range(2)]
-            drafts = [rerank_drafts(**args, q_state=q, greedy=g) for q, g in zip(laws, (False, True), strict=True)]
-            assert torch.equal(*drafts) and torch.equal(laws[0].logits, laws[1].logits)
+            distributions = [distributions_for(args) for _ in range(2)]
+            drafts = [
+                rerank_drafts(**args, draft_dists=q, greedy=g)
+                for q, g in zip(distributions, (False, True), strict=True)
+            ]
+            assert torch.equal(*drafts) and torch.equal(distributions[0].logits, distributions[1].logits)
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
@@ -266,10 +269,10 @@ def test_half_precision_is_computed_in_fp32(weights: torch.dtype) -> None:
     half = {name: args[name].to(weights) for name in (*WEIGHTS, "hidden", "logits")}
     widened = {name: x.float() for name, x in half.items()}
     assert torch.equal(rerank_drafts(**args | half), rerank_drafts(**args | widened))
-    q = QState.empty(4, 3, 85, weights, torch.device("cpu"))
-    drafts = rerank_drafts(**args | half, q_state=q)
+    q = DraftDistributions.empty(4, 3, 85, weights, torch.device("cpu"))
+    drafts = rerank_drafts(**args | half, draft_dists=q)
     z = scale_by_temperature(q.logits.float(), args["temperature"].unsqueeze(1))
-    p = law(z, q.cut, q.log_norm, torch.zeros(4, 3, dtype=torch.bool))
+    p = distribution(z, q.cut, q.log_norm, torch.zeros(4, 3, dtype=torch.bool))
     chosen = args["num_drafts"] > 0
-    assert (p[chosen].sum(-1) - 1).abs().max() < 1e-5  # cut and normaliser are of the law as it is kept
+    assert (p[chosen].sum(-1) - 1).abs().max() < 1e-5  # cut and normaliser are of the distribution as it is kept
     assert (p.gather(-1, drafts.unsqueeze(-1))[chosen] > 0).all()

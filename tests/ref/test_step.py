@@ -72,7 +72,7 @@ def committed(args: dict[str, Any], b: int) -> tuple[list[int], dict[str, Any]]:
             a += 1
         tokens = [*(max(0, d) for d in state["drafts"][:a]), sampled] if has_rows else []
         tokens += [-1] * (num_k + 1 - len(tokens))
-        next_n = num_k if has_rows and (args["branched"] or a == n) else 0
+        next_n = num_k if has_rows and (args["quadratic"] or a == n) else 0
         next_drafts = [max(0, d) for d in next_drafts]
     if failed := bool(state["status"] & (STATUS_NAN | STATUS_EMPTY_ROW)):
         tokens = [-1] * len(tokens)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from idlm_kernels import QState, use_backend, verify_accept
+from idlm_kernels import DraftDistributions, use_backend, verify_accept
 from python_ref import STATUS_BAD_DRAFT, STATUS_NAN, STREAM_DRAFT, gumbel, uniform
-from tests.ref.laws import transformed_law
+from tests.ref.distributions import transformed_distribution
 from tests.ref.steps import ID_LIMIT, MASK_ID, VOCAB, Step, parameters_of, verify
 
 INF, NAN = math.inf, math.nan
@@ -24,7 +24,7 @@ def _references():
         yield
 
 
-def match_in_python(step: Step, num_k: int, branched: bool) -> tuple[int, list[int], list[int], int]:
+def match_in_python(step: Step, num_k: int, quadratic: bool) -> tuple[int, list[int], list[int], int]:
     """The decision of one request in `match`, sentence by sentence from the design."""
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     m, n, length = len(step.logits), len(step.drafts), step.position + 1
@@ -35,7 +35,7 @@ def match_in_python(step: Step, num_k: int, branched: bool) -> tuple[int, list[i
     while a < n and y[a] == step.drafts[a]:
         a += 1
     tokens = [*step.drafts[:a], y[a]]
-    branches = range(n + 1) if branched else [n]
+    branches = range(n + 1) if quadratic else [n]
     first_row = {b: 1 + n + k * num_k for k, b in enumerate(branches)}
     next_drafts: list[int] = []
     if num_k and a in first_row and first_row[a] + num_k <= m:
@@ -50,7 +50,7 @@ def random_steps(generator: np.random.Generator, num_k: int, plan: str, dtype: t
     steps = []
     for _ in range(generator.integers(1, 6)):
         n = 0 if plan == "ar" else int(generator.integers(0, num_k + 1))
-        rows = {"ar": 1, "chain": 1 + n + num_k, "branched": 1 + n + (n + 1) * num_k}[plan]
+        rows = {"ar": 1, "chain": 1 + n + num_k, "quadratic": 1 + n + (n + 1) * num_k}[plan]
         if generator.random() < 0.15:
             n = rows = 0  # a padded request
         step = Step(
@@ -72,15 +72,15 @@ def random_steps(generator: np.random.Generator, num_k: int, plan: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("plan", "num_k"), [("ar", 0), ("ar", 3), ("chain", 1), ("chain", 4), ("branched", 3)])
+@pytest.mark.parametrize(("plan", "num_k"), [("ar", 0), ("ar", 3), ("chain", 1), ("chain", 4), ("quadratic", 3)])
 def test_match_against_python(plan, num_k, dtype):
     generator = np.random.default_rng(num_k)
     accepted = set()
     for _ in range(25):
         steps = random_steps(generator, num_k, plan, dtype)
-        a, tokens, next_drafts, next_n, status = verify(steps, num_k, branched=plan == "branched")
+        a, tokens, next_drafts, next_n, status = verify(steps, num_k, quadratic=plan == "quadratic")
         for b, step in enumerate(steps):
-            want = match_in_python(step, num_k, plan == "branched")
+            want = match_in_python(step, num_k, plan == "quadratic")
             assert (a[b], tokens[b], next_drafts[b], next_n[b]) == want
             accepted.add(a[b])
         assert status == [0] * len(steps)
@@ -96,13 +96,13 @@ def test_match_gives_the_ar_token_at_every_position():
         y = [step.sampled(i, step.position + 1 + i, id_limit=ID_LIMIT, mask_id=MASK_ID) for i in range(4)]
         for i in range(4):
             later = replace(step, logits=step.logits[i : i + 1], drafts=[], position=step.position + i)
-            assert verify([later], 3, branched=False)[1] == [[y[i], -1, -1, -1]]
+            assert verify([later], 3, quadratic=False)[1] == [[y[i], -1, -1, -1]]
 
 
 def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch.float32) -> list[Step]:
     """A batch whose requests all have rows and K drafts at temperature > 0 or 0."""
     generator = np.random.default_rng(seed)
-    rows = 1 + num_k + (num_k + 1 if plan == "branched" else 1) * num_k
+    rows = 1 + num_k + (num_k + 1 if plan == "quadratic" else 1) * num_k
     return [
         Step(
             torch.tensor(generator.normal(size=(rows, VOCAB)) * 2, dtype=dtype),
@@ -119,23 +119,23 @@ def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize("rule", ["match", "rejection"])
-@pytest.mark.parametrize("branched", [False, True])
-def test_requests_do_not_affect_each_other(rule, branched):
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_requests_do_not_affect_each_other(rule, quadratic):
     """Any request alone, or in another order, decides the same."""
-    num_k, plan = 3, "branched" if branched else "chain"
+    num_k, plan = 3, "quadratic" if quadratic else "chain"
     steps = rejection_steps(5, plan, num_k)
 
     def two_steps(chosen: list[Step]) -> list[tuple]:
         """Drafts proposed by a first step, verified in a second one."""
-        q_state = QState.empty(len(chosen), num_k, VOCAB, torch.float32, torch.device("cpu"))
-        options = {"branched": branched, "rule": rule, "q_state": q_state if rule == "rejection" else None}
+        draft_dists = DraftDistributions.empty(len(chosen), num_k, VOCAB, torch.float32, torch.device("cpu"))
+        options = {"quadratic": quadratic, "rule": rule, "draft_dists": draft_dists if rule == "rejection" else None}
         first = [replace(s, logits=s.logits[: 1 + num_k]) for s in chosen]
         _, _, drafts, n, _ = verify(first, num_k, **options)
         assert n == [num_k] * len(chosen)
         second = [replace(s, drafts=d, position=s.position + 1) for s, d in zip(chosen, drafts, strict=True)]
         results = verify(second, num_k, **options)
-        laws = (q_state.logits.tolist(), q_state.cut.tolist(), q_state.log_norm.tolist())
-        return list(zip(*results, *(laws if rule == "rejection" else ()), strict=True))
+        distributions = (draft_dists.logits.tolist(), draft_dists.cut.tolist(), draft_dists.log_norm.tolist())
+        return list(zip(*results, *(distributions if rule == "rejection" else ()), strict=True))
 
     together = two_steps(steps)
     order = [4, 0, 5, 2]
@@ -144,10 +144,10 @@ def test_requests_do_not_affect_each_other(rule, branched):
         assert two_steps([step]) == [together[b]]
 
 
-def law_in_python(row: Tensor, step: Step) -> list[float]:
+def distribution_in_python(row: Tensor, step: Step) -> list[float]:
     temperature = float(np.float32(step.temperature))
     truncation = (step.top_k, step.top_p, step.min_p)
-    return transformed_law(row.tolist(), temperature, *truncation, id_limit=ID_LIMIT, mask_id=MASK_ID)
+    return transformed_distribution(row.tolist(), temperature, *truncation, id_limit=ID_LIMIT, mask_id=MASK_ID)
 
 
 def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | None:
@@ -155,9 +155,9 @@ def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | N
     length, margin, emitted = step.position + 1, 1e-5, []
     for i in range(len(step.drafts) + 1):
         at = torch.tensor([step.seed]), torch.tensor([length + i])
-        target = law_in_python(step.logits[i], step)
+        target = distribution_in_python(step.logits[i], step)
         if i < len(step.drafts):
-            p, q, x = target, law_in_python(q_rows[i], step), step.drafts[i]
+            p, q, x = target, distribution_in_python(q_rows[i], step), step.drafts[i]
             u = float(uniform(*at))
             if abs(u * q[x] - p[x]) < margin:
                 return None
@@ -166,7 +166,7 @@ def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | N
                 continue
             target = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
         noise = gumbel(*at, VOCAB)[0].tolist()
-        # At T = 0 the law is a point mass, which no noise moves.
+        # At T = 0 the distribution is a point mass, which no noise moves.
         score = [math.log(r) + g if r > 1e-12 else -INF for r, g in zip(target, noise, strict=True)]
         second, first = sorted(score)[-2:]
         return None if first - second < margin else (i, [*emitted, score.index(first)])
@@ -174,7 +174,7 @@ def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_rejection_against_python(plan, dtype):
     """Acceptance u q(x) < p(x), the residual max(0, p - q), the bonus token of p, drafts of q with stream 1."""
     num_k, accepted, skipped = 3, [], 0
@@ -184,18 +184,18 @@ def test_rejection_against_python(plan, dtype):
         proposing = rejection_steps(trial + 1000, plan, num_k, dtype)
         for step, other in zip(steps, proposing, strict=True):
             other.logits = other.logits[: 1 + num_k]
-            if trial % 2:  # laws close to p, so that drafts are often accepted
+            if trial % 2:  # distributions close to p, so that drafts are often accepted
                 other.logits[1:] = step.logits[:num_k] + 0.2 * other.logits[1:]
             for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
                 setattr(other, name, getattr(step, name))
             other.position = step.position - 1
-        q_state = QState.empty(len(steps), num_k, VOCAB, dtype, torch.device("cpu"))
-        options = {"branched": plan == "branched", "rule": "rejection", "q_state": q_state}
+        draft_dists = DraftDistributions.empty(len(steps), num_k, VOCAB, dtype, torch.device("cpu"))
+        options = {"quadratic": plan == "quadratic", "rule": "rejection", "draft_dists": draft_dists}
         _, _, drafts, _, _ = verify(proposing, num_k, **options)
         for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
             first = step.position + 1
             assert drafts[b] == [other.sampled(1 + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
-            assert torch.equal(q_state.logits[b], other.logits[1:])
+            assert torch.equal(draft_dists.logits[b], other.logits[1:])
             step.drafts = drafts[b]
         a, tokens, next_drafts, next_n, status = verify(steps, num_k, **options)
         for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
@@ -207,58 +207,58 @@ def test_rejection_against_python(plan, dtype):
             accepted.append(a[b])
             if plan == "chain" and a[b] < num_k:
                 assert (next_drafts[b], next_n[b]) == ([-1] * num_k, 0)
-                assert torch.equal(q_state.logits[b], other.logits[1:])
+                assert torch.equal(draft_dists.logits[b], other.logits[1:])
                 continue
-            row = 1 + num_k + (a[b] * num_k if plan == "branched" else 0)
+            row = 1 + num_k + (a[b] * num_k if plan == "quadratic" else 0)
             first = step.position + a[b] + 2
             assert next_drafts[b] == [step.sampled(row + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
             assert next_n[b] == num_k
-            assert torch.equal(q_state.logits[b], step.logits[row : row + num_k])
+            assert torch.equal(draft_dists.logits[b], step.logits[row : row + num_k])
         assert status == [0] * len(steps)
     assert set(accepted) == {0, 1, 2, 3}
     assert skipped < len(accepted) / 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_q_state_keeps_the_law_as_it_was_sampled(dtype):
-    """The kept ids of the stored law are those of the row, the last kept one included; the masses add up to 1."""
+def test_draft_dists_keep_the_distribution_as_it_was_sampled(dtype):
+    """The kept ids of the stored distribution are those of the row, the last one included; the masses add up to 1."""
     steps = rejection_steps(77, "chain", 3, dtype)
     for step in steps:
         step.temperature, step.top_k, step.top_p, step.min_p, step.logits = 0.7, 5, 0.95, 0.01, step.logits[:4]
-    q_state = QState.empty(len(steps), 3, VOCAB, dtype, torch.device("cpu"))
-    verify(steps, 3, branched=False, rule="rejection", q_state=q_state)
+    draft_dists = DraftDistributions.empty(len(steps), 3, VOCAB, dtype, torch.device("cpu"))
+    verify(steps, 3, quadratic=False, rule="rejection", draft_dists=draft_dists)
     for b, step in enumerate(steps):
         for j in range(3):
-            law = torch.tensor(law_in_python(step.logits[1 + j], step), dtype=torch.float64)
-            z = q_state.logits[b, j].to(q_state.cut.dtype) / torch.tensor(0.7, dtype=torch.float32)
+            distribution = torch.tensor(distribution_in_python(step.logits[1 + j], step), dtype=torch.float64)
+            z = draft_dists.logits[b, j].to(draft_dists.cut.dtype) / torch.tensor(0.7, dtype=torch.float32)
             z[[MASK_ID, *range(ID_LIMIT, VOCAB)]] = -INF
-            kept = z >= q_state.cut[b, j]
-            assert torch.equal(kept, law > 0)
-            stored = torch.exp(z - q_state.log_norm[b, j])[kept].double()
-            torch.testing.assert_close(stored, law[kept], rtol=1e-5, atol=1e-7)
+            kept = z >= draft_dists.cut[b, j]
+            assert torch.equal(kept, distribution > 0)
+            stored = torch.exp(z - draft_dists.log_norm[b, j])[kept].double()
+            torch.testing.assert_close(stored, distribution[kept], rtol=1e-5, atol=1e-7)
 
 
-def test_a_request_without_rows_keeps_its_drafts_law():
-    """A paused request has drafts that a later step judges: its q_state must survive the steps in between."""
+def test_a_request_without_rows_keeps_its_drafts_distribution():
+    """A paused request has drafts that a later step judges: its draft_dists must survive the steps in between."""
     steps = rejection_steps(3, "chain", 2)
     for step in steps:
         step.logits = step.logits[:3]
-    q_state = QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu"))
-    verify(steps, 2, branched=False, rule="rejection", q_state=q_state)
-    before = [x.clone() for x in (q_state.logits, q_state.cut, q_state.log_norm)]
+    draft_dists = DraftDistributions.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu"))
+    verify(steps, 2, quadratic=False, rule="rejection", draft_dists=draft_dists)
+    before = [x.clone() for x in (draft_dists.logits, draft_dists.cut, draft_dists.log_norm)]
     steps[1].logits = steps[1].logits[:0]
     for step in steps:
         step.logits = step.logits * -1
-    results = verify(steps, 2, branched=False, rule="rejection", q_state=q_state)
+    results = verify(steps, 2, quadratic=False, rule="rejection", draft_dists=draft_dists)
     assert [x[1] for x in results] == [0, [-1, -1, -1], [-1, -1], 0, 0]
-    for old, new in zip(before, (q_state.logits, q_state.cut, q_state.log_norm), strict=True):
+    for old, new in zip(before, (draft_dists.logits, draft_dists.cut, draft_dists.log_norm), strict=True):
         assert torch.equal(new[1], old[1])
         assert not torch.equal(new[0], old[0])
 
 
 def test_rejection_logit_bias_is_part_of_p_and_q():
-    """With logits bf16 and q_state fp32; equal to biasing the logits beforehand."""
-    steps = rejection_steps(8, "branched", 2, torch.bfloat16)
+    """With logits bf16 and draft_dists fp32; equal to biasing the logits beforehand."""
+    steps = rejection_steps(8, "quadratic", 2, torch.bfloat16)
     bias = torch.randn(sum(len(s.logits) for s in steps) + 2, VOCAB, generator=torch.Generator().manual_seed(0))
     biased, row = [], 0
     for step in steps:
@@ -267,39 +267,39 @@ def test_rejection_logit_bias_is_part_of_p_and_q():
         row += len(step.logits)
     results, states = [], []
     for chosen, options in ((steps, {"logit_bias": bias}), (biased, {})):
-        states.append(QState.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu")))
-        results.append(verify(chosen, 2, branched=True, rule="rejection", q_state=states[-1], **options))
+        states.append(DraftDistributions.empty(len(steps), 2, VOCAB, torch.float32, torch.device("cpu")))
+        results.append(verify(chosen, 2, quadratic=True, rule="rejection", draft_dists=states[-1], **options))
     assert results[0] == results[1]
     assert torch.equal(states[0].logits, states[1].logits)
-    match = [verify(c, 2, branched=True, **o) for c, o in ((steps, {"logit_bias": bias}), (biased, {}))]
+    match = [verify(c, 2, quadratic=True, **o) for c, o in ((steps, {"logit_bias": bias}), (biased, {}))]
     assert match[0] == match[1]
 
 
-def plain_law(q_state: QState, logits: Tensor) -> None:
-    """Make softmax(logits [K, V]) over the allowed ids the law of the drafts of request 0."""
+def plain_distribution(draft_dists: DraftDistributions, logits: Tensor) -> None:
+    """Make softmax(logits [K, V]) over the allowed ids the distribution of the drafts of request 0."""
     allowed = logits.clone()
     allowed[:, [MASK_ID, *range(ID_LIMIT, VOCAB)]] = -INF
-    q_state.logits[0] = logits
-    q_state.cut.fill_(-INF)
-    q_state.log_norm[0] = allowed.logsumexp(-1)
+    draft_dists.logits[0] = logits
+    draft_dists.cut.fill_(-INF)
+    draft_dists.log_norm[0] = allowed.logsumexp(-1)
 
 
 @pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("bad", [-1, VOCAB, 2**40, -(2**40)])
 def test_bad_draft_ids(rule, bad):
     """A draft id out of range is refused and flagged; its token is the sample of p, and earlier drafts stand."""
-    (step, *_) = rejection_steps(1, "branched", 3)
+    (step, *_) = rejection_steps(1, "quadratic", 3)
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     step.temperature, step.top_k, step.top_p, step.min_p = 1.0, 0, 1.0, 0.0
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts = [y[0], bad, y[2]]
-    q_state = None
+    draft_dists = None
     if rule == "rejection":
-        q_state = QState.empty(1, 3, VOCAB, torch.float32, torch.device("cpu"))
+        draft_dists = DraftDistributions.empty(1, 3, VOCAB, torch.float32, torch.device("cpu"))
         q = step.logits[:3].clone()  # q = p: a draft that p can give is accepted
         q[1, y[1]] += 20.0  # but the residual of the bad one would never give the sample of p
-        plain_law(q_state, q)
-    a, tokens, _, next_n, status = verify([step], 3, branched=True, rule=rule, q_state=q_state)
+        plain_distribution(draft_dists, q)
+    a, tokens, _, next_n, status = verify([step], 3, quadratic=True, rule=rule, draft_dists=draft_dists)
     assert (a, tokens, next_n, status) == ([1], [[y[0], y[1], -1, -1]], [3], [STATUS_BAD_DRAFT])
 
 
@@ -312,23 +312,23 @@ def test_forbidden_drafts_are_never_accepted(rule, forbidden):
         step.temperature, step.top_k, step.top_p, step.min_p = 1.0, 0, 1.0, 0.0
         step.drafts = [forbidden]
         step.logits[:, forbidden] = 40.0
-        q_state = None
+        draft_dists = None
         if rule == "rejection":
-            q_state = QState.empty(1, 1, VOCAB, torch.float32, torch.device("cpu"))
-            plain_law(q_state, step.logits[:1])
+            draft_dists = DraftDistributions.empty(1, 1, VOCAB, torch.float32, torch.device("cpu"))
+            plain_distribution(draft_dists, step.logits[:1])
         y = step.sampled(0, step.position + 1, id_limit=ID_LIMIT, mask_id=MASK_ID)
-        a, tokens, *_ = verify([step], 1, branched=False, rule=rule, q_state=q_state)
+        a, tokens, *_ = verify([step], 1, quadratic=False, rule=rule, draft_dists=draft_dists)
         assert (a, tokens) == ([0], [[y, -1]])
 
 
 @pytest.mark.parametrize(("count", "used"), [(7, 3), (-2, 0), (2**31 - 1, 3)])
 def test_bad_draft_counts(count, used):
     """A count beyond K or below 0 is flagged and cut to what there is."""
-    (step, *_) = rejection_steps(4, "branched", 3)
+    (step, *_) = rejection_steps(4, "quadratic", 3)
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts, step.count = y[:3], count
-    a, tokens, _, _, status = verify([step], 3, branched=True)
+    a, tokens, _, _, status = verify([step], 3, quadratic=True)
     assert (a, status) == ([used], [STATUS_BAD_DRAFT])
     assert tokens == [y[: used + 1] + [-1] * (3 - used)]
 
@@ -339,7 +339,7 @@ def test_a_count_beyond_the_rows():
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts, step.logits = y[:3], step.logits[:2]
-    a, tokens, next_drafts, next_n, status = verify([step], 3, branched=False)
+    a, tokens, next_drafts, next_n, status = verify([step], 3, quadratic=False)
     assert (a, tokens, status) == ([1], [[y[0], y[1], -1, -1]], [STATUS_BAD_DRAFT])
     assert (next_drafts, next_n) == ([[-1, -1, -1]], [0])
 
@@ -348,15 +348,15 @@ def test_status_covers_the_rows_that_are_used():
     """Clean rows 0..n and the MASK rows of the accepted branch; a bad row elsewhere is no fault. Bits are added."""
     num_k = 2
     for row in range(9):  # 3 clean rows, then branches 0, 1, 2
-        (step, *_) = rejection_steps(6, "branched", num_k)
+        (step, *_) = rejection_steps(6, "quadratic", num_k)
         limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
         y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(3)]
         step.drafts = [y[0], (y[1] + 1) % 4]  # a = 1
-        clean = verify([step], num_k, branched=True)
+        clean = verify([step], num_k, quadratic=True)
         assert (clean[0], clean[4]) == ([1], [0])
         step.logits[row, 0] = NAN
         status = torch.tensor([32], dtype=torch.int32)
-        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, branched=True, rule="match", status=status)
+        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, quadratic=True, rule="match", status=status)
         used = row < 3 or row in (5, 6)
         assert status.tolist() == [32 + (STATUS_NAN if used else 0)], f"row {row}"
 
@@ -366,7 +366,7 @@ def test_status_is_that_of_the_request():
     first, second, third = rejection_steps(6, "chain", 2)[:3]
     first.logits[0, 0], second.logits = NAN, second.logits[:1]
     third.logits = third.logits[:0]
-    assert verify([first, second, third], 2, branched=False)[4] == [STATUS_NAN, 0, 0]
+    assert verify([first, second, third], 2, quadratic=False)[4] == [STATUS_NAN, 0, 0]
 
 
 def test_padded_requests_change_nothing_and_have_no_status():
@@ -374,8 +374,8 @@ def test_padded_requests_change_nothing_and_have_no_status():
     for s in (step, other):
         s.logits = s.logits[:3]
     empty = Step(step.logits[:0], [], 0, 0.0, 0, 1.0, 0.0, 0, count=5)
-    alone = verify([step, other], 2, branched=False)
-    a, tokens, next_drafts, next_n, status = verify([empty, step, empty, other, empty], 2, branched=False)
+    alone = verify([step, other], 2, quadratic=False)
+    a, tokens, next_drafts, next_n, status = verify([empty, step, empty, other, empty], 2, quadratic=False)
     for b in (0, 2, 4):
         assert (a[b], tokens[b], next_drafts[b], next_n[b], status[b]) == (0, [-1, -1, -1], [-1, -1], 0, 0)
     picked = tuple([x[1], x[3]] for x in (a, tokens, next_drafts, next_n, status))
@@ -385,14 +385,14 @@ def test_padded_requests_change_nothing_and_have_no_status():
 def test_greedy_rejection_equals_greedy_match():
     """At T = 0 both rules accept a draft iff it is the argmax, and commit the argmax otherwise."""
     for trial in range(20):
-        steps = rejection_steps(trial, "branched", 3)
+        steps = rejection_steps(trial, "quadratic", 3)
         for step in steps:
             step.temperature = 0.0
             best = [step.sampled(i, 0, id_limit=ID_LIMIT, mask_id=MASK_ID) for i in range(3)]
             wrong = int(torch.randint(0, 4, (1,), generator=torch.Generator().manual_seed(trial)))
             step.drafts = [best[0], wrong, best[2]] if trial % 3 else best
-        q_state = QState.empty(len(steps), 3, VOCAB, torch.float32, torch.device("cpu"))
+        draft_dists = DraftDistributions.empty(len(steps), 3, VOCAB, torch.float32, torch.device("cpu"))
         for b, step in enumerate(steps):
-            q_state.logits[b] = torch.nn.functional.one_hot(torch.tensor(step.drafts), VOCAB)
-        rejection = verify(steps, 3, branched=True, rule="rejection", q_state=q_state)
-        assert rejection == verify(steps, 3, branched=True)
+            draft_dists.logits[b] = torch.nn.functional.one_hot(torch.tensor(step.drafts), VOCAB)
+        rejection = verify(steps, 3, quadratic=True, rule="rejection", draft_dists=draft_dists)
+        assert rejection == verify(steps, 3, quadratic=True)

@@ -101,7 +101,7 @@ def make_engine(folder: Path) -> Callable[..., Engine]:
 
     def make(step: Any = None, **changes: Any) -> Engine:
         sizes: dict[str, Any] = {"plan": "chain", "stride": 3, "max_num_seqs": 4, "max_model_len": 256, "page_size": 8}
-        options = EngineOptions(**{**sizes, "logprobs": True, "epoch_steps": 4, **changes})
+        options = EngineOptions(**{**sizes, "logprobs": True, "window_steps": 4, **changes})
         more = {} if step is None else {"step": step}
         return Engine(loaded.model, loaded.tokenizer, options=options, **more)
 

@@ -228,7 +228,7 @@ def test_without_the_key_nothing_is_told(make_engine: Callable[..., Engine]) -> 
 
 
 def test_more_than_the_server_takes_is_told_to_come_again(make_engine: Callable[..., Engine]) -> None:
-    with running(make_engine(max_num_seqs=1, epoch_steps=1), max_waiting=1) as server:
+    with running(make_engine(max_num_seqs=1, window_steps=1), max_waiting=1) as server:
         client = server.client()
         streams = [client.completions.create(**LONG, stream=True) for _ in range(2)]
         with pytest.raises(openai.RateLimitError) as refused:
@@ -345,7 +345,7 @@ def test_a_fault_of_the_machine_ends_the_server_and_is_no_answer(
             seen.append(client.completions.create(**LONG))
 
     with pytest.raises(run.MachineFailed, match="MemoryError: no memory is left"):
-        serve_here(Server(make_engine(step, epoch_steps=2), "tiny"), clients)
+        serve_here(Server(make_engine(step, window_steps=2), "tiny"), clients)
     assert len(seen) == 2 and "the machine has failed" in str(seen[1])
     (record,) = (record for record in caplog.records if record.levelname == "CRITICAL")
     assert record.exc_info is not None and "no memory is left" in str(record.exc_info[1])

@@ -28,7 +28,7 @@ class Walk:
     verified: list[int] = field(default_factory=lambda: [0] * 9)
     accepted: list[int] = field(default_factory=lambda: [0] * 9)
 
-    def over(self, stands: Tensor, num_k: int, branched: bool) -> Walk:
+    def over(self, stands: Tensor, num_k: int, quadratic: bool) -> Walk:
         pending, last, drafts = 0, len(stands) - 1, num_k
         while pending < last:
             stood = 0
@@ -39,7 +39,7 @@ class Walk:
                 self.verified[j] += 1
                 self.accepted[j] += j < stood
             self.tokens, self.forwards, pending = self.tokens + committed, self.forwards + 1, pending + committed
-            drafts = num_k if branched or stood == drafts else 0
+            drafts = num_k if quadratic or stood == drafts else 0
         return self
 
 
@@ -63,12 +63,12 @@ def test_tokens_per_forward_are_those_of_a_walk(num_k: int, share: float) -> Non
     plain, other = (random_stands([1, 2, 3, 4, 9, 40, 77], num_k, share, seed) for seed in (0, 1))
     predictions = Predictions(plain, other)
     for reranked, stands in ((False, plain), (True, other)):
-        for branched in (False, True):
+        for quadratic in (False, True):
             for stride in [*range(2, num_k + 2), None]:
                 walk = Walk()
                 for one in stands:
-                    walk.over(one, num_k if stride is None else stride - 1, branched)
-                found = predictions.tpf(branched=branched, reranked=reranked, stride=stride)
+                    walk.over(one, num_k if stride is None else stride - 1, quadratic)
+                found = predictions.tpf(quadratic=quadratic, reranked=reranked, stride=stride)
                 assert found == walk.tokens / walk.forwards
 
 
@@ -131,7 +131,7 @@ def test_the_generator_takes_the_steps_of_the_walk(
         assert result.acceptance == [a / v if v else None for a, v in counts][: stride - 1]
         tokens, forwards = tokens + walk.tokens, forwards + walk.forwards
         shares |= {share for share in result.acceptance if share is not None}
-    assert predictions.tpf(branched=plan == "quadratic", reranked=rerank, stride=stride) == tokens / forwards
+    assert predictions.tpf(quadratic=plan == "quadratic", reranked=rerank, stride=stride) == tokens / forwards
     assert len(shares) > 5, "drafts stand and fall"
 
 
@@ -149,8 +149,8 @@ def test_an_oracle_is_always_right() -> None:
     lora = Trainee.new(model, TrainSettings()).lora  # starts as the mean embedding and no change of any linear
     found = Predictions.of(model, lora, None, greedy_samples(model, 4, 17), 3)
     assert found.acceptance() == [1.0] * 3
-    assert found.tpf(branched=True) == found.tpf(branched=False) == 4.0
-    assert found.tpf(branched=True, stride=3) == 16 * 4 / (6 * 4), "the last step is cut short"
+    assert found.tpf(quadratic=True) == found.tpf(quadratic=False) == 4.0
+    assert found.tpf(quadratic=True, stride=3) == 16 * 4 / (6 * 4), "the last step is cut short"
 
 
 def test_mask_is_never_drafted(tmp_path: Path) -> None:

@@ -178,14 +178,16 @@ def test_greedy_answers_are_what_the_generator_decodes() -> None:
     assert len({len(answer) for answer in found}) > 5, "rows leave the batch at different times"
 
 
-def test_sampled_answers_follow_the_law_of_the_model(model: DenseModel) -> None:
+def test_sampled_answers_follow_the_distribution_of_the_model(model: DenseModel) -> None:
     count = 6000
     with torch.no_grad():
-        law = F.linear(model.clean(torch.tensor([[3, 1, 4]])).hidden[0, -1], model.head).div(SAMPLED_TEMPERATURE)
+        distribution = F.linear(model.clean(torch.tensor([[3, 1, 4]])).hidden[0, -1], model.head).div(
+            SAMPLED_TEMPERATURE
+        )
     answers = continue_batch(model, [[3, 1, 4]] * count, DataSettings("", 1, sampled_share=1.0), 0)
     found = torch.tensor([answer[0] for answer in answers]).bincount(minlength=61) / count
-    distance = 0.5 * (found - law.softmax(0)).abs().sum()
-    assert distance < 0.05  # 61 ids: about 0.03 is expected of a true law
+    distance = 0.5 * (found - distribution.softmax(0)).abs().sum()
+    assert distance < 0.05  # 61 ids: about 0.03 is expected of a true distribution
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.3, 210, 390), (1.0, 800, 1000)])

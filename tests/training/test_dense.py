@@ -65,7 +65,7 @@ def test_visibility_is_that_of_the_design(anchors: list[list[int]], num_k: int) 
                 assert set(seen[b, block * num_k + j].nonzero().flatten().tolist()) == want
 
 
-@pytest.mark.parametrize(("kind", "num_k"), [("chain", 1), ("chain", 3), ("branched", 1), ("branched", 3)])
+@pytest.mark.parametrize(("kind", "num_k"), [("chain", 1), ("chain", 3), ("quadratic", 1), ("quadratic", 3)])
 def test_visibility_is_that_of_a_step(kind: str, num_k: int) -> None:
     """Step row r is column L - 1 + r: clean rows at their position, then the MASK rows, block by block."""
     length = 6
@@ -74,7 +74,7 @@ def test_visibility_is_that_of_a_step(kind: str, num_k: int) -> None:
     state.num_drafts.fill_(num_k)
     rows = plan_rows(plan, state, PAGE_SIZE)
     total = int(rows.query_start_loc[-1])
-    branches = range(num_k + 1) if kind == "branched" else [num_k]
+    branches = range(num_k + 1) if kind == "quadratic" else [num_k]
     seen = visibility(torch.tensor([[length - 1 + b for b in branches]]), length + num_k, num_k)[0]
     assert total == num_k + 1 + len(seen)
     for row, columns in enumerate(seen, num_k + 1):
@@ -101,7 +101,7 @@ def test_clean_rows_are_those_of_the_paged_model(changes: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("kind", "num_k"), [("chain", 3), ("branched", 3), ("branched", 1)])
+@pytest.mark.parametrize(("kind", "num_k"), [("chain", 3), ("quadratic", 3), ("quadratic", 1)])
 def test_mask_rows_are_those_of_a_step(changes: dict[str, Any], kind: str, num_k: int, tmp_path: Path) -> None:
     checkpoint = MemoryCheckpoint(tiny_config(**changes), seed=4)
     model, lora, length = dense(checkpoint), noisy_lora(checkpoint.config), 7
@@ -110,7 +110,7 @@ def test_mask_rows_are_those_of_a_step(changes: dict[str, Any], kind: str, num_k
         state, cache = after_prefill(paged, length, num_k)
         rows = plan_rows(StepPlan(kind, num_k + 1), state, PAGE_SIZE)  # type: ignore[arg-type]
         step, _ = paged.forward(rows, cache)
-    branches = range(num_k + 1) if kind == "branched" else [num_k]
+    branches = range(num_k + 1) if kind == "quadratic" else [num_k]
     anchors = torch.tensor([[length - 1 + b for b in branches]])
     with torch.no_grad():
         clean = model.clean(torch.tensor([IDS]))

@@ -333,9 +333,9 @@ def test_it_learns(trained: Trained) -> None:
     after = trained.predictions[-1]
     assert len(trained.predictions) == 2
     assert after.acceptance()[0] > before.acceptance()[0] + 0.2
-    assert after.tpf(branched=True) > before.tpf(branched=True) + 0.2
+    assert after.tpf(quadratic=True) > before.tpf(quadratic=True) + 0.2
     assert after.acceptance(reranked=True)[2] > after.acceptance()[2] + 0.1, "the head knows the token before"
-    assert after.tpf(branched=True, reranked=True) > after.tpf(branched=True)
+    assert after.tpf(quadratic=True, reranked=True) > after.tpf(quadratic=True)
 
 
 def test_the_same_seed_gives_the_same_adapter(model: DenseModel, samples: list[Sample], tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from idlm_kernels.triton import (
     state,
     truncation,
 )
-from python_ref import QState
+from python_ref import DraftDistributions
 from tests.ops.cases import arguments
-from tests.ref.test_rerank import laws_for
+from tests.ref.test_rerank import distributions_for
 from tests.triton.test_attention import attend
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
@@ -58,14 +58,14 @@ def compiled() -> int:
 
 def shifted(x: Any) -> Any:
     """The same values one row further in memory."""
-    if isinstance(x, QState):
+    if isinstance(x, DraftDistributions):
         return dataclasses.replace(x, cut=shifted(x.cut), log_norm=shifted(x.log_norm))
     return torch.cat([x[:1], x])[1:] if isinstance(x, Tensor) else x
 
 
 STATE = (
     *("page_table", "seq_lens", "query_start_loc", "tail_mask", "num_drafts", "drafts", "positions", "temperature"),
-    *("top_k", "top_p", "min_p", "seed", "q_state", "status", "first_mask", "previous", "num_accepted", "tokens"),
+    *("top_k", "top_p", "min_p", "seed", "draft_dists", "status", "first_mask", "previous", "num_accepted", "tokens"),
     *("next_drafts", "next_num_drafts", "text", "lengths", "length_limits", "stop_ids", "finish", "ids", "is_mask"),
     "slot_mapping",
 )
@@ -77,20 +77,23 @@ def _attention(**options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _rejection() -> tuple[Callable[..., Any], dict[str, Any]]:
     chain = Chain(batch=3)
-    chain.follow(first := chain.arguments(), sampling.verify_accept(**first, q_state=chain.q), chain.q)
-    return sampling.verify_accept, {**chain.arguments(), "q_state": chain.q, "status": torch.zeros(3).int()}
+    chain.follow(first := chain.arguments(), sampling.verify_accept(**first, draft_dists=chain.q), chain.q)
+    return sampling.verify_accept, {**chain.arguments(), "draft_dists": chain.q, "status": torch.zeros(3).int()}
 
 
 def _rerank() -> tuple[Callable[..., Any], dict[str, Any]]:
     args = mixed(num_k=3, batch=3)
-    return rerank.rerank_drafts, {**args, "q_state": laws_for(args)}
+    return rerank.rerank_drafts, {**args, "draft_dists": distributions_for(args)}
 
 
 CALLS: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "attention": _attention,
     "attention, tail_mask": lambda: _attention(tail="random"),
     "sample_rows": lambda: (sampling.sample_rows, arguments("sample_rows", "full")),
-    "match": lambda: (sampling.verify_accept, {**arguments("verify_accept", "full"), "rule": "match", "q_state": None}),
+    "match": lambda: (
+        sampling.verify_accept,
+        {**arguments("verify_accept", "full"), "rule": "match", "draft_dists": None},
+    ),
     "rejection": _rejection,
     "rerank_drafts": _rerank,
     "advance": lambda: (state.advance, arguments("advance", "")),

@@ -230,7 +230,7 @@ def test_row_bits_depend_on_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_clean_rows_of_a_branched_step_have_the_bits_of_ar(head_dim: int) -> None:
+def test_clean_rows_of_a_quadratic_step_have_the_bits_of_ar(head_dim: int) -> None:
     call = attend((270,), (16,), heads=(8, 2, head_dim), tail="quadratic")
     whole = call.run(attention.strided_attention)
     for row in range(4):

@@ -46,7 +46,7 @@ def before(**hook):
 knobs.runtime.jit_cache_hook = before
 with idlm_kernels.use_backend("triton"):
     generator = Generator.from_pretrained(sys.argv[1], dtype="fp32")
-    for plan, stride in (("ar", 2), ("branched", 2)):
+    for plan, stride in (("ar", 2), ("quadratic", 2)):
         options = EngineOptions(max_num_seqs=2, max_model_len=600, page_size=64)
         policy = generator.policy(plan, stride)
         engine = Engine(generator.model, None, policy, "match", options, recorder=EagerRecorder())
@@ -72,7 +72,7 @@ def told(**wanted: Any) -> list[dict[str, Any]]:
 def test_serving_meets_no_kernel_that_was_not_compiled(tmp_path: Path) -> None:
     model = str(save_tiny_model(tmp_path))
     served = json.loads(run("-c", SERVING, model).splitlines()[-1])
-    sizes = {"plan": "branched", "stride": 2, "max_num_seqs": 2, "max_model_lens": [600], "page_size": 64}
+    sizes = {"plan": "quadratic", "stride": 2, "max_num_seqs": 2, "max_model_lens": [600], "page_size": 64}
     found = told(model=model, dtype="fp32", listing=True, **sizes)
     assert [x["failed"] for x in found if "failed" in x] == []
     assert "end" in found[-1]

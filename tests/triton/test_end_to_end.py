@@ -53,7 +53,7 @@ def test_generates_what_the_references_generate(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("IDLM_BACKEND", backend)
         idlm_kernels.ops._dispatch._chosen.clear()
         assert idlm_kernels.backends(DEVICE.type)["strided_attention"] == backend
-        results = tiny_generator(torch.float32).generate(PROMPTS, params, plan="branched", stride=3)
+        results = tiny_generator(torch.float32).generate(PROMPTS, params, plan="quadratic", stride=3)
         tokens[backend] = [result.token_ids for result in results]
     assert tokens["triton"] == tokens["torch"]
     assert all(len(ids) == 8 for ids in tokens["triton"])
@@ -92,7 +92,7 @@ QWEN = {"head_dim": 64, "hidden_size": 256, "qk_norm": True, "architecture": "qw
 
 
 @pytest.mark.parametrize("changes", [{"with_adapter": True}, QWEN], ids=["llama-adapter", "qwen3"])
-@pytest.mark.parametrize("plan, stride", [("branched", 4), ("chain", 3)])
+@pytest.mark.parametrize("plan, stride", [("quadratic", 4), ("chain", 3)])
 def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: dict[str, Any]) -> None:
     prompt, params = PROMPTS[0], SamplingParams(max_tokens=8, temperature=0.9, seed=3)
     with idlm_kernels.use_backend("triton"):
@@ -118,7 +118,7 @@ def test_strided_decoding_has_the_bits_of_ar(plan: Any, stride: int, changes: di
     assert compared >= 4
 
 
-@pytest.mark.parametrize("plan", ["chain", "branched"])
+@pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_an_adapter_whose_values_overflow_costs_drafts_and_no_token(plan: str) -> None:
     """Its weights are finite, the V of its MASK rows is not: no ordinary row sees that."""
     params = SamplingParams(max_tokens=6, temperature=1.0, seed=3)

@@ -28,8 +28,8 @@ CONFIG = tiny_config(
 
 def few_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
     yield from gpu_cases.linear_cases(config, device, 4)
-    yield gpu_cases.attention_case(config, device, 2, 4, 70, branched=True)
-    yield gpu_cases.attention_case(config, device, 1, 1, 64, branched=False)
+    yield gpu_cases.attention_case(config, device, 2, 4, 70, quadratic=True)
+    yield gpu_cases.attention_case(config, device, 1, 1, 64, quadratic=False)
     yield gpu_cases.sampling_case(config, device, 1, 2, 0.9)
     yield gpu_cases.rerank_case(config, device, 1, 2)
     yield from gpu_cases.layer_cases(config, device, 3)
@@ -133,12 +133,12 @@ def test_decoding(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.left_out == [] and gpu_report.faults(report) == 0
     assert [what.split(", ", 2)[2].rsplit(", ", 2)[0] for what, _ in report.exactness] == [
         "chain N=4",
-        "branched N=4",
+        "quadratic N=4",
         "ar, eager",
-        "branched N=4, eager",
+        "quadratic N=4, eager",
     ] * 2
     assert [(s["plan"], s["how"], s["backend"]) for s in report.steps] == [
-        (plan, "recorded", "triton") for plan in ("ar", "chain N=4", "branched N=4")
+        (plan, "recorded", "triton") for plan in ("ar", "chain N=4", "quadratic N=4")
     ]
     assert [s["drafted"] for s in report.steps][::2] == [0.0, 1.0] and report.steps[1]["drafted"] < 1.0
     assert f"| {report.steps[0]['model']} | triton | ar | recorded | 1 | 20 | 0% |" in gpu_report.page(report)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from idlm_kernels.testing import Call, check_bits, same_bits
 from idlm_kernels.triton import attention, gemm, layers, rerank, sampling
-from python_ref import QState
-from tests.ref.test_rerank import laws_for
+from python_ref import DraftDistributions
+from tests.ref.test_rerank import distributions_for
 from tests.triton.test_attention import attend
 from tests.triton.test_rejection import Chain
 from tests.triton.test_rerank import mixed
@@ -78,26 +78,26 @@ def test_append_to_heads_that_are_far_apart(which: str) -> None:
     assert same_bits(got, wanted) and all(same_bits(a, b) for a, b in zip(far, near, strict=True))
 
 
-def test_laws_that_are_far_apart() -> None:
+def test_distribution_that_are_far_apart() -> None:
     """Drafts outermost, as of a state [K, B, V]."""
     chain = Chain(batch=2)
     for _ in range(2):
         arguments = chain.arguments()
         near = copy.deepcopy(chain.q)
-        far = QState(like(near.logits, (chain.vocab, FAR, 1)), near.cut.clone(), near.log_norm.clone())
-        wanted = sampling.verify_accept(**arguments, q_state=near)
-        got = sampling.verify_accept(**arguments, q_state=far)
+        far = DraftDistributions(like(near.logits, (chain.vocab, FAR, 1)), near.cut.clone(), near.log_norm.clone())
+        wanted = sampling.verify_accept(**arguments, draft_dists=near)
+        got = sampling.verify_accept(**arguments, draft_dists=far)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         check_bits(far.logits, near.logits)
         chain.follow(arguments, wanted, near)
 
 
-def test_laws_of_reranked_drafts_that_are_far_apart() -> None:
+def test_distribution_of_reranked_drafts_that_are_far_apart() -> None:
     args = mixed(num_k=3, batch=2)
-    near = laws_for(args)
-    far = QState(like(near.logits, (near.logits.shape[2], FAR, 1)), near.cut.clone(), near.log_norm.clone())
-    wanted = rerank.rerank_drafts(**args, q_state=near)
-    assert torch.equal(rerank.rerank_drafts(**args, q_state=far), wanted)
+    near = distributions_for(args)
+    far = DraftDistributions(like(near.logits, (near.logits.shape[2], FAR, 1)), near.cut.clone(), near.log_norm.clone())
+    wanted = rerank.rerank_drafts(**args, draft_dists=near)
+    assert torch.equal(rerank.rerank_drafts(**args, draft_dists=far), wanted)
     check_bits(far.logits, near.logits)
 
 

@@ -1,6 +1,6 @@
 """Every op of a decode step on backend `triton` in bf16 at the shapes of Qwen3-8B, Qwen3-32B and SmolLM2-135M.
 
-The rows are those of one request's branched step of stride 4: 4 clean rows, then 12 MASK rows. Each result is judged
+The rows are those of one request's quadratic step of stride 4: 4 clean rows, then 12 MASK rows. Each result is judged
 against fp64, and a row alone (an AR step) has the bits that it has among the 16. Of the Qwens the LM head and the model
 that decodes are cut; they are whole with `-m slow`. Nothing else is cut.
 """
@@ -304,7 +304,7 @@ def test_strided_decoding_has_the_bits_of_ar(
         forwards = recorded_rows(generator)
         ar = generator.generate([prompt], params, plan="ar")[0]
         num_ar = len(forwards)
-        strided = generator.generate([prompt], params, plan="branched", stride=4)[0]
+        strided = generator.generate([prompt], params, plan="quadratic", stride=4)[0]
     assert strided.token_ids == ar.token_ids and strided.forwards < ar.forwards
     text = [*prompt, *ar.token_ids]
     wanted = {positions[-1]: logits[-1] for positions, _, logits in forwards[:num_ar]}

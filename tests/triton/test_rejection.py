@@ -1,7 +1,7 @@
-"""verify_accept in rule `rejection` on backend `triton`: ids, laws and status of the references.
+"""verify_accept in rule `rejection` on backend `triton`: ids, distributions and status of the references.
 
-Both sides see the same noise and laws that differ by rounding, so only a near-tie could tell them apart, and the fixed
-seeds here hold none.
+Both sides see the same noise and distributions that differ by rounding, so only a near-tie could tell them apart, and
+the fixed seeds here hold none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import python_ref
 from bench.ptx import recorded_launches
 from idlm_kernels.testing import check_bits
 from idlm_kernels.triton import sampling
-from python_ref import QState
+from python_ref import DraftDistributions
 from tests.softgpu_support import SCHEDULES
 from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant
 from tests.triton.test_sampling import DTYPES, rows_of
@@ -36,9 +36,9 @@ class Chain:
     """
 
     def __init__(
-        self, plan: str = "branched", num_k: int = 3, batch: int = 8, vocab: int = VOCAB, dtype: torch.dtype = BASE
+        self, plan: str = "quadratic", num_k: int = 3, batch: int = 8, vocab: int = VOCAB, dtype: torch.dtype = BASE
     ):
-        self.branched, self.num_k, self.batch, self.vocab, self.dtype = plan == "branched", num_k, batch, vocab, dtype
+        self.quadratic, self.num_k, self.batch, self.vocab, self.dtype = plan == "quadratic", num_k, batch, vocab, dtype
         options = rows_of(torch.empty(batch, vocab), vocab - 2)
         self.options = {
             k: options[k] for k in ("temperature", "top_k", "top_p", "min_p", "seed", "id_limit", "mask_id")
@@ -47,7 +47,7 @@ class Chain:
         self.positions = torch.randint(0, 900, (batch,), dtype=torch.int32)
         self.drafts = torch.full((batch, num_k), -1)
         self.num_drafts = torch.zeros(batch, dtype=torch.int32)
-        self.q = QState.empty(batch, num_k, vocab, dtype, DEVICE)
+        self.q = DraftDistributions.empty(batch, num_k, vocab, dtype, DEVICE)
         self.table = torch.randn(batch, 4 * (num_k + 1), vocab) * 2
         self.first = self.positions.clone()
         self.steps = 0
@@ -60,7 +60,7 @@ class Chain:
                 at = int(self.positions[b] - self.first[b])
                 rows = list(range(at, at + n + 1))
                 if b % 8 != 2 or self.steps:
-                    for branch in range(n + 1) if self.branched else [n]:
+                    for branch in range(n + 1) if self.quadratic else [n]:
                         rows += range(at + branch + 1, at + branch + 1 + k)
             counts.append(len(rows))
             logits.append(self.table[b, rows] + 0.7 * torch.randn(len(rows), self.vocab))
@@ -72,11 +72,11 @@ class Chain:
             "drafts": self.drafts,
             "positions": self.positions,
             **self.options,
-            "branched": self.branched,
+            "quadratic": self.quadratic,
             "rule": "rejection",
         }
 
-    def follow(self, arguments: dict[str, Any], result: tuple[Tensor, ...], q: QState) -> None:
+    def follow(self, arguments: dict[str, Any], result: tuple[Tensor, ...], q: DraftDistributions) -> None:
         num_accepted, _, next_drafts, next_num_drafts = result
         is_present = arguments["query_start_loc"].diff() > 0
         self.positions = torch.where(is_present, self.positions + num_accepted + 1, self.positions)
@@ -85,13 +85,15 @@ class Chain:
         self.q, self.steps = q, self.steps + 1
 
 
-def compare(module: ModuleType, arguments: dict[str, Any], q: QState) -> tuple[tuple[Tensor, ...], QState]:
-    """Both sides from the same laws; returns what the reference left behind."""
+def compare(
+    module: ModuleType, arguments: dict[str, Any], q: DraftDistributions
+) -> tuple[tuple[Tensor, ...], DraftDistributions]:
+    """Both sides from the same distributions; returns what the reference left behind."""
     batch = arguments["num_drafts"].shape[0]
     status, wanted_status = (torch.full((batch,), 32, dtype=torch.int32) for _ in range(2))
     mine, theirs = copy.deepcopy(q), copy.deepcopy(q)
-    got = module.verify_accept(**arguments, q_state=mine, status=status)
-    wanted = python_ref.verify_accept(**arguments, q_state=theirs, status=wanted_status)
+    got = module.verify_accept(**arguments, draft_dists=mine, status=status)
+    wanted = python_ref.verify_accept(**arguments, draft_dists=theirs, status=wanted_status)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
     assert status.tolist() == wanted_status.tolist()
@@ -114,7 +116,7 @@ def check_chain(module: ModuleType, chain: Chain | None = None, steps: int = 3) 
 
 
 def check_many(module: ModuleType) -> None:
-    """Whole laws at temperature 1, where u decides."""
+    """Whole distributions at temperature 1, where u decides."""
     chain = Chain("chain", batch=48, vocab=21)
     chain.options |= {"temperature": torch.ones(48), "top_k": torch.zeros(48, dtype=torch.int32)}
     chain.options |= {"top_p": torch.ones(48), "min_p": torch.zeros(48)}
@@ -132,7 +134,7 @@ SLOW = pytest.mark.compiled  # these take the interpreter minutes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "plan, num_k",
-    [pytest.param("branched", 1, marks=SLOW), ("branched", 3), ("chain", 2), pytest.param("chain", 31, marks=SLOW)],
+    [pytest.param("quadratic", 1, marks=SLOW), ("quadratic", 3), ("chain", 2), pytest.param("chain", 31, marks=SLOW)],
 )
 def test_steps(plan: str, num_k: int, dtype: torch.dtype) -> None:
     check_chain(
@@ -161,7 +163,7 @@ def test_a_full_vocabulary() -> None:
 
 
 def check_extremes(module: ModuleType) -> None:
-    """Laws that are equal (nothing is left of the residual), disjoint, and points; drafts that nobody drew."""
+    """Distributions that are equal (nothing is left of the residual), disjoint, and points; drafts that nobody drew."""
     chain = Chain(num_k=1, batch=8)
     chain.options["temperature"] = torch.tensor([1.0, 1.0, 0.7, 0.0, 1.0, 1.3, 1.0, 0.0])
     chain.options |= {"top_k": torch.tensor([0, 0, 0, 0, 1, 0, 3, 2], dtype=torch.int32), "top_p": torch.ones(8)}
@@ -185,7 +187,7 @@ def test_extremes() -> None:
 
 
 def check_faults(module: ModuleType) -> None:
-    """Bad drafts and counts; NaN, Inf and nothing finite in rows of p and of q, where the law is a point."""
+    """Bad drafts and counts; NaN, Inf and nothing finite in rows of p and of q, where the distribution is a point."""
     chain = Chain(num_k=2, batch=8 if INTERPRETED else 24)
     for fault in (False, True):
         arguments = chain.arguments()
@@ -197,7 +199,7 @@ def check_faults(module: ModuleType) -> None:
             arguments["logits"][start[6]] = torch.nan
             arguments["logits"][start[4], 3], arguments["logits"][start[4] + 1, 4] = torch.inf, torch.nan
         else:
-            arguments["logits"][start[5::8] + 1] = -torch.inf  # the first draft's law
+            arguments["logits"][start[5::8] + 1] = -torch.inf  # the first draft's distribution
             arguments["logits"][start[6] + 2, 5] = torch.inf
         result, q = compare(module, arguments, chain.q)
         chain.follow(arguments, result, q)
@@ -208,10 +210,10 @@ def test_faults() -> None:
 
 
 def check_bias(module: ModuleType) -> None:
-    """Laws are kept with the bias, in fp32, at free strides."""
+    """Distributions are kept with the bias, in fp32, at free strides."""
     chain = Chain(batch=6)
-    wide = QState.empty(6, 5, VOCAB + 3, torch.float32, DEVICE)
-    chain.q = QState(wide.logits[:, :3, :VOCAB], wide.cut[:, :3], wide.log_norm[:, :3])
+    wide = DraftDistributions.empty(6, 5, VOCAB + 3, torch.float32, DEVICE)
+    chain.q = DraftDistributions(wide.logits[:, :3, :VOCAB], wide.cut[:, :3], wide.log_norm[:, :3])
     for _ in range(2):
         arguments = chain.arguments()
         arguments["logit_bias"] = torch.randn(arguments["logits"].shape)
@@ -223,19 +225,21 @@ def test_bias() -> None:
     check_bias(sampling)
 
 
-# The law of what comes out
+# The distribution of what comes out
 
 
 @pytest.mark.compiled
-def test_law_of_emitted_tokens() -> None:
-    """Of 2048 seeds: the first token's law is p, whatever q is; chi-square at the 1e-4 level, 7 degrees of freedom."""
+def test_distribution_of_emitted_tokens() -> None:
+    """Of 2048 seeds: the first token's distribution is p, whatever q is; chi-square at 1e-4, 7 degrees of freedom."""
     batch, vocab = 2048, 8
     p, q = (
         torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5, -3.0, 1.5, 0.0]),
         torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5, 3.0, -9, 0.0]),
     )
     ones = torch.ones(batch)
-    state = QState(q.repeat(batch, 1, 1), torch.full((batch, 1), -9.0), q.logsumexp(0).expand(batch, 1).clone())
+    state = DraftDistributions(
+        q.repeat(batch, 1, 1), torch.full((batch, 1), -9.0), q.logsumexp(0).expand(batch, 1).clone()
+    )
     seed = torch.arange(batch) * 977 + 5
     off = {"top_k": torch.zeros(batch, dtype=torch.int32), "top_p": ones, "min_p": ones * 0, "seed": seed}
     common = {"temperature": ones, **off, "id_limit": vocab, "mask_id": -1}
@@ -248,9 +252,9 @@ def test_law_of_emitted_tokens() -> None:
         drafts[:, None],
         position,
         **common,
-        branched=False,
+        quadratic=False,
         rule="rejection",
-        q_state=state,
+        draft_dists=state,
     )
     counts = tokens[:, 0].bincount(minlength=vocab).double()
     expected = p.double().softmax(0) * batch
@@ -292,14 +296,18 @@ MUTANTS = {
         "first_position + a, kStream",
         "first_position + a + 1, kStream",
     ),
-    "laws kept where nothing is proposed": (check_chain, "is_new = i < num_proposed", "is_new = i < K"),
-    "law of branch 0": (check_chain, "row = (start + first_mask + j)", "row = (start + 1 + n + j)"),
+    "distributions kept where nothing is proposed": (check_chain, "is_new = i < num_proposed", "is_new = i < K"),
+    "distribution of branch 0": (check_chain, "row = (start + first_mask + j)", "row = (start + 1 + n + j)"),
     "normaliser of one slice": (
         check_slices,
         "inside = has_row[:, None] & (s < shape.SLICES)\n    slice_max",
         "inside = has_row[:, None] & (s < 1)\n    slice_max",
     ),
-    "greedy by the law": (check_extremes, "tl.where(is_greedy, draft ==", "tl.where(temperature < -1.0, draft =="),
+    "greedy by the distribution": (
+        check_extremes,
+        "tl.where(is_greedy, draft ==",
+        "tl.where(temperature < -1.0, draft ==",
+    ),
     "an empty residual yields nothing": (
         check_extremes,
         'tl.where(best > float("-inf"), a, -1)',
@@ -307,7 +315,7 @@ MUTANTS = {
     ),
     "residual of a bad draft": (check_faults, "& (bad_at_a == 0)", ""),
     "point masses forgotten": (check_faults, "tl.where(is_empty, kPointMass, log", "tl.where(is_empty, 0, log"),
-    "bias left out of the law": (
+    "bias left out of the distribution": (
         check_bias,
         "raw = raw.to(tl.float32) + tl.load(",
         "raw = raw.to(tl.float32) + 0.0 * tl.load(",

@@ -1,4 +1,4 @@
-"""rerank_drafts on backend `triton`: the drafts of the reference, and laws that are those sampled from to the bit."""
+"""rerank_drafts on backend `triton`: the drafts of the reference, and the very distributions they come from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bench.ptx import recorded_launches, resources
 from idlm_kernels.generate import SamplingParams, step
 from idlm_kernels.testing import check_bits
 from idlm_kernels.triton import rerank
-from python_ref import QState
+from python_ref import DraftDistributions
 from python_ref.contract import GREEDY_BELOW, STREAM_DRAFT
 from python_ref.noise import gumbel
 from python_ref.sampling import log_norm_of, perturbed_argmax, sanitise, scale_by_temperature, truncation_cut
 from tests.generate.test_rerank import with_head
-from tests.ref.test_rerank import SAMPLERS, WEIGHTS, faulty, laws_for, problem, tied
+from tests.ref.test_rerank import SAMPLERS, WEIGHTS, distributions_for, faulty, problem, tied
 from tests.softgpu_support import SCHEDULES
 from tests.triton.support import DEVICE, INTERPRETED, assert_ieee, caught, mutant
 from tests.triton.test_end_to_end import PROMPTS, tiny_generator
@@ -33,11 +33,11 @@ BASE = DTYPES[0]
 SOME = {"greedy": SAMPLERS["greedy"], "all": SAMPLERS["all"]} if INTERPRETED else SAMPLERS  # it takes seconds for each
 
 
-def compare(module: ModuleType, args: dict[str, Any], q: QState | None = None) -> Tensor:
-    """Equal drafts; laws that differ from the reference's by rounding at most."""
+def compare(module: ModuleType, args: dict[str, Any], q: DraftDistributions | None = None) -> Tensor:
+    """Equal drafts; distributions that differ from the reference's by rounding at most."""
     wanted_q = copy.deepcopy(q)
-    got = module.rerank_drafts(**args, q_state=q)
-    wanted = python_ref.rerank_drafts(**args, q_state=wanted_q)
+    got = module.rerank_drafts(**args, draft_dists=q)
+    wanted = python_ref.rerank_drafts(**args, draft_dists=wanted_q)
     assert got.tolist() == wanted.tolist()
     if q is not None and wanted_q is not None:
         kept_again(args, q, got)
@@ -47,7 +47,7 @@ def compare(module: ModuleType, args: dict[str, Any], q: QState | None = None) -
     return got
 
 
-def kept_again(args: dict[str, Any], q: QState, drafts: Tensor) -> None:
+def kept_again(args: dict[str, Any], q: DraftDistributions, drafts: Tensor) -> None:
     """The cut, the normaliser and the drafts follow from the logits that were kept, where drafts were chosen."""
     chosen, (batch, num_k) = args["num_drafts"] > 0, drafts.shape
 
@@ -69,7 +69,7 @@ def check_samplers(module: ModuleType, dtype: torch.dtype = BASE) -> None:
     for i, sampler in enumerate(SOME.values()):
         args = problem(dtype=dtype, seed=i, num_k=2 if INTERPRETED else 3, **sampler)
         compare(module, args)
-        compare(module, args, laws_for(args))
+        compare(module, args, distributions_for(args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,7 +89,7 @@ def mixed(**shape: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("num_k", [1, 3] if INTERPRETED else range(1, 8))
 def test_every_stride(num_k: int) -> None:
     args = mixed(num_k=num_k, batch=5)
-    compare(rerank, args, laws_for(args))
+    compare(rerank, args, distributions_for(args))
 
 
 def check_shapes(module: ModuleType) -> None:
@@ -103,7 +103,7 @@ def check_shapes(module: ModuleType) -> None:
     ):
         args = mixed(**{"num_k": 2, "batch": 4, "seed": i, **shape})
         args["from_state"] *= 0.1
-        compare(module, args, laws_for(args) if i == 1 else None)
+        compare(module, args, distributions_for(args) if i == 1 else None)
 
 
 def test_shapes() -> None:
@@ -116,7 +116,7 @@ def check_shared(module: ModuleType) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "kMinCtas", 1)
         assert module.num_served(19, 2) == 8
-        compare(module, args, laws_for(args))
+        compare(module, args, distributions_for(args))
 
 
 @pytest.mark.compiled
@@ -144,7 +144,7 @@ def test_a_vocabulary_of_many_groups() -> None:
 def test_fewer_ids_than_candidates(vocab_size: int) -> None:
     args = mixed(vocab_size=vocab_size, batch=8) | {"mask_id": -1 if vocab_size == 1 else 1}
     compare(rerank, args)
-    compare(rerank, args, laws_for(args))
+    compare(rerank, args, distributions_for(args))
 
 
 def check_ties(module: ModuleType) -> None:
@@ -154,7 +154,7 @@ def check_ties(module: ModuleType) -> None:
             args = tied(mixed(vocab_size=vocab_size, seed=seed, temperature=0.0))
             args["logits"][:, ::3] *= -0.0  # -0.0 and 0.0 tie
             compare(module, args)
-            compare(module, args | {"temperature": torch.ones(4)}, laws_for(args))
+            compare(module, args | {"temperature": torch.ones(4)}, distributions_for(args))
 
 
 def test_ties() -> None:
@@ -166,7 +166,7 @@ def check_faults(module: ModuleType) -> None:
         for name in ("all",) if INTERPRETED else ("greedy", "plain", "all"):
             args = faulty(problem(dtype=torch.float32, **SAMPLERS[name])) | {"mask_id": mask_id}
             compare(module, args)
-            compare(module, args, laws_for(args))
+            compare(module, args, distributions_for(args))
 
 
 def test_faults_give_defined_drafts() -> None:
@@ -178,9 +178,9 @@ def test_faults_give_defined_drafts() -> None:
 def test_nan_in_weights(name: str) -> None:
     args = problem(dtype=BASE)
     args[name].view(-1)[::7] = torch.nan
-    compare(rerank, args, laws_for(args))
+    compare(rerank, args, distributions_for(args))
     args[name][:] = torch.nan
-    compare(rerank, args, laws_for(args))
+    compare(rerank, args, distributions_for(args))
 
 
 def check_padded(module: ModuleType) -> None:
@@ -189,7 +189,7 @@ def check_padded(module: ModuleType) -> None:
     args["num_drafts"][::4] = 0
     args["first_mask"][::4], args["previous"][::4] = 10**9, -1
     args["previous"][1], args["first_mask"][2] = 10**9, args["logits"].shape[0] - 1
-    q = laws_for(args)
+    q = distributions_for(args)
     before = copy.deepcopy(q)
     drafts = compare(module, args, q)
     assert drafts[::4].tolist() == args["drafts"][::4].tolist()
@@ -210,11 +210,11 @@ def test_free_strides() -> None:
         return torch.cat([x, x.new_zeros(*x.shape[:-1], 3)], dim=-1)[..., : x.shape[-1]]
 
     strided = args | {name: apart(args[name]) for name in (*WEIGHTS, "logits", "hidden", "drafts")}
-    wide = QState.empty(5, 7, 90, torch.float32, DEVICE)
-    q = QState(wide.logits[:, 2:5, :85], wide.cut[:, 1:4], wide.log_norm[:, :3])
+    wide = DraftDistributions.empty(5, 7, 90, torch.float32, DEVICE)
+    q = DraftDistributions(wide.logits[:, 2:5, :85], wide.cut[:, 1:4], wide.log_norm[:, :3])
     out = torch.full((5, 9), -5)
     wanted = compare(rerank, strided, q)
-    assert rerank.rerank_drafts(**strided, q_state=q, out=out[:, 1:4]).tolist() == wanted.tolist()
+    assert rerank.rerank_drafts(**strided, draft_dists=q, out=out[:, 1:4]).tolist() == wanted.tolist()
     assert out[:, 1:4].tolist() == wanted.tolist() and (out[:, [0, 4]] == -5).all()
 
 
@@ -227,14 +227,14 @@ def test_what_is_left_to_the_reference() -> None:
 @pytest.mark.compiled
 def test_a_request_alone_has_the_same_bits() -> None:
     args = mixed(batch=12, num_k=2, vocab_size=257, width=31, hidden=65)
-    q = laws_for(args)
-    drafts = rerank.rerank_drafts(**args, q_state=q)
+    q = distributions_for(args)
+    drafts = rerank.rerank_drafts(**args, draft_dists=q)
     for b in (0, 9):
         per_request = ("first_mask", "previous", "positions", "drafts", "num_drafts")
         names = (*per_request, "temperature", "top_k", "top_p", "min_p", "seed")
         alone = args | {name: args[name][b : b + 1] for name in names}
-        own = laws_for(alone)
-        assert rerank.rerank_drafts(**alone, q_state=own).tolist() == drafts[b : b + 1].tolist()
+        own = distributions_for(alone)
+        assert rerank.rerank_drafts(**alone, draft_dists=own).tolist() == drafts[b : b + 1].tolist()
         for part in ("logits", "cut", "log_norm"):
             check_bits(getattr(own, part), getattr(q, part)[b : b + 1])
 
@@ -248,7 +248,7 @@ def test_the_shape_of_qwen3_8b(softgpu: ModuleType) -> None:
     for name in ("from_hidden", "from_previous", "from_state", "to_query"):
         args[name] *= 0.1
     with recorded_launches(softgpu) as launches:
-        compare(rerank, args, laws_for(args))
+        compare(rerank, args, distributions_for(args))
     assert [launch.name for launch in launches] == ["maxima", "candidates", *["state", "score"] * 3, "last"]
     for launch in launches:
         assert resources(launch.ptx).spill_bytes == 0, launch.name
@@ -260,7 +260,7 @@ def test_the_shape_of_qwen3_8b(softgpu: ModuleType) -> None:
 def test_arithmetic_is_ieee(softgpu: ModuleType) -> None:
     args = problem(dtype=torch.float32)
     with recorded_launches(softgpu) as launches:
-        compare(rerank, args, laws_for(args))
+        compare(rerank, args, distributions_for(args))
         compare(rerank, args)
     assert_ieee(launches)
 
@@ -270,7 +270,7 @@ def test_arithmetic_is_ieee(softgpu: ModuleType) -> None:
 def test_schedules(schedule: str, softgpu: ModuleType) -> None:
     args = mixed(vocab_size=700, batch=5)
     with softgpu.configured(**SCHEDULES[schedule]):
-        compare(rerank, args, laws_for(args))
+        compare(rerank, args, distributions_for(args))
 
 
 @pytest.mark.compiled
@@ -295,7 +295,7 @@ def test_decoding_drafts_what_the_references_draft(
         with idlm_kernels.use_backend(backend):
             assert idlm_kernels.backends(DEVICE.type)["rerank_drafts"] == backend
             generator = with_head(tiny_generator(torch.float32))
-            results = generator.generate(PROMPTS, params, plan="branched", stride=3, verify=verify)
+            results = generator.generate(PROMPTS, params, plan="quadratic", stride=3, verify=verify)
         found[backend] = [result.token_ids for result in results], drafts
     assert found["triton"] == found["torch"]
     assert len(found["torch"][1]) > 3
@@ -308,7 +308,7 @@ def test_decoding_in_half_precision(backend: str) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.9, seed=5)
     texts = []
     with idlm_kernels.use_backend(backend):
-        for plan in ("ar", "branched"):
+        for plan in ("ar", "quadratic"):
             generator = with_head(tiny_generator(torch.bfloat16))
             head = generator.model.rerank_head
             assert head is not None
@@ -333,15 +333,15 @@ MUTANTS = {
     "one slice of the query": (check_shapes, "+ c[None, :], mask=s < shape.SLICES", "+ c[None, :], mask=s < 1"),
     "top-k without its ties": (check_ties, "above = z[None, :] > z", "above = z[None, :] >= z"),
     "top-p of the mass before top-k": (check_samplers, "weight = tl.where(kept,", "weight = tl.where(z > -9e9,"),
-    "law before it is rounded": (
+    "distribution before it is rounded": (
         check_samplers,
         "x = x.to(q.of.logits.dtype.element_ty).to(tl.float32)",
         "x = x * 1.0",
     ),
-    "laws not cleared": (check_samplers, "nothing, mask=id_ < vocab_size", "nothing, mask=id_ < 16"),
-    "laws of padded requests": (check_padded, "if tl.load(gNumDrafts + request) <= 0:", "if num_k <= 0:"),
+    "distributions not cleared": (check_samplers, "nothing, mask=id_ < vocab_size", "nothing, mask=id_ < 16"),
+    "distributions of padded requests": (check_padded, "if tl.load(gNumDrafts + request) <= 0:", "if num_k <= 0:"),
     "drafts of padded requests": (check_padded, "tl.store(gMine + i, before, mask=i < num_k)", "tl.store(gMine, -1)"),
-    "an empty row without a law": (check_faults, "where(is_empty, c == 0, x", "where(is_empty, c < 0, x"),
+    "an empty row without a distribution": (check_faults, "where(is_empty, c == 0, x", "where(is_empty, c < 0, x"),
     "an empty row without a draft": (check_faults, "draft = tl.where(is_empty, lowest_id(mask_id), draft)", ""),
 }
 

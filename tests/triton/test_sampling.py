@@ -124,7 +124,7 @@ def test_sample_rows(vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.compiled
 @pytest.mark.parametrize("vocab_size, dtype", [(151_936, torch.bfloat16), (262_144, torch.float32)])
 def test_sample_rows_of_a_full_vocabulary(vocab_size: int, dtype: torch.dtype) -> None:
-    """Under a Zipf law, whose tail of rare tokens shows noise that is too coarse or infinite."""
+    """Under a Zipf distribution, whose tail of rare tokens shows noise that is too coarse or infinite."""
     zipf = -torch.log(torch.arange(1, vocab_size + 1).float())
     logits = zipf[torch.randperm(vocab_size)].expand(4, -1).to(dtype)
     extra = {
@@ -205,13 +205,13 @@ def test_token_depends_on_the_row_alone() -> None:
 
 
 def step_of(
-    plan: str = "branched", vocab_size: int = 61, num_k: int = 3, batch: int = 8, dtype: torch.dtype = BASE
+    plan: str = "quadratic", vocab_size: int = 61, num_k: int = 3, batch: int = 8, dtype: torch.dtype = BASE
 ) -> dict[str, Any]:
     """A step of several requests: absent ones, fewer drafts than K, steps without MASK rows, padding rows, and drafts
     that agree with what will be sampled up to some place."""
-    branched = plan == "branched"
+    quadratic = plan == "quadratic"
     num_drafts = torch.randint(0, num_k + 1, (batch,), dtype=torch.int32)
-    rows = num_drafts + 1 + (num_k * (num_drafts + 1) if branched else num_k)
+    rows = num_drafts + 1 + (num_k * (num_drafts + 1) if quadratic else num_k)
     rows[1], rows[2] = 0, num_drafts[2] + 1  # absent; no MASK rows
     start = torch.cat([torch.zeros(1, dtype=torch.int32), rows.cumsum(0).to(torch.int32)])
     logits = (torch.randn(int(start[-1]) + 3, vocab_size) * 2).to(dtype)
@@ -227,7 +227,7 @@ def step_of(
         **per_request,
         "id_limit": vocab_size - 2,
         "mask_id": 7,
-        "branched": branched,
+        "quadratic": quadratic,
         "rule": "match",
     }
     for b in range(batch):
@@ -254,7 +254,7 @@ def compare_steps(module: ModuleType, arguments: dict[str, Any]) -> tuple[Tensor
     return got
 
 
-def check_steps(module: ModuleType, plan: str = "branched", num_k: int = 3, dtype: torch.dtype = BASE) -> None:
+def check_steps(module: ModuleType, plan: str = "quadratic", num_k: int = 3, dtype: torch.dtype = BASE) -> None:
     for _ in range(1 if INTERPRETED else 3):
         num_accepted, *_ = compare_steps(module, step_of(plan, num_k=num_k, dtype=dtype))
     if num_k > 1:
@@ -268,9 +268,9 @@ SLOW = pytest.mark.compiled  # these take the interpreter minutes
 @pytest.mark.parametrize(
     "plan, num_k",
     [
-        pytest.param("branched", 1, marks=SLOW),
-        ("branched", 3),
-        pytest.param("branched", 7, marks=SLOW),
+        pytest.param("quadratic", 1, marks=SLOW),
+        ("quadratic", 3),
+        pytest.param("quadratic", 7, marks=SLOW),
         ("chain", 2),
         pytest.param("chain", 31, marks=SLOW),
         ("chain", 0),
@@ -301,7 +301,7 @@ def test_step_with_bias() -> None:
 
 def test_drafts_and_stride_do_not_change_the_output() -> None:
     """Each committed token is what sample_rows gives for its row and position: with any drafts, in any plan."""
-    arguments = step_of("branched", num_k=3)
+    arguments = step_of("quadratic", num_k=3)
     num_accepted, tokens, _, _ = sampling.verify_accept(**arguments)
     per_request = ("temperature", "top_k", "top_p", "min_p", "seed")
     for b, start in enumerate(arguments["query_start_loc"][:-1].tolist()):

@@ -18,19 +18,19 @@ from tests.triton.support import DEVICE, caught, mutant
 PLANS = [(0, False), (1, False), (3, False), (31, False), (1, True), (3, True), (7, True)]
 
 
-def check_plan(module: ModuleType, num_k: int, branched: bool, seeds: range = range(2)) -> None:
+def check_plan(module: ModuleType, num_k: int, quadratic: bool, seeds: range = range(2)) -> None:
     for seed in seeds:
         state = random_places(seed, num_k, (16, 5)[seed % 2], DEVICE)
         size = (16, 5)[seed % 2]
-        how = {"branched": branched, "noise_below": (0, 151_669)[seed % 2]}
+        how = {"quadratic": quadratic, "noise_below": (0, 151_669)[seed % 2]}
         got = module.plan_rows(state, 60, size, **how)
         for i, (x, y) in enumerate(zip(got, python_ref.plan_rows(state, 60, size, **how), strict=True)):
             assert x.dtype == y.dtype and torch.equal(x, y), i
 
 
-@pytest.mark.parametrize(("num_k", "branched"), PLANS)
-def test_plan_rows(num_k: int, branched: bool) -> None:
-    check_plan(step, num_k, branched)
+@pytest.mark.parametrize(("num_k", "quadratic"), PLANS)
+def test_plan_rows(num_k: int, quadratic: bool) -> None:
+    check_plan(step, num_k, quadratic)
 
 
 def check_commit(module: ModuleType, num_k: int, seeds: range, **options: object) -> None:
@@ -45,8 +45,8 @@ def check_commit(module: ModuleType, num_k: int, seeds: range, **options: object
 @pytest.mark.parametrize("suffix", [False, True])
 @pytest.mark.parametrize("num_k", [0, 1, 4])
 def test_commit_step(num_k: int, suffix: bool, acceptance: float | None) -> None:
-    check_commit(step, num_k, range(3), suffix=suffix, acceptance=acceptance, branched=False)
-    check_commit(step, num_k, range(3, 5), suffix=suffix, acceptance=acceptance, branched=True)
+    check_commit(step, num_k, range(3), suffix=suffix, acceptance=acceptance, quadratic=False)
+    check_commit(step, num_k, range(3, 5), suffix=suffix, acceptance=acceptance, quadratic=True)
 
 
 def check_search(module: ModuleType) -> None:
@@ -97,7 +97,7 @@ def check_all(module: ModuleType) -> None:
     check_plan(module, 3, True)
     check_plan(module, 3, False)
     check_commit(module, 3, range(4), suffix=True, acceptance=None)
-    check_commit(module, 3, range(4), suffix=False, acceptance=0.5, branched=False)
+    check_commit(module, 3, range(4), suffix=False, acceptance=0.5, quadratic=False)
     check_search(module)
 
 

@@ -113,7 +113,7 @@ typedef struct {
 typedef struct {
   int64_t mask_id;      // the id that MASK rows are given
   int64_t noise_below;  // if not 0: ids drawn from 1 .. noise_below - 1 instead (python_ref/noise.py, noise_ids)
-  int32_t page_size, branched, rows;  // rows: batch times the most rows of a request
+  int32_t page_size, quadratic, rows;  // rows: batch times the most rows of a request
   int64_t* ids;     // out [rows], as the next four
   uint8_t* is_mask;
   int64_t *positions, *slots, *tail_mask;
@@ -130,7 +130,7 @@ typedef struct {
   const int64_t* drafts;           // [batch][drafts_stride]
   const float* temperature;        // [batch]; below greedy_below a request is greedy
   int64_t logits_stride, drafts_stride, vocabulary, id_limit, mask_id;
-  int32_t rows, batch, num_k, branched;
+  int32_t rows, batch, num_k, quadratic;
   int32_t* num_accepted;           // out [batch]
   int64_t* tokens;                 // out [batch][num_k + 1]
   int64_t* next_drafts;            // out [batch][num_k]
@@ -165,7 +165,7 @@ typedef struct {
   int64_t* outcome;                // out [batch][outcome_stride]: 6 figures, then num_k + 1 tokens
   int64_t tokens_stride, next_drafts_stride, outcome_stride;
   float acceptance;                // below 0: drafts stand as they were verified; else with this probability
-  int32_t branched, suffix;
+  int32_t quadratic, suffix;
 } idlm_cpu_commit;
 // Moves the state forward by the outcome of one step, and gives all that the host reads of it but the logprobs.
 IDLM_CPU_API void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* commit);

@@ -57,8 +57,8 @@ struct SampleRowsParams {
   int32_t* status = nullptr;  // [num_rows], StatusBits are or-ed in; nullptr: dropped
 };
 
-// The laws that the drafts were drawn from; read, then overwritten with those of the next drafts.
-struct DraftLaws {
+// The distributions that the drafts were drawn from; read, then overwritten with those of the next drafts.
+struct DraftDistributions {
   void* logits = nullptr;  // [batch, num_k, vocab_size]; forbidden ids and NaN are stored as -inf
   int64_t stride_request = 0;
   int64_t stride_draft = 0;
@@ -79,9 +79,9 @@ struct VerifyAcceptParams {
   const int64_t* drafts = nullptr;             // [batch, num_k]
   int64_t drafts_stride = 0;
   const int32_t* positions = nullptr;          // [batch], of pending
-  bool branched = false;
+  bool quadratic = false;
   bool rejection = false;                      // false: `match`
-  DraftLaws draft_laws;                        // for `rejection`
+  DraftDistributions draft_dists;                        // for `rejection`
   int32_t* status = nullptr;                   // [batch], or-ed; nullptr: dropped
   int32_t* num_accepted = nullptr;             // [batch], out
   int64_t* tokens = nullptr;                   // [batch, num_k + 1], out

@@ -1,4 +1,4 @@
-"""The laws of sampled and of emitted tokens, by chi-square and total variation with fixed seeds.
+"""The distributions of sampled and of emitted tokens, by chi-square and total variation with fixed seeds.
 
 Thousands of seeds ride as the rows or requests of one call. A test of exactness that cannot fail proves nothing, so
 each kind of test here is also shown to fail for a rule that is biased by a known mistake.
@@ -17,10 +17,10 @@ from torch import Tensor
 
 import python_ref.noise
 import python_ref.verify
-from idlm_kernels import QState, sample_rows, use_backend, verify_accept
+from idlm_kernels import DraftDistributions, sample_rows, use_backend, verify_accept
 from python_ref import STREAM_ACCEPT, STREAM_DRAFT, STREAM_TARGET, uniform
 from python_ref.noise import noise_words
-from tests.ref.laws import (
+from tests.ref.distributions import (
     DETECT_BELOW,
     REJECT_BELOW,
     assert_follows,
@@ -28,7 +28,7 @@ from tests.ref.laws import (
     chi_square_p,
     counts_of,
     excess_p,
-    transformed_law,
+    transformed_distribution,
 )
 
 INF = math.inf
@@ -56,9 +56,9 @@ class Sampling:
             torch.full((count,), self.min_p),
         )
 
-    def law(self, row: Tensor) -> Tensor:
-        law = transformed_law(row.tolist(), self.temperature, self.top_k, self.top_p, self.min_p)
-        return torch.tensor(law, dtype=torch.float64)
+    def distribution(self, row: Tensor) -> Tensor:
+        distribution = transformed_distribution(row.tolist(), self.temperature, self.top_k, self.top_p, self.min_p)
+        return torch.tensor(distribution, dtype=torch.float64)
 
 
 def draw(row: Tensor, seed: Tensor, position: Tensor, sampling: Sampling, stream: int = STREAM_TARGET) -> Tensor:
@@ -85,24 +85,24 @@ WEIGHTS = torch.tensor([3.0, 9.0, 9.0, 1.0, 0.3, 6.0, 4.0, 2.0, 0.05, 12.0, 5.0]
 
 @pytest.mark.parametrize("varied", ["seed", "position"])
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_law_of_a_sample(name, varied):
+def test_distribution_of_a_sample(name, varied):
     """Over consecutive seeds at one position, and over consecutive positions of one seed."""
     sampling, steps = SAMPLINGS[name], torch.arange(20_000)
     seed, position = (steps, torch.full_like(steps, 5)) if varied == "seed" else (torch.full_like(steps, 5), steps)
     ids = draw(WEIGHTS.log(), seed, position, sampling)
-    assert_follows(counts_of(ids, len(WEIGHTS)), sampling.law(WEIGHTS.log()), name)
+    assert_follows(counts_of(ids, len(WEIGHTS)), sampling.distribution(WEIGHTS.log()), name)
 
 
-def test_the_law_test_sees_a_wrong_truncation():
-    """Counts of one truncation against the law of another that differs by one rare id."""
+def test_the_distribution_test_sees_a_wrong_truncation():
+    """Counts of one truncation against the distribution of another that differs by one rare id."""
     ids = draw(WEIGHTS.log(), torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64), Sampling(min_p=0.1))
     counts = counts_of(ids, len(WEIGHTS))
-    assert chi_square_p(counts, Sampling(min_p=0.1).law(WEIGHTS.log())) > REJECT_BELOW
-    assert chi_square_p(counts, Sampling(min_p=0.05).law(WEIGHTS.log())) < DETECT_BELOW
-    assert chi_square_p(counts, Sampling(temperature=1.15, min_p=0.1).law(WEIGHTS.log())) < DETECT_BELOW
+    assert chi_square_p(counts, Sampling(min_p=0.1).distribution(WEIGHTS.log())) > REJECT_BELOW
+    assert chi_square_p(counts, Sampling(min_p=0.05).distribution(WEIGHTS.log())) < DETECT_BELOW
+    assert chi_square_p(counts, Sampling(temperature=1.15, min_p=0.1).distribution(WEIGHTS.log())) < DETECT_BELOW
 
 
-def pair_law(first: Tensor, second: Tensor) -> Tensor:
+def pair_distribution(first: Tensor, second: Tensor) -> Tensor:
     return torch.outer(first, second).flatten()
 
 
@@ -110,28 +110,37 @@ def test_consecutive_positions_are_independent():
     seeds, rows = torch.arange(40_000), (WEIGHTS[:6].log(), WEIGHTS[-6:].log())
     ids = [draw(row, seeds, torch.full_like(seeds, 8 + i), Sampling()) for i, row in enumerate(rows)]
     counts = counts_of(cells(*ids, num_ids=6), 36)
-    assert_follows(counts, pair_law(*(Sampling().law(row) for row in rows)))
+    assert_follows(counts, pair_distribution(*(Sampling().distribution(row) for row in rows)))
     same = counts_of(cells(ids[0], ids[0], num_ids=6), 36)
-    assert chi_square_p(same, pair_law(Sampling().law(rows[0]), Sampling().law(rows[0]))) < DETECT_BELOW
+    assert (
+        chi_square_p(same, pair_distribution(Sampling().distribution(rows[0]), Sampling().distribution(rows[0])))
+        < DETECT_BELOW
+    )
 
 
 def test_consecutive_seeds_are_independent():
     seeds, row = torch.arange(40_000), WEIGHTS[:6].log()
     ids = draw(row, seeds, torch.zeros_like(seeds), Sampling())
     counts = counts_of(cells(ids[:-1], ids[1:], num_ids=6), 36)
-    assert_follows(counts, pair_law(Sampling().law(row), Sampling().law(row)))
+    assert_follows(counts, pair_distribution(Sampling().distribution(row), Sampling().distribution(row)))
 
 
 def test_streams_of_a_position_are_independent():
-    """Target sample, draft and acceptance uniform of one position: every pair has the product law."""
+    """Target sample, draft and acceptance uniform of one position: every pair has the product distribution."""
     seeds, row = torch.arange(40_000), WEIGHTS[:6].log()
-    position, law = torch.full_like(seeds, 3), Sampling().law(row)
+    position, distribution = torch.full_like(seeds, 3), Sampling().distribution(row)
     target, draft = (draw(row, seeds, position, Sampling(), stream) for stream in (STREAM_TARGET, STREAM_DRAFT))
     u = (uniform(seeds, position, STREAM_ACCEPT) * 6).long()
     sixth = torch.full((6,), 1 / 6, dtype=torch.float64)
-    assert_follows(counts_of(cells(target, draft, num_ids=6), 36), pair_law(law, law), "target, draft")
-    assert_follows(counts_of(cells(target, u, num_ids=6), 36), pair_law(law, sixth), "target, acceptance")
-    assert_follows(counts_of(cells(draft, u, num_ids=6), 36), pair_law(law, sixth), "draft, acceptance")
+    assert_follows(
+        counts_of(cells(target, draft, num_ids=6), 36), pair_distribution(distribution, distribution), "target, draft"
+    )
+    assert_follows(
+        counts_of(cells(target, u, num_ids=6), 36), pair_distribution(distribution, sixth), "target, acceptance"
+    )
+    assert_follows(
+        counts_of(cells(draft, u, num_ids=6), 36), pair_distribution(distribution, sixth), "draft, acceptance"
+    )
 
 
 # A whole vocabulary
@@ -139,13 +148,13 @@ def test_streams_of_a_position_are_independent():
 VOCAB = 151_936
 
 
-def zipf_p(ids: Tensor, law: Tensor) -> float:
+def zipf_p(ids: Tensor, distribution: Tensor) -> float:
     """The smaller of two p-values: chi-square, and the excess of ids that together have a probability of 1e-4."""
-    ordered = law.sort().values
-    is_rare = law < ordered[int((ordered.cumsum(0) < 1e-4).sum())]
-    expected = float(law[is_rare].sum()) * len(ids)
+    ordered = distribution.sort().values
+    is_rare = distribution < ordered[int((ordered.cumsum(0) < 1e-4).sum())]
+    expected = float(distribution[is_rare].sum()) * len(ids)
     return min(
-        chi_square_p(counts_of(ids, len(law)), law),
+        chi_square_p(counts_of(ids, len(distribution)), distribution),
         excess_p(int(is_rare[ids].sum()), expected),
     )
 
@@ -177,27 +186,28 @@ def test_edge_words():
         assert unclamped(word) == 1
 
 
-def test_zipf_law_at_the_full_vocabulary(monkeypatch):
+def test_zipf_distribution_at_the_full_vocabulary(monkeypatch):
     """Also with noise that is infinite at edge words, which the same test detects: such a row goes to a random id.
 
     That is -log(-log v), the more common form of the Gumbel variable, with v = (word + 0.5) * 2^-32. The exponent 2 (a
-    Zipf law at T = 1/2) leaves the far half of the vocabulary a mass of 4e-6, so that such a token is conspicuous. Edge
-    words are in 0.45 % of all rows; a dozen that have one are among the rows, and only they need a biased run.
+    Zipf distribution at T = 1/2) leaves the far half of the vocabulary a mass of 4e-6, so that such a token is
+    conspicuous. Edge words are in 0.45 % of all rows; a dozen that have one are among the rows, and only they need a
+    biased run.
     """
     logits = -torch.arange(1, VOCAB + 1).float().log()
-    sampling, law = Sampling(temperature=0.5), torch.softmax(logits.double() * 2, -1)
+    sampling, distribution = Sampling(temperature=0.5), torch.softmax(logits.double() * 2, -1)
 
     def sampled(seeds: Tensor) -> Tensor:
         return torch.cat([draw(logits, seed, torch.full_like(seed, 99), sampling) for seed in seeds.split(1)])
 
     edge_seeds = torch.tensor([seed for seed, _ in EDGE_WORDS])
     bulk = sampled(torch.arange(400))
-    assert zipf_p(torch.cat([bulk, sampled(edge_seeds)]), law) > REJECT_BELOW
+    assert zipf_p(torch.cat([bulk, sampled(edge_seeds)]), distribution) > REJECT_BELOW
     monkeypatch.setattr(python_ref.noise, "word_to_uniform", unclamped)
     monkeypatch.setattr(python_ref.noise, "uniform_to_gumbel", lambda v: -torch.log(-torch.log(v)))
     biased = sampled(edge_seeds)
     assert biased.tolist() == [vocab_id for _, vocab_id in EDGE_WORDS]
-    assert zipf_p(torch.cat([bulk, biased]), law) < DETECT_BELOW
+    assert zipf_p(torch.cat([bulk, biased]), distribution) < DETECT_BELOW
 
 
 def test_infinite_noise_would_lose_the_only_kept_id(monkeypatch):
@@ -228,14 +238,16 @@ class Decode:
     p: Tensor
     q: Tensor
     sampling: Sampling = field(default_factory=Sampling)
-    branched: bool = False
+    quadratic: bool = False
     rule: str = "rejection"
-    spoil: Callable[[Tensor, Tensor, QState], None] | None = None  # (drafts, their number, q_state) after each step
+    spoil: Callable[[Tensor, Tensor, DraftDistributions], None] | None = (
+        None  # (drafts, their number, draft_dists) after each step
+    )
 
     def rows(self, length: Tensor, pending: Tensor, drafts: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """Packed logits rows of one step, and query_start_loc."""
         num_k = drafts.shape[1]
-        m = 1 + n + (n + 1 if self.branched else 1) * num_k
+        m = 1 + n + (n + 1 if self.quadratic else 1) * num_k
         start = torch.nn.functional.pad(m.cumsum(0), (1, 0))
         request = torch.repeat_interleave(torch.arange(len(m)), m)
         r = torch.arange(len(request)) - start[request]
@@ -246,7 +258,7 @@ class Decode:
         logits = self.p[(length[request] + r) % len(self.p), after]
         if num_k:
             index = (r - 1 - row_n).clamp(min=0)
-            branch = index // num_k if self.branched else row_n
+            branch = index // num_k if self.quadratic else row_n
             proposals = self.q[branch.clamp(max=num_k), index % num_k, known[request, branch.clamp(max=num_k)]]
             logits = torch.where(clean.unsqueeze(1), logits, proposals)
         return logits, start.to(torch.int32)
@@ -259,9 +271,9 @@ class Decode:
         text = torch.zeros(count, 1 + horizon + num_k + 1, dtype=torch.int64)
         length = torch.ones(count, dtype=torch.int64)
         drafts, n = torch.full((count, num_k), -1), torch.zeros(count, dtype=torch.int64)
-        q_state = None
+        draft_dists = None
         if self.rule == "rejection":
-            q_state = QState.empty(count, num_k, vocab_size, torch.float32, torch.device("cpu"))
+            draft_dists = DraftDistributions.empty(count, num_k, vocab_size, torch.float32, torch.device("cpu"))
         accepted, every = [], torch.arange(count)
         for _ in range(horizon):
             logits, start = self.rows(length, text[every, length - 1], drafts, n)
@@ -275,13 +287,13 @@ class Decode:
                 seed,
                 vocab_size,
                 -1,
-                branched=self.branched,
+                quadratic=self.quadratic,
                 rule=self.rule,
-                q_state=q_state,
+                draft_dists=draft_dists,
             )
             if self.spoil is not None:
-                assert q_state is not None
-                self.spoil(drafts, next_n, q_state)
+                assert draft_dists is not None
+                self.spoil(drafts, next_n, draft_dists)
             for j in range(num_k + 1):
                 slot = length + j
                 write = (j <= a) & (slot <= horizon)
@@ -291,18 +303,18 @@ class Decode:
             n = next_n.long()
         return text[:, 1 : 1 + horizon], torch.stack(accepted)
 
-    def ar_law(self, horizon: int = 4) -> Tensor:
+    def ar_distribution(self, horizon: int = 4) -> Tensor:
         """Exact probability of each tuple of tokens, flattened as `cells` does."""
-        table = torch.stack([torch.stack([self.sampling.law(row) for row in rows]) for rows in self.p])
+        table = torch.stack([torch.stack([self.sampling.distribution(row) for row in rows]) for rows in self.p])
         vocab_size, period = self.p.shape[-1], len(self.p)
-        law = []
+        distribution = []
         for path in itertools.product(range(vocab_size), repeat=horizon):
             probability, before = 1.0, 0
             for t, token in enumerate(path, start=1):
                 probability *= float(table[t % period, before, token])
                 before = token
-            law.append(probability)
-        return torch.tensor(law, dtype=torch.float64)
+            distribution.append(probability)
+        return torch.tensor(distribution, dtype=torch.float64)
 
 
 IDS = 4
@@ -341,14 +353,14 @@ ADVERSARIES = {
 }
 
 
-@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("quadratic", [False, True])
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_rejection_with_adversarial_laws(name, branched):
-    """Four tokens have the AR law, and a first draft is accepted with probability sum min(p, q)."""
+def test_rejection_with_adversarial_distributions(name, quadratic):
+    """Four tokens have the AR distribution, and a first draft is accepted with probability sum min(p, q)."""
     p, q, acceptance = ADVERSARIES[name]
-    decode = Decode(*constant(p, q, 2), branched=branched)
+    decode = Decode(*constant(p, q, 2), quadratic=quadratic)
     text, accepted = decode.run(SEEDS, 2)
-    assert_follows(path_counts(text), decode.ar_law(), name)
+    assert_follows(path_counts(text), decode.ar_distribution(), name)
     stood = SEEDS - int(accepted[1, 0])  # the second step is the first one that verifies drafts
     assert stood / SEEDS == pytest.approx(acceptance, abs=0.02)
     if acceptance == 1:
@@ -365,20 +377,20 @@ TRUNCATIONS = {
 }
 
 
-@pytest.mark.parametrize(("branched", "num_k"), [(False, 2), (False, 3), (True, 2), (True, 3)])
+@pytest.mark.parametrize(("quadratic", "num_k"), [(False, 2), (False, 3), (True, 2), (True, 3)])
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def test_rejection_emits_the_ar_law(name, branched, num_k):
+def test_rejection_emits_the_ar_distribution(name, quadratic, num_k):
     """A Markov model, proposals that differ between branches, and every truncation on p and q alike."""
-    decode = Decode(*tables(num_k + 20, num_k), sampling=TRUNCATIONS[name], branched=branched)
+    decode = Decode(*tables(num_k + 20, num_k), sampling=TRUNCATIONS[name], quadratic=quadratic)
     text, accepted = decode.run(SEEDS, num_k)
     assert (accepted.sum(0)[:2] > 0).all()
-    assert_follows(path_counts(text), decode.ar_law(), f"{name}, K = {num_k}")
+    assert_follows(path_counts(text), decode.ar_distribution(), f"{name}, K = {num_k}")
 
 
-@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("quadratic", [False, True])
 @pytest.mark.parametrize("rule", ["match", "rejection"])
-def test_greedy_emits_the_greedy_sequence(rule, branched):
-    decode = Decode(*tables(5, 3), sampling=Sampling(temperature=0.0), branched=branched, rule=rule)
+def test_greedy_emits_the_greedy_sequence(rule, quadratic):
+    decode = Decode(*tables(5, 3), sampling=Sampling(temperature=0.0), quadratic=quadratic, rule=rule)
     text, _ = decode.run(50, 3)
     want, before = [], 0
     for t in range(1, 5):
@@ -387,76 +399,76 @@ def test_greedy_emits_the_greedy_sequence(rule, branched):
     assert text.tolist() == [want] * 50
 
 
-@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("quadratic", [False, True])
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def test_match_emits_the_ar_sequence(name, branched):
-    """Token for token what AR gives with the same seeds; and AR has the AR law."""
-    decode = Decode(*tables(9, 3), sampling=TRUNCATIONS[name], branched=branched, rule="match")
+def test_match_emits_the_ar_sequence(name, quadratic):
+    """Token for token what AR gives with the same seeds; and AR has the AR distribution."""
+    decode = Decode(*tables(9, 3), sampling=TRUNCATIONS[name], quadratic=quadratic, rule="match")
     text, accepted = decode.run(SEEDS, 3)
     ar, _ = decode.run(SEEDS, 0)
     assert (accepted.sum(0) > 0).all()
     assert torch.equal(text, ar)
-    assert_follows(path_counts(ar), decode.ar_law(), name)
+    assert_follows(path_counts(ar), decode.ar_distribution(), name)
 
 
 # Biased rules fail the same test
 
 
-def argmax_drafts(drafts: Tensor, n: Tensor, q_state: QState) -> None:
+def argmax_drafts(drafts: Tensor, n: Tensor, draft_dists: DraftDistributions) -> None:
     """Drafts by argmax, judged as if they had been drawn from the full softmax q."""
-    drafts.copy_(torch.where((n > 0).unsqueeze(1), q_state.logits.argmax(-1), -1))
+    drafts.copy_(torch.where((n > 0).unsqueeze(1), draft_dists.logits.argmax(-1), -1))
 
 
-def misjudged_q(drafts: Tensor, n: Tensor, q_state: QState) -> None:
-    """A normaliser that is 10 % off, as that of a truncated law judged by the full one."""
-    q_state.log_norm += 0.1
+def misjudged_q(drafts: Tensor, n: Tensor, draft_dists: DraftDistributions) -> None:
+    """A normaliser that is 10 % off, as that of a truncated distribution judged by the full one."""
+    draft_dists.log_norm += 0.1
 
 
-def shared_law(drafts: Tensor, n: Tensor, q_state: QState) -> None:
-    """Every draft judged by the law of the first draft index."""
-    for x in (q_state.logits, q_state.cut, q_state.log_norm):
+def shared_distribution(drafts: Tensor, n: Tensor, draft_dists: DraftDistributions) -> None:
+    """Every draft judged by the distribution of the first draft index."""
+    for x in (draft_dists.logits, draft_dists.cut, draft_dists.log_norm):
         x[:, 1:] = x[:, :1].clone()
 
 
-@pytest.mark.parametrize("branched", [False, True])
-@pytest.mark.parametrize("rule", [argmax_drafts, misjudged_q, shared_law])
-def test_a_biased_rule_is_detected(rule, branched):
-    decode = Decode(*tables(3, 3), branched=branched, spoil=rule)
+@pytest.mark.parametrize("quadratic", [False, True])
+@pytest.mark.parametrize("rule", [argmax_drafts, misjudged_q, shared_distribution])
+def test_a_biased_rule_is_detected(rule, quadratic):
+    decode = Decode(*tables(3, 3), quadratic=quadratic, spoil=rule)
     text, _ = decode.run(SEEDS, 3)
-    assert chi_square_p(path_counts(text), decode.ar_law()) < DETECT_BELOW
+    assert chi_square_p(path_counts(text), decode.ar_distribution()) < DETECT_BELOW
 
 
 @pytest.mark.parametrize("stream", ["STREAM_DRAFT", "STREAM_ACCEPT"])
 def test_shared_noise_is_detected(monkeypatch, stream):
     """Drafts, or acceptances, that share the noise of the residual samples."""
     monkeypatch.setattr(python_ref.verify, stream, STREAM_TARGET)
-    decode = Decode(*tables(3, 3), branched=True)
+    decode = Decode(*tables(3, 3), quadratic=True)
     text, _ = decode.run(SEEDS, 3)
-    assert chi_square_p(path_counts(text), decode.ar_law()) < DETECT_BELOW
+    assert chi_square_p(path_counts(text), decode.ar_distribution()) < DETECT_BELOW
 
 
 def test_a_rejection_without_its_residual_is_detected(monkeypatch):
     """After a refusal a sample of p instead of max(0, p - q)."""
-    true_law = python_ref.verify.law
-    decode = Decode(*tables(3, 1), branched=True)
+    true_distribution = python_ref.verify.distribution
+    decode = Decode(*tables(3, 1), quadratic=True)
 
     def run() -> Tensor:
         text, _ = decode.run(SEEDS, 1, horizon=2)
         return path_counts(text)
 
-    assert chi_square_p(run(), decode.ar_law(2)) > REJECT_BELOW
+    assert chi_square_p(run(), decode.ar_distribution(2)) > REJECT_BELOW
     calls = itertools.count()
 
     def half_of_q(*args: Tensor) -> Tensor:
-        law = true_law(*args)
-        return law if next(calls) % 2 == 0 else law / 2  # p, then q, of each step
+        distribution = true_distribution(*args)
+        return distribution if next(calls) % 2 == 0 else distribution / 2  # p, then q, of each step
 
-    monkeypatch.setattr(python_ref.verify, "law", half_of_q)
-    assert chi_square_p(run(), decode.ar_law(2)) < DETECT_BELOW
+    monkeypatch.setattr(python_ref.verify, "distribution", half_of_q)
+    assert chi_square_p(run(), decode.ar_distribution(2)) < DETECT_BELOW
 
 
 def test_rejection_of_one_token_at_the_full_vocabulary():
-    """p a Zipf law at T = 1/2, q another with its ids pushed back: one verified draft per seed.
+    """p a Zipf distribution at T = 1/2, q another with its ids pushed back: one verified draft per seed.
 
     One request at a time keeps the memory small. Acceptance is sum min(p, q).
     """
@@ -469,7 +481,7 @@ def test_rejection_of_one_token_at_the_full_vocabulary():
     for seed in torch.arange(count).split(1):
         size = len(seed)
         draft = draw(q_row, seed, torch.full_like(seed, 50), sampling, STREAM_DRAFT)
-        q_state = QState(
+        draft_dists = DraftDistributions(
             q_row.expand(size, 1, VOCAB).clone(), torch.full((size, 1), -INF), log_norm.expand(size, 1).clone()
         )
         a, tokens, _, _ = verify_accept(
@@ -482,9 +494,9 @@ def test_rejection_of_one_token_at_the_full_vocabulary():
             seed,
             VOCAB,
             -1,
-            branched=False,
+            quadratic=False,
             rule="rejection",
-            q_state=q_state,
+            draft_dists=draft_dists,
         )
         emitted.append(tokens[:, 0])
         accepted += int(a.sum())
@@ -492,4 +504,4 @@ def test_rejection_of_one_token_at_the_full_vocabulary():
     assert zipf_p(ids, p) > REJECT_BELOW
     share = float(torch.minimum(p, q).sum())
     assert accepted / count == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / count))
-    assert chi_square_p(counts_of(ids, VOCAB), q) < DETECT_BELOW  # the drafts' own law is told from p
+    assert chi_square_p(counts_of(ids, VOCAB), q) < DETECT_BELOW  # the drafts' own distribution is told from p

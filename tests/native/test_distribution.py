@@ -1,4 +1,4 @@
-"""The laws of what the CUDA sampler emits, by chi-square, apart from its equality with the reference.
+"""The distributions of what the CUDA sampler emits, by chi-square, apart from its equality with the reference.
 
 64 ids and at most 4,096 rows a case; seeds ride as the rows or requests of one call. Each test also shows that a known
 mistake would be seen.
@@ -15,9 +15,16 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.native import backend
-from python_ref import STREAM_DRAFT, STREAM_TARGET, QState
+from python_ref import STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 from tests.native.support import Mix, parameters
-from tests.ref.laws import DETECT_BELOW, assert_follows, cells, chi_square_p, counts_of, transformed_law
+from tests.ref.distributions import (
+    DETECT_BELOW,
+    assert_follows,
+    cells,
+    chi_square_p,
+    counts_of,
+    transformed_distribution,
+)
 
 VOCAB = 64
 ROWS = 4096
@@ -43,9 +50,11 @@ def logits_row(seed: int, spread: float = 1.2) -> Tensor:
     return (8 * spread * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))).round() / 8
 
 
-def law_of(row: Tensor, mix: Mix) -> Tensor:
-    law = transformed_law(row.tolist(), mix.temperature, mix.top_k, mix.top_p, mix.min_p, ID_LIMIT, MASK_ID)
-    return torch.tensor(law, dtype=torch.float64)
+def distribution_of(row: Tensor, mix: Mix) -> Tensor:
+    distribution = transformed_distribution(
+        row.tolist(), mix.temperature, mix.top_k, mix.top_p, mix.min_p, ID_LIMIT, MASK_ID
+    )
+    return torch.tensor(distribution, dtype=torch.float64)
 
 
 def seeds(count: int) -> Tensor:
@@ -53,13 +62,13 @@ def seeds(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_rows_follow_the_transformed_law(name: str, device: torch.device) -> None:
+def test_rows_follow_the_transformed_distribution(name: str, device: torch.device) -> None:
     mix, row = MIXES[name], logits_row(1)
     args = (row.bfloat16().expand(ROWS, -1).contiguous(), torch.arange(ROWS), *parameters(ROWS, (mix,)), seeds(ROWS))
     ids = backend.sample_rows(*(x.to(device) for x in args), ID_LIMIT, MASK_ID).cpu()
-    assert_follows(counts_of(ids, VOCAB), law_of(row, mix), name)
+    assert_follows(counts_of(ids, VOCAB), distribution_of(row, mix), name)
     warmer = Mix(1.2 * mix.temperature)
-    assert chi_square_p(counts_of(ids, VOCAB), law_of(row, warmer)) < DETECT_BELOW
+    assert chi_square_p(counts_of(ids, VOCAB), distribution_of(row, warmer)) < DETECT_BELOW
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,17 @@ class Steps:
         seed, positions = seeds(batch), torch.arange(batch, dtype=torch.int32)
         each = parameters(batch, (self.mix,))
         stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
-        law_logits = self.draft.expand(batch, -1).contiguous()
-        drafts = python_ref.sample_rows(law_logits, positions + 1, *each, seed, ID_LIMIT, MASK_ID, stream=stream)
-        q_state = None
+        distribution_logits = self.draft.expand(batch, -1).contiguous()
+        drafts = python_ref.sample_rows(
+            distribution_logits, positions + 1, *each, seed, ID_LIMIT, MASK_ID, stream=stream
+        )
+        draft_dists = None
         if rule == "rejection":
-            z = law_logits / each[0].unsqueeze(1)
+            z = distribution_logits / each[0].unsqueeze(1)
             z[:, ID_LIMIT:] = z[:, MASK_ID] = -torch.inf
             cut = python_ref.sampling.truncation_cut(z, *each[1:])
             norm = python_ref.sampling.log_norm_of(z, cut)
-            q_state = QState(*(x.unsqueeze(1).to(device) for x in (law_logits, cut, norm)))
+            draft_dists = DraftDistributions(*(x.unsqueeze(1).to(device) for x in (distribution_logits, cut, norm)))
         num_accepted, tokens, next_drafts, next_num_drafts = backend.verify_accept(
             torch.stack((*self.clean, self.mask)).repeat(batch, 1).to(device),
             (3 * torch.arange(batch + 1, dtype=torch.int32)).to(device),
@@ -96,9 +107,9 @@ class Steps:
             seed.to(device),
             ID_LIMIT,
             MASK_ID,
-            branched=False,
+            quadratic=False,
             rule=rule,
-            q_state=q_state,
+            draft_dists=draft_dists,
         )
         stood = num_accepted.cpu() == 1
         assert torch.equal(next_num_drafts.cpu() == 1, stood)
@@ -107,12 +118,12 @@ class Steps:
 
 @pytest.mark.parametrize("name", ["plain", "top-p"])
 @pytest.mark.parametrize("rule", ["match", "rejection"])
-def test_steps_follow_the_target_law_whatever_the_drafts(rule: str, name: str, device: torch.device) -> None:
+def test_steps_follow_the_target_distribution_whatever_the_drafts(rule: str, name: str, device: torch.device) -> None:
     mix = MIXES[name]
     first, second, mask = logits_row(2), logits_row(3), logits_row(4)
     draft = first + logits_row(5, 0.7)
     stood, tokens, next_drafts = Steps(mix, (first, second), mask, draft).run(rule, device)
-    p, p_second, q, q_next = (law_of(row, mix) for row in (first, second, draft, mask))
+    p, p_second, q, q_next = (distribution_of(row, mix) for row in (first, second, draft, mask))
     if rule == "match":
         # Gumbel coupling: P(y = d = i) = 1 / sum_j max(p_j / p_i, q_j / q_i).
         both = torch.maximum(p.unsqueeze(0) / p.unsqueeze(1), q.unsqueeze(0) / q.unsqueeze(1))

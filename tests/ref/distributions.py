@@ -1,4 +1,4 @@
-"""Statistics for sampling tests: how well do observed counts agree with an exact law? Deterministic, no SciPy."""
+"""Statistics for sampling tests: how well do observed counts agree with an exact distribution? No SciPy."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-REJECT_BELOW = 1e-4  # with fixed seeds a test either passes for ever or fails for ever; true laws stay far above
+REJECT_BELOW = (
+    1e-4  # with fixed seeds a test either passes for ever or fails for ever; true distributions stay far above
+)
 DETECT_BELOW = 1e-6  # a planted bias has to fall below this
 
 
-def chi_square_p(counts: Tensor, law: Tensor, min_expected: float = 5.0) -> float:
+def chi_square_p(counts: Tensor, distribution: Tensor, min_expected: float = 5.0) -> float:
     """p-value of Pearson's chi-square test of integer counts against probabilities of the same shape.
 
     Cells are merged, the rarest first, until each expects `min_expected` counts. A count in a cell of probability 0
     gives 0 at once.
     """
-    counts, law = counts.flatten().double(), law.flatten().double()
-    assert abs(float(law.sum()) - 1) < 1e-9, "the law does not add up to 1"
-    if bool((counts[law == 0] > 0).any()):
+    counts, distribution = counts.flatten().double(), distribution.flatten().double()
+    assert abs(float(distribution.sum()) - 1) < 1e-9, "the distribution does not add up to 1"
+    if bool((counts[distribution == 0] > 0).any()):
         return 0.0
-    expected = law * counts.sum()
+    expected = distribution * counts.sum()
     order = expected.argsort()
     bins: list[tuple[float, float]] = []
     seen = wanted = 0.0
@@ -51,9 +53,9 @@ def excess_p(count: int, expected: float) -> float:
     )
 
 
-def total_variation(counts: Tensor, law: Tensor) -> float:
-    """Half the L1 distance between the observed frequencies and the law."""
-    return float((counts.double() / counts.sum() - law.double()).abs().sum() / 2)
+def total_variation(counts: Tensor, distribution: Tensor) -> float:
+    """Half the L1 distance between the observed frequencies and the distribution."""
+    return float((counts.double() / counts.sum() - distribution.double()).abs().sum() / 2)
 
 
 def counts_of(ids: Tensor, num_ids: int) -> Tensor:
@@ -69,16 +71,18 @@ def cells(*columns: Tensor, num_ids: int) -> Tensor:
     return cell
 
 
-def assert_follows(counts: Tensor, law: Tensor, what: str = "") -> None:
-    """Fail unless the counts agree with the law, by chi-square and by total variation."""
-    p = chi_square_p(counts, law)
-    assert p > REJECT_BELOW, f"{what}: chi-square p = {p:.2e}\ncounts {counts.tolist()}\nlaw {law.tolist()}"
+def assert_follows(counts: Tensor, distribution: Tensor, what: str = "") -> None:
+    """Fail unless the counts agree with the distribution, by chi-square and by total variation."""
+    p = chi_square_p(counts, distribution)
+    assert p > REJECT_BELOW, f"{what}: chi-square p = {p:.2e}\ncounts {counts.tolist()}\nlaw {distribution.tolist()}"
     # E[TV] <= sum sqrt(p (1 - p) / (2 pi n)) <= 0.4 sqrt(cells / n)
-    bound = (law.numel() / int(counts.sum())) ** 0.5
-    assert total_variation(counts, law) < bound, f"{what}: total variation {total_variation(counts, law):.4f}"
+    bound = (distribution.numel() / int(counts.sum())) ** 0.5
+    assert total_variation(counts, distribution) < bound, (
+        f"{what}: total variation {total_variation(counts, distribution):.4f}"
+    )
 
 
-def transformed_law(
+def transformed_distribution(
     row: list[float],
     temperature: float,
     top_k: int,
