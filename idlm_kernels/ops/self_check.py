@@ -113,11 +113,11 @@ def _check(case: Case, call: Call, *rows: slice) -> Ran:
 
 # Linear layers
 
-BATCHES = slice(1), slice(1, 8), slice(3, 68)  # rows of a prefill of 130 as a step of one request sees them, and of a batch
+BATCHES = slice(1), slice(1, 8), slice(3, 68)  # rows of a prefill of 130, as steps of one request and of eight see them
 
 
 def _linear(case: Case) -> None:
-    """Odd sizes: a prefill and steps of 1, 7 and 65 rows, of which each fills the machine in its way; then an LM head."""
+    """Odd sizes: a prefill and steps of 1, 7, 65 rows, of which each fills the machine in its way; then an LM head."""
     _check(case, Linear(rows=130, n=6404, k=776).call(CPU), slice(1), slice(7), slice(3, 68))
     _check(case, Linear(rows=5, n=16390, k=136, bias=False).call(CPU), slice(3, 4))
 
