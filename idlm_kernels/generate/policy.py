@@ -24,7 +24,8 @@ class PlanPolicy:
 
     Costs that are learned are learned here. Ordinary decoding gets a few steps first, and again now and then: the others
     are measured by it, and no token is lost by it. A plan that could be the best and whose cost is not known
-    gets a few steps, a rival now and then a few more. The plan in use stays until another is better by more than noise.
+    gets a few steps, a rival now and then a few more. The plan in use stays until another is better by more than
+    noise.
     """
 
     plans: tuple[StepPlan, ...]
