@@ -22,7 +22,7 @@ class PlanPolicy:
     acceptance: by draft index, given that all before were accepted; what is known of the model at first, then a fading
     average of what is seen. memory: drafts after which an observation has faded to 1 / e.
 
-    Costs that are learned are learned here. Ordinary decoding gets a few steps first, and again now and then: the others
+    Costs that are learned are learned here. Ordinary decoding gets a few steps first, and again now and then: others
     are measured by it, and no token is lost by it. A plan that could be the best and whose cost is not known
     gets a few steps, a rival now and then a few more. The plan in use stays until another is better by more than
     noise.
