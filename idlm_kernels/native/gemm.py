@@ -161,7 +161,7 @@ def _adapter_params(
     module = load()
     if len(output_sizes) > module.MAX_SLICES:
         raise ValueError(
-            f"{op}: {len(output_sizes)} output_sizes, backend 'cuda' takes at most {module.MAX_SLICES}; use backend 'triton'"
+            f"{op}: {len(output_sizes)} output_sizes, backend 'cuda' takes {module.MAX_SLICES}; use backend 'triton'"
         )
     rank = lora_b.shape[1]
     lora_a, lora_b, lora_mask = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), lora_mask.contiguous()

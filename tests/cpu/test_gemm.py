@@ -59,7 +59,7 @@ def test_bits_of_a_row_do_not_depend_on_the_others(
     assert torch.equal(product(broken)[1::2], want[1::2])
 
 
-# Not tiled-fp32: how a BLAS shares its sums among threads is up to the machine. A choice is made for a number of threads.
+# Not tiled-fp32: how a BLAS shares its sums among threads is up to it. A choice is made for one number of threads.
 @pytest.mark.parametrize("strategy", [gemm.FbgemmFp16, gemm.OneDnnFp32, gemm.RowsFp32])
 def test_bits_do_not_depend_on_threads(strategy: type[gemm.Product]) -> None:
     weight, x = randn(960, 576).half(), randn(7, 576, seed=1)

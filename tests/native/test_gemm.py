@@ -128,7 +128,7 @@ def test_slices_do_not_touch_each_other(device: torch.device) -> None:
 
 
 def test_too_many_slices_are_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"17 output_sizes, backend 'cuda' takes at most 16"):
+    with pytest.raises(ValueError, match=r"17 output_sizes, backend 'cuda' takes 16"):
         Problem(output_sizes=[2] * 17, device=device).gated()
 
 
