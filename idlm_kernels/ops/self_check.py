@@ -114,10 +114,12 @@ def _check(case: Case, call: Call, *rows: slice) -> Ran:
 
 # Linear layers
 
+BATCHES = slice(1), slice(1, 8), slice(3, 68)  # rows of a prefill of 130, as steps of one request and of eight see them
+
 
 def _linear(case: Case) -> None:
-    """Odd sizes: a prefill and steps of 1 and 7 rows, of which each fills the machine in its way; then an LM head."""
-    _check(case, Linear(rows=130, n=6404, k=776).call(CPU), slice(1), slice(7))
+    """Odd sizes: a prefill and steps of 1, 7, 65 rows, of which each fills the machine in its way; then an LM head."""
+    _check(case, Linear(rows=130, n=6404, k=776).call(CPU), slice(1), slice(7), slice(3, 68))
     _check(case, Linear(rows=5, n=16390, k=136, bias=False).call(CPU), slice(3, 4))
 
 
@@ -144,6 +146,7 @@ def _gated_lora_linear(case: Case) -> None:
     nan = {name: torch.full_like(call[name], torch.nan) for name in ("lora_a", "lora_b")}
     got = _run(case, call.changed(**nan))
     check_bits(got[clean], base, "a row without the adapter beside an adapter of NaN")
+    _check(case, GatedLoraLinear(rows=130, k=200, slices=(52, 150)).call(CPU), *BATCHES)
 
 
 def _linear_silu_and_mul(case: Case) -> None:
@@ -155,6 +158,7 @@ def _linear_silu_and_mul(case: Case) -> None:
         got = _check(case, given).result
         apart = _run(case, Call("silu_and_mul", {"x": _run(case, given.of(layer, *given.arguments))}))
         check_bits(got, apart, f"linear_silu_and_mul and silu_and_mul of {layer}")
+    _check(case, LinearSiluAndMul(rows=130, k=200, slices=(52, 150)).call(CPU), *BATCHES)
 
 
 # Attention
