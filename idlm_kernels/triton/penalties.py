@@ -122,14 +122,14 @@ def _penalties_kernel(
             in_output += tl.sum((equal & is_output[None, :]).to(tl.int32), axis=1)
         is_biased = i < num_biases
         bias = tl.load(gBias + b * stride_bias + i, mask=is_biased, other=0.0)
-        for r in range(0, span.m_rows):
+        for r in range(span.m_rows):
             visible = r
             if r > span.n:
                 visible = span.n
                 if QUADRATIC:
                     visible = tl.minimum((r - 1 - span.n) // tl.maximum(num_k, 1), span.n)
             count = in_output
-            for j in range(0, visible):
+            for j in range(visible):
                 count += (token == tl.load(history.drafts + j)).to(tl.int32)
             is_seen = (in_prompt > 0) | (count > 0)
             is_changed = is_first & (is_biased | is_seen)

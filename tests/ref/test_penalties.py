@@ -1,4 +1,4 @@
-"""apply_penalties against loops over rows, tokens and ids in plain Python; what it is for: rows as decoding has them."""
+"""apply_penalties against loops over rows, tokens and ids in plain Python; what it is for: rows as AR has them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ def by_loops(call: Call) -> torch.Tensor:
         for token, value in zip(p.bias_ids[b].tolist(), p.bias[b].tolist(), strict=True):
             bias.setdefault(token, value)
         for r in range(end - start):
-            if r <= n:
-                drafts = r
-            else:
-                drafts = (r - n - 1) // num_k if call["quadratic"] else n
+            branch = (r - n - 1) // num_k if call["quadratic"] else n
+            drafts = r if r <= n else branch
             output = call["text"][b, prompt_length:length].tolist() + call["drafts"][b, :drafts].tolist()
             seen = set(output) | set(call["text"][b, :prompt_length].tolist())
             for token in range(vocab_size):
@@ -78,7 +76,6 @@ def test_a_clean_row_is_that_of_ordinary_decoding(b: int, backend: str) -> None:
         whole = apply_penalties(**call.arguments)
         for i in range(int(call["num_drafts"][b]) + 1):
             text = torch.cat([call["text"][b, :length], call["drafts"][b, :i]])
-            one = slice(b, b + 1)
             alone = apply_penalties(
                 call["logits"][start + i : start + i + 1],
                 torch.tensor([0, 1], dtype=torch.int32),
@@ -86,7 +83,7 @@ def test_a_clean_row_is_that_of_ordinary_decoding(b: int, backend: str) -> None:
                 torch.zeros(1, 0, dtype=torch.int64),
                 text.unsqueeze(0),
                 torch.tensor([len(text)], dtype=torch.int32),
-                call.mapped(lambda x: x[one])["penalties"],
+                call.mapped(lambda x: x[b : b + 1])["penalties"],
                 quadratic=False,
             )
             check_bits(alone[0], whole[start + i], f"row {i}")
