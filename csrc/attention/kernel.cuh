@@ -143,10 +143,15 @@ struct Multiplier {
   __device__ Multiplier(const Params& params, uint8_t* q, uint8_t* stack, int32_t* last, const Ring& r)
       : p(params), sQ(q), sStack(stack), sLast(last), ring(r) {}
 
+  // Of the tile: the two that this thread holds numbers of.
+  static __device__ int32_t row(int32_t h) {
+    return thread_of_group() / 32 * 16 + static_cast<int32_t>(lane_id()) / 4 + 8 * h;
+  }
+
   __device__ void load_q(const Request& r, const Unit& u) {
     group_sync();  // the output of the unit before has been read from there
     constexpr int32_t kPieces = kDim / 8;
-#pragma unroll
+#pragma unroll 4
     for (int32_t j = 0; j < kTileRows * kPieces / kGroupThreads; ++j) {
       const int32_t at = thread_of_group() + j * kGroupThreads, row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
@@ -160,9 +165,9 @@ struct Multiplier {
     group_sync();
   }
 
-  // s = q K^T of the block that comes next; on its way when this returns.
-  __device__ void start_scores(float (&s)[32]) {
-    barrier_wait(ring.full(), ring.parity);
+  // s = q K^T of a block; on its way when this returns.
+  __device__ void start_scores(const Ring& at, float (&s)[32]) {
+    barrier_wait(at.full(), at.parity);
     fence_async_shared();  // what was copied
 #pragma unroll
     for (int32_t e = 0; e < 32; ++e) s[e] = 0.0f;
@@ -170,7 +175,7 @@ struct Multiplier {
 #pragma unroll
     for (int32_t panel = 0; panel < S::kPanels; ++panel) {
       const uint64_t a = tile_descriptor(shared_address(sQ) + panel * kPanelBytes);
-      const uint64_t b = tile_descriptor(ring.block() + panel * kPanelBytes);
+      const uint64_t b = tile_descriptor(at.block() + panel * kPanelBytes);
 #pragma unroll
       for (int32_t k = 0; k < kSwizzleBytes; k += 32) product<Element>(s, advanced(a, k), advanced(b, k));
     }
@@ -191,13 +196,19 @@ struct Multiplier {
     products_commit();
   }
 
+  // After an update: o may be touched, and V is given back.
+  __device__ void settle() {
+#pragma unroll
+    for (int32_t panel = 0; panel < S::kPanels; ++panel) pin(o[panel]);
+    give_back(ring.empty());
+  }
+
   __device__ void give_back(uint32_t empty) {
     if (lane_id() == 0) barrier_arrive(empty);
   }
 
-  // Scores to weights: P in pairs, and what o has to be multiplied by. sees: of the thread's rows, bit c slot c.
-  __device__ void softmax(float (&s)[32], const uint64_t (&sees)[2], bool all, float scale, uint32_t (&weights)[16],
-                          float (&share)[2]) {
+  // Scores to weights, and what o has to be multiplied by. sees: of the thread's rows, bit c slot c.
+  __device__ void softmax(float (&s)[32], const uint64_t (&sees)[2], bool all, float scale, float (&share)[2]) {
 #pragma unroll
     for (int32_t h = 0; h < 2; ++h) {
       const uint64_t mine = sees[h] >> 2 * (lane_id() % 4);
@@ -222,10 +233,16 @@ struct Multiplier {
       for (int32_t j = 0; j < 8; ++j) {
         const float x = exp2_approx(s[4 * j + 2 * h] - finite), y = exp2_approx(s[4 * j + 2 * h + 1] - finite);
         sum += x + y;
-        weights[2 * j + h] = packed<Element>(x, y);
+        s[4 * j + 2 * h] = x, s[4 * j + 2 * h + 1] = y;
       }
       t[h] = __fmaf_rn(t[h], share[h], sum);
     }
+  }
+
+  // P in pairs, as wgmma takes it from registers.
+  __device__ void pack(const float (&s)[32], uint32_t (&weights)[16]) {
+#pragma unroll
+    for (int32_t i = 0; i < 16; ++i) weights[i] = packed<Element>(s[2 * i], s[2 * i + 1]);
   }
 
   // Takes every V that is not finite out of the block and adds it to the rows that see it.
@@ -235,7 +252,7 @@ struct Multiplier {
     uint8_t* sV = sQ + (ring.block() - shared_address(sQ));
     constexpr int32_t kWords = S::kBlockBytes / 4 / kGroupThreads;
     bool found = false;
-#pragma unroll
+#pragma unroll 2
     for (int32_t j = 0; j < kWords / 4; ++j) {
       const uint4 x = reinterpret_cast<const uint4*>(sV)[thread_of_group() + j * kGroupThreads];
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
@@ -244,6 +261,7 @@ struct Multiplier {
     }
     if (!group_any(found)) return;
     const int32_t pair = 4 * static_cast<int32_t>(lane_id() % 4);  // bytes
+#pragma unroll 1
     for (int32_t c = 0; c < kTileSlots; ++c) {
       const bool seen[2] = {(sees[0] >> c & 1) != 0, (sees[1] >> c & 1) != 0};
 #pragma unroll
@@ -262,6 +280,7 @@ struct Multiplier {
       }
     }
     group_sync();
+#pragma unroll 1
     for (int32_t j = 0; j < kWords; ++j) {
       uint32_t& w = reinterpret_cast<uint32_t*>(sV)[thread_of_group() + j * kGroupThreads];
       w &= (strange(w) ? 0xFFFF0000u : ~0u) & (strange(w >> 16) ? 0x0000FFFFu : ~0u);
@@ -294,6 +313,7 @@ struct Multiplier {
     const Join first(before.x, m[0]), second(before.y, m[1]);
 #pragma unroll
     for (int32_t i = 0; i < S::kPanels * 8; ++i) {
+      if (i % 4 == 0) asm volatile("" ::: "memory");  // four vectors on their way at a time, or registers are short
       const float4 y = s[i * kGroupThreads];
       float* x = &o[i / 8][i % 8 * 4];
       x[0] = first(y.x, x[0]), x[1] = first(y.y, x[1]);
@@ -302,13 +322,13 @@ struct Multiplier {
     t[0] = first(before.z, t[0]), t[1] = second(before.w, t[1]);
     m[0] = first.m, m[1] = second.m;
   }
-  __device__ void begin_leaf() {
+  __device__ void begin_leaf() { m[0] = m[1] = kNothing, t[0] = t[1] = 0.0f; }
+  __device__ void clear() {
 #pragma unroll
     for (int32_t panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
       for (int32_t e = 0; e < 32; ++e) o[panel][e] = 0.0f;
     }
-    m[0] = m[1] = kNothing, t[0] = t[1] = 0.0f;
   }
   __device__ void end_leaf(int32_t leaf, bool last) {
 #pragma unroll
@@ -327,85 +347,107 @@ struct Multiplier {
 
   // ---- a unit
 
-  __device__ void attend(const Request& r, const Extent& x, const Row (&rows)[2]) {
+  // The softmax of the scores in s, of a tile's slots.
+  __device__ void weigh(const Request& r, const Extent& x, const Sight (&rows)[2], float scale, int32_t tile, float (&s)[32],
+                        float (&share)[2]) {
+    const bool all = all_see(p, r, x, tile * kTileSlots);
+    uint64_t sees[2] = {~uint64_t{0}, ~uint64_t{0}};
+    if (!all) {
+#pragma unroll
+      for (int32_t h = 0; h < 2; ++h) sees[h] = rows[h].sees(p, r, tile * kTileSlots);
+    }
+    softmax(s, sees, all, scale, share);
+  }
+
+  // Returns once V of a tile is there, without what is not finite where a row must not meet it.
+  __device__ void await_v(const Request& r, const Extent& x, const Sight (&rows)[2], int32_t tile) {
+    barrier_wait(ring.full(), ring.parity);
+    fence_async_shared();
+    if (!all_see(p, r, x, tile * kTileSlots))
+      take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)});
+  }
+
+  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2]) {
     const float scale = p.sm_scale * 1.44269504088896341f * (p.k_scale == nullptr ? 1.0f : *p.k_scale);
     begin_leaf();
+    clear();
     if (x.first_tile >= x.end_tile) return;
-    float s[32], next[32];
-    start_scores(s);
+    float s[32], share[2];
+    uint32_t weights[16];
+    start_scores(ring, s);
     products_wait<0>();
     pin(s);
     give_back(ring.empty());
     ring.next();
-    for (int32_t tile = x.first_tile; tile < x.end_tile; ++tile) {
-      const bool more = tile + 1 < x.end_tile;
-      const Ring here = ring;  // V of this tile
-      if (more) {
-        ring.next();
-        start_scores(next);
-      }
-      const Ring ahead = ring;
-      ring = here;
-      const bool all = all_see(p, r, x, tile * kTileSlots);
-      uint64_t sees[2] = {~uint64_t{0}, ~uint64_t{0}};
-      if (!all) {
-#pragma unroll
-        for (int32_t h = 0; h < 2; ++h) sees[h] = rows[h].sees(p, r, tile * kTileSlots);
-      }
-      uint32_t weights[16];
-      float share[2];
-      softmax(s, sees, all, scale, weights, share);
-#pragma unroll
-      for (int32_t panel = 0; panel < S::kPanels; ++panel) {
-#pragma unroll
-        for (int32_t e = 0; e < 32; ++e) o[panel][e] *= share[e / 2 % 2];
-      }
-      barrier_wait(ring.full(), ring.parity);
-      fence_async_shared();
-      if (!all) take_out(sees);
+    weigh(r, x, rows, scale, x.first_tile, s, share);
+    pack(s, weights);
+    const int32_t last = x.end_tile - 1;
+#pragma unroll 1
+    for (int32_t tile = x.first_tile; tile < last; ++tile) {
+      Ring ahead = ring;  // ring: V of this tile; behind it lies K of the next
+      ahead.next();
+      await_v(r, x, rows, tile);
+      start_scores(ahead, s);
       start_update(weights);
+      products_wait<1>();
+      pin(s);
+      give_back(ahead.empty());
+      // The next tile's softmax, while this one's update runs.
+      const bool leaf_ends = tile % kLeafTiles == kLeafTiles - 1;
+      const float of_leaf[4] = {m[0], m[1], t[0], t[1]};
+      if (leaf_ends) begin_leaf();
+      weigh(r, x, rows, scale, tile + 1, s, share);
       products_wait<0>();
+      settle();
+      if (leaf_ends) {
+        const float of_next[4] = {m[0], m[1], t[0], t[1]};
+        m[0] = of_leaf[0], m[1] = of_leaf[1], t[0] = of_leaf[2], t[1] = of_leaf[3];
+        end_leaf(tile / kLeafTiles, false);
+        m[0] = of_next[0], m[1] = of_next[1], t[0] = of_next[2], t[1] = of_next[3];
+        clear();
+      } else {
 #pragma unroll
-      for (int32_t panel = 0; panel < S::kPanels; ++panel) pin(o[panel]);
-      give_back(ring.empty());
+        for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+          for (int32_t e = 0; e < 32; ++e) o[panel][e] *= share[e / 2 % 2];
+        }
+      }
+      pack(s, weights);
+      ring = ahead;
       ring.next();
-      if (more) {
-        pin(next);
-        give_back(ahead.empty());
-        ring.next();
-#pragma unroll
-        for (int32_t e = 0; e < 32; ++e) s[e] = next[e];
-      }
-      if (!more || tile % kLeafTiles == kLeafTiles - 1) {
-        end_leaf(tile / kLeafTiles, !more);
-        if (more) begin_leaf();
-      }
     }
+    await_v(r, x, rows, last);
+    start_update(weights);
+    products_wait<0>();
+    settle();
+    ring.next();
+    end_leaf(last / kLeafTiles, true);
   }
 
   // The tile's rows, by way of the place of q.
-  __device__ void store_rows(const Request& r, const Unit& u, const Row (&rows)[2]) {
+  __device__ void store_rows(const Request& r, const Unit& u) {
     const float v_scale = p.v_scale == nullptr ? 1.0f : *p.v_scale;
     const int32_t lane = static_cast<int32_t>(lane_id());
     group_sync();  // all products with q are done
 #pragma unroll
     for (int32_t h = 0; h < 2; ++h) {
       const Result result(m[h], t[h], v_scale);
-      const int32_t row = thread_of_group() / 32 * 16 + lane / 4 + 8 * h;
+      const Row which(p, r, u, row(h));
 #pragma unroll
       for (int32_t panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
         for (int32_t j = 0; j < 8; ++j) {
           const uint32_t pair =
               packed<Element>(result(o[panel][4 * j + 2 * h]), result(o[panel][4 * j + 2 * h + 1]));
-          *reinterpret_cast<uint32_t*>(sQ + place(row, panel * 8 + j) + 4 * (lane % 4)) = pair;
+          *reinterpret_cast<uint32_t*>(sQ + place(row(h), panel * 8 + j) + 4 * (lane % 4)) = pair;
         }
       }
-      if (p.lse != nullptr && rows[h].exists && lane % 4 == 0)
-        p.lse[rows[h].row * p.lse_stride + rows[h].head] = result.lse;
+      if (p.lse != nullptr && which.exists && lane % 4 == 0)
+        p.lse[which.row * p.lse_stride + which.head] = result.lse;
     }
     group_sync();
     constexpr int32_t kPieces = kDim / 8;
+#pragma unroll 1
     for (int32_t at = thread_of_group(); at < kTileRows * kPieces; at += kGroupThreads) {
       const int32_t row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
@@ -415,12 +457,13 @@ struct Multiplier {
   }
 
   // This part of the tile's rows, for whoever joins the parts.
-  __device__ void store_part(const Unit& u, const Row (&rows)[2]) {
+  __device__ void store_part(const Request& r, const Unit& u) {
     const int32_t lane = static_cast<int32_t>(lane_id());
 #pragma unroll
     for (int32_t h = 0; h < 2; ++h) {
-      if (!rows[h].exists) continue;
-      const int64_t at = (rows[h].row * p.num_heads + rows[h].head) * p.max_parts + u.part;
+      const Row which(p, r, u, row(h));
+      if (!which.exists) continue;
+      const int64_t at = (which.row * p.num_heads + which.head) * p.max_parts + u.part;
       if (lane % 4 == 0) p.gMT[at] = make_float2(m[h], t[h]);
       float* gO = p.gO + at * kDim + 2 * (lane % 4);
 #pragma unroll
@@ -452,14 +495,12 @@ struct Multiplier {
     while (schedule.next(p, u)) {
       const Request r(p, u.request);
       const Extent x(p, r, u, schedule.level);
-      const int32_t row = thread_of_group() / 32 * 16 + static_cast<int32_t>(lane_id()) / 4;
-      const Row rows[2] = {Row(p, r, u, row), Row(p, r, u, row + 8)};
       load_q(r, u);
-      attend(r, x, rows);
+      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))});
       if (u.parts == 1) {
-        store_rows(r, u, rows);
+        store_rows(r, u);
       } else {
-        store_part(u, rows);
+        store_part(r, u);
         if (comes_last(u)) join_parts<Element, kDim>(p, r, u, schedule.level);
       }
     }

@@ -43,8 +43,8 @@ Status check(const AttentionParams& p) {
       !aligned(p.k_cache, {p.k_stride_page, p.k_stride_slot, p.k_stride_head}) ||
       !aligned(p.v_cache, {p.v_stride_page, p.v_stride_slot, p.v_stride_head}))
     return invalid("addresses and strides of q, k_cache and v_cache must be multiples of 16 bytes");
-  if (p.page_table == nullptr || p.seq_lens == nullptr || p.query_start_loc == nullptr || p.out == nullptr ||
-      p.flags == nullptr)
+  if (p.query_start_loc == nullptr || p.out == nullptr || p.flags == nullptr ||
+      (p.batch > 0 && (p.seq_lens == nullptr || (p.max_pages > 0 && p.page_table == nullptr))))
     return invalid("page_table, seq_lens, query_start_loc, out and flags must not be null");
   if (attention_scratch_bytes(p) > 0 && (p.scratch == nullptr || reinterpret_cast<uintptr_t>(p.scratch) % 16))
     return invalid("scratch must be at a multiple of 16 bytes");

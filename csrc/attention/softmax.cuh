@@ -29,14 +29,13 @@ constexpr uint32_t kExponentBits = 0x7F80;
 template <>
 inline constexpr uint32_t kExponentBits<__half> = 0x7C00;
 
-// ---- what a row sees
+// ---- packed rows
 
 struct Row {
   bool exists;
-  int32_t i;       // of the step
-  int32_t head;    // of q
-  int64_t row;     // of the batch
-  uint64_t tail;   // step slots that it sees, with a tail mask
+  int32_t i;     // of the step
+  int32_t head;  // of q
+  int64_t row;   // of the batch
 
   __device__ Row(const Params& p, const Request& r, const Unit& u, int32_t row_of_tile) {
     const int64_t packed_row = int64_t{u.row_tile} * kTileRows + row_of_tile;
@@ -44,7 +43,16 @@ struct Row {
     head = u.kv_head * p.group + static_cast<int32_t>(packed_row % p.group);
     exists = i < r.rows;
     row = int64_t{r.start} + i;
-    tail = exists && p.tail_mask != nullptr ? static_cast<uint64_t>(p.tail_mask[row]) : 0;
+  }
+};
+
+// What a row sees.
+struct Sight {
+  int32_t i;      // of the step
+  uint64_t tail;  // step slots that it sees, with a tail mask
+
+  __device__ Sight(const Params& p, const Row& row) : i(row.i) {
+    tail = row.exists && p.tail_mask != nullptr ? static_cast<uint64_t>(p.tail_mask[row.row]) : 0;
   }
 
   // Bit c: it sees slot first_slot + c.

@@ -1,8 +1,8 @@
 """strided_attention of backend `cuda`. The kernel: csrc/attention/kernel.cuh.
 
-It takes bf16 and fp16, head_dim 64 and 128, and caches whose rows are whole vectors of 16 bytes (`refusal`). Every other
-problem goes to the next backend in line, or is refused where backend `cuda` is forced. The rule looks at what a model's
-calls have in common alone, so the rows of a layer never change between the two.
+It takes bf16 and fp16, head_dim 64 and 128, and caches whose rows are whole vectors of 16 bytes (`refusal`). Every
+other problem goes to the next backend in line, or is refused where backend `cuda` is forced. The rule looks at what a
+model's calls have in common alone, so the rows of a layer never change between the two.
 """
 
 from __future__ import annotations
