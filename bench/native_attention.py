@@ -5,7 +5,8 @@
 For each launch: CTAs; bytes of K and V over their floor (each visible slot once per 64 packed rows); MB of other reads
 (q, page table, lengths, parts of tiles: out of L1 and L2) and of writes; bytes over those of the sectors that are read,
 and sectors written over those that the bytes need; shared-memory waves over the conflict-free count; products over
-those of 64-row tiles; warp instructions. --write records them in bench/budgets/native_attention.json, which a test holds.
+those of 64-row tiles; warp instructions. --write records them in bench/budgets/native_attention.json, which a test
+holds.
 """
 
 from __future__ import annotations
