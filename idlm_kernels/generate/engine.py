@@ -481,7 +481,8 @@ class Engine:
                     break
                 unread.append(_Readback(outcome))
                 if isinstance(self.policy.cost, LearnedCosts) and not (is_new and number == 0):
-                    self.policy.cost.observe(len(running) * decoder.plan.max_rows, time.perf_counter() - start)
+                    seconds = time.perf_counter() - start
+                    self.policy.cost.observe(len(running), decoder.plan.max_rows, seconds)
                 if len(unread) > self._lag:
                     yield from self._taken(unread.popleft().wait(), decoding)
             while unread:
