@@ -265,7 +265,8 @@ class IntrospectiveLM(TemplateLM):
         """Prompt, parameters and stop strings of a request; `times` the same prompt came before."""
         wanted = normalize_gen_kwargs(settings, self.max_gen_toks)
         if unknown := sorted(set(wanted) - _OF_THE_HARNESS - {*_SAMPLING, *_PENALTIES}):
-            raise ValueError(f"gen_kwargs holds {', '.join(unknown)}, wanted {', '.join((*_SAMPLING, *_PENALTIES, 'until'))}")
+            known = ", ".join((*_SAMPLING, *_PENALTIES, "until"))
+            raise ValueError(f"gen_kwargs holds {', '.join(unknown)}, wanted {known}")
         until = [stop for stop in wanted["until"] if stop]
         prompt, count = maybe_truncate(
             self.tok_encode(context) or [self.prefix_token_id],

@@ -58,7 +58,7 @@ class RecordedSteps:
         return outcome
 
     def record(self, decoder: Decoder, state: DecodeState) -> bool:
-        """Make sure of a recording for this bucket and plan, with penalties or without; False if there is to be none."""
+        """Make sure of a recording for this bucket and plan, with or without penalties; False where there is none."""
         if self._recorder is None:
             return False
         key = (state.batch, decoder.plan, decoder.penalties)
