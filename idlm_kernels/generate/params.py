@@ -33,7 +33,7 @@ class SamplingParams:
 
     presence_penalty, frequency_penalty: taken off the logit of a token that is in the output, once, and for each time;
     -2 .. 2, 0 is off. repetition_penalty: divides the logit of a token that is in prompt or output (multiplies one
-    below 0); above 0, 1 is off. logit_bias: of at most 300 token ids what is added to their logits, -100 .. 100; ids may
+    below 0); above 0, 1 is off. logit_bias: of up to 300 token ids what is added to their logits, -100 .. 100; ids may
     be spelled, as JSON has them. The order is vLLM's: bias, repetition, frequency, presence, temperature. With these
     too strided decoding gives the tokens of ordinary decoding.
 
