@@ -2,6 +2,7 @@
 
     SOFTGPU_DIR=... python -m bench.counters [--write]
     SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]    # see native_gemm.py
+    SOFTGPU_DIR=... python -m bench.counters --family attention --backend cuda [--write]    # see native_attention.py
 
 For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
 of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
@@ -29,7 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bench import native_gemm
+from bench import native_attention, native_gemm
 from bench.ptx import Launch, copies_in_flight, ctas_per_sm, recorded_launches, resources
 from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
 from python_ref import DraftDistributions
@@ -287,15 +288,15 @@ def load_softgpu() -> ModuleType:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record the counts as the budget")
-    parser.add_argument("--family", choices=("all", "gemm"), default="all", help="gemm: the linear layers alone")
+    parser.add_argument("--family", choices=("all", "gemm", "attention"), default="all", help="one family alone")
     parser.add_argument(
-        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the linear layers of csrc"
+        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the kernels of csrc"
     )
     arguments = parser.parse_args()
     if arguments.backend == "cuda":
-        if arguments.family != "gemm":
-            parser.error("--backend cuda counts --family gemm; python -m bench.native_counters counts sampling")
-        native_gemm.main(arguments.write)
+        if arguments.family == "all":
+            parser.error("--backend cuda counts one family, --family gemm or --family attention")
+        (native_gemm if arguments.family == "gemm" else native_attention).main(arguments.write)
         return
     if arguments.write and arguments.family != "all":
         parser.error("--write records all families, wanted --family all")
@@ -304,7 +305,7 @@ def main() -> None:
     columns: list[str] = []
     entries = []
     for case in cases():
-        if arguments.family == "gemm" and case.main != "linear":
+        if arguments.family not in ("all", "gemm" if case.main == "linear" else case.main):
             continue
         for entry in measure(case, softgpu):
             if not columns:

@@ -23,6 +23,7 @@ from torch import Tensor
 import python_ref
 from idlm_kernels.testing import (
     Advance,
+    ApplyPenalties,
     Call,
     CommitStep,
     Draw,
@@ -223,6 +224,21 @@ def _sample_rows(case: Case) -> None:
     _check(case, call.rows(slice(13, 14)).changed(mask_id=0))
 
 
+def _apply_penalties(case: Case) -> None:
+    """Both kinds of plans; without biases, on a text of one block; a large vocabulary."""
+    for quadratic in (True, False):
+        _check(case, ApplyPenalties(quadratic=quadratic).call(CPU))
+    _check(case, ApplyPenalties(num_biases=0, vocab_size=50_003, max_len=200).call(CPU))
+    call = ApplyPenalties().call(CPU)
+    got = _run(case, call)
+
+    def in_place(logits: Tensor, **others: Any) -> Tensor:
+        result: Tensor = _function(case, call.op)(logits=logits, **others, out=logits)
+        return result
+
+    check_bits(call.run(in_place, case[1]).result, got, "in place and not")
+
+
 def _verify_accept(case: Case) -> None:
     for quadratic, rule in ((True, "match"), (False, "match"), (True, "rejection")):
         _check(case, VerifyAccept(quadratic=quadratic, rule=rule).call(CPU))
@@ -269,6 +285,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "qk_norm_rope_append": _qk_norm_rope_append,
     "strided_attention": _strided_attention,
     "sample_rows": _sample_rows,
+    "apply_penalties": _apply_penalties,
     "verify_accept": _verify_accept,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,

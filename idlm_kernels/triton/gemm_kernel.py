@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from idlm_kernels.triton.common import silu_times
+from idlm_kernels.triton.common import follow_previous_launch, silu_times
 
 
 class Operands(NamedTuple):
@@ -234,6 +234,7 @@ def _linear_kernel(
     num_rows,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     BLOCK_N: tl.constexpr = shape.BLOCK_N
     BLOCK_T: tl.constexpr = shape.BLOCK_T
     ROW_TILES: tl.constexpr = shape.ROW_TILES

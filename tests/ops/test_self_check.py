@@ -204,6 +204,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         after("verify_accept", first_cut),
         "a distribution of a next draft is off by",
     ),
+    "the prompt is output": (
+        "apply_penalties",
+        changed("apply_penalties", penalties=lambda p: dataclasses.replace(p, prompt_lengths=p.prompt_lengths * 0)),
+        "the result is off",
+    ),
     "the state is not carried on": (
         "rerank_drafts",
         changed("rerank_drafts", from_state=torch.zeros_like),
