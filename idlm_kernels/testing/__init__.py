@@ -34,6 +34,7 @@ from idlm_kernels.testing.problems import (
     SampleRows,
     SiluAndMul,
     StridedAttention,
+    TopLogprobs,
     VerifyAccept,
 )
 from idlm_kernels.testing.timing import microseconds
@@ -58,6 +59,7 @@ __all__ = [
     "SampleRows",
     "SiluAndMul",
     "StridedAttention",
+    "TopLogprobs",
     "VerifyAccept",
     "Wrong",
     "bits",
