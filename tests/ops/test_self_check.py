@@ -117,11 +117,26 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         "7 rows alone and among 130: bits differ",
     ),
     "bits of one row": ("linear", after("linear", lambda y, _: nudged(y, 1)), "1 row alone and among 130: bits differ"),
+    "bits of a batch": (
+        "linear",
+        after("linear", lambda y, _: nudged(y, 65)),
+        "65 rows alone and among 130: bits differ",
+    ),
+    "bits of a batch with an adapter": (
+        "gated_lora_linear",
+        after("gated_lora_linear", lambda y, _: nudged(y, 65)),
+        "65 rows alone and among 130: bits differ",
+    ),
+    "bits of a batch with the activation": (
+        "linear_silu_and_mul",
+        after("linear_silu_and_mul", lambda y, _: nudged(y, 65)),
+        "65 rows alone and among 130: bits differ",
+    ),
     "a weight in another order": ("prepare_weight", forgetful_prepare, "the result is off"),
     "a weight in another dtype": ("prepare_weight", lambda weight: weight.float(), "another shape, dtype or device"),
     "the adapter on every row": (
         "gated_lora_linear",
-        changed("gated_lora_linear", gate=torch.ones_like),
+        changed("gated_lora_linear", lora_mask=torch.ones_like),
         "off by",
     ),
     "clean rows touched by the adapter": (
@@ -188,6 +203,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         "verify_accept",
         after("verify_accept", first_cut),
         "a distribution of a next draft is off by",
+    ),
+    "the prompt is output": (
+        "apply_penalties",
+        changed("apply_penalties", penalties=lambda p: dataclasses.replace(p, prompt_lengths=p.prompt_lengths * 0)),
+        "the result is off",
     ),
     "the state is not carried on": (
         "rerank_drafts",
