@@ -18,7 +18,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from triton.runtime.jit import JITFunction
 
 import idlm_kernels
+from bench import roofline
 from idlm_kernels.generate import Engine, EngineOptions, SamplingParams
+from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.step import decode_step
 from tests.triton.test_end_to_end import QWEN, tiny_generator
 
@@ -94,3 +96,5 @@ def test_nodes_of_a_step_of_qwen3_8b(
     around = one.launches - one.adapter - per_layer + one.torch.total()
     assert around >= 8  # the step before and behind the layers was counted
     assert around + LAYERS * per_layer <= most, one.torch
+    step = roofline.Step(roofline.MODELS["qwen3-8b"], StepPlan(plan, 4 if plan != "ar" else 1), 2, 1024, with_adapter)
+    assert step.launches() == around + LAYERS * per_layer, one
