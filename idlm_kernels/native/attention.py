@@ -1,8 +1,8 @@
 """strided_attention of backend `cuda`. The kernel: csrc/attention/kernel.cuh.
 
-It takes bf16 and fp16, head_dim 64 and 128, and caches of the same or of fp8 whose rows are whole vectors of 16 bytes (`refusal`). Every
-other problem goes to the next backend in line, or is refused where backend `cuda` is forced. The rule looks at what a
-model's calls have in common alone, so the rows of a layer never change between the two.
+It takes bf16 and fp16, head_dim 64 and 128, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
+bytes (`refusal`). Every other problem goes to the next backend in line, or is refused where backend `cuda` is forced.
+The rule looks at what a model's calls have in common alone, so the rows of a layer never change between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEAD_DIMS = (64, 128)
 _VECTOR = 8  # values of 16 bits in 16 bytes
 _MIN_FLAGS = 4096  # one for each tile of 64 packed rows
 
-LIMITS = {"strided_attention": "bf16 and fp16, also over fp8 caches, head_dim 64 and 128, strides of the cache in multiples of 16 bytes"}
+LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim 64 and 128, strides in multiples of 16 bytes"}
 
 # CTAs of a launch (0: one on every SM), for tests and tuning. No result depends on it.
 max_ctas = 0
