@@ -62,7 +62,7 @@ def bf16(*shape: int) -> Tensor:
     return torch.randn(*shape).bfloat16()
 
 
-def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, slices: tuple[int, ...] = ()) -> Case:
+def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, output_sizes: tuple[int, ...] = ()) -> Case:
     """A linear layer; gate_up takes the activation along."""
     x, weight = bf16(rows, k), bf16(n, k)
     paired = name.startswith("gate_up")
@@ -75,17 +75,19 @@ def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, slices: tup
     floor = groups * n * k * 2
     if not rank:
         return Case(f"{op.__name__} {name} rows={rows}", lambda: op(x, weight), "linear", floor, model)
-    slices = slices or (n,)
-    a, b, gate = bf16(rank * len(slices), k), bf16(n, rank), torch.arange(rows) % 7 > 3
+    output_sizes = output_sizes or (n,)
+    a, b, lora_mask = bf16(rank * len(output_sizes), k), bf16(n, rank), torch.arange(rows) % 7 > 3
     # h of the gated rows, once per weight tile, twice where gate and up rows share it; the gate of a lane's rows, which
     # are a fourth of all; B again for further tiles of 64 rows.
-    model += tiles * int(gate.sum()) * rank * 2 * (len(slices) if paired else 1)
+    model += tiles * int(lora_mask.sum()) * rank * 2 * (len(output_sizes) if paired else 1)
     model += tiles * config.num_warps * 32 * rows // 4 + (-(-rows // 64) - 1) * n * rank * 2
 
     def run() -> Tensor:
         if paired:
-            return gemm.linear_silu_and_mul(x, weight, lora_a=a, lora_b=b, gate=gate, slices=slices)
-        return gemm.gated_lora_linear(x, weight, a, b, gate, 1.0, slices=slices)
+            return gemm.linear_silu_and_mul(
+                x, weight, lora_a=a, lora_b=b, lora_mask=lora_mask, output_sizes=output_sizes
+            )
+        return gemm.gated_lora_linear(x, weight, a, b, lora_mask, 1.0, output_sizes=output_sizes)
 
     kind = op.__name__ if paired else "gated_lora_linear"
     return Case(f"{kind} {name} rows={rows} rank={rank}", run, "linear", floor + n * rank * 2, model)
@@ -219,8 +221,8 @@ def cases() -> Iterator[Case]:
             yield linear_case(name, rows, n, k)
     for rows in (16, 128):
         yield linear_case("o", rows, *LAYERS["o"], rank=128)
-        yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, slices=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
-        yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, slices=(INTERMEDIATE, INTERMEDIATE))
+        yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, output_sizes=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
+        yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, output_sizes=(INTERMEDIATE, INTERMEDIATE))
     for batch, rows, context in itertools.product((1, 8), (7, 16), (1024, 4096)):
         yield attention_case(batch, rows, context)
     yield attention_case(1, 320, 1)  # a prefill chunk: chunks of a row tile in one CTA

@@ -138,19 +138,19 @@ def _prepare_weight(case: Case) -> None:
 
 
 def _gated_lora_linear(case: Case) -> None:
-    call = GatedLoraLinear(rows=7, k=584, slices=(52, 30, 18)).call(CPU)
-    clean = ~call["gate"]
+    call = GatedLoraLinear(rows=7, k=584, output_sizes=(52, 30, 18)).call(CPU)
+    clean = ~call["lora_mask"]
     base = _run(case, call.of("linear", "x", "weight", "bias"))[clean]
     got = _check(case, call).result
     check_bits(got[clean], base, "a row without the adapter and the same row of linear")
     nan = {name: torch.full_like(call[name], torch.nan) for name in ("lora_a", "lora_b")}
     got = _run(case, call.changed(**nan))
     check_bits(got[clean], base, "a row without the adapter beside an adapter of NaN")
-    _check(case, GatedLoraLinear(rows=130, k=200, slices=(52, 150)).call(CPU), *BATCHES)
+    _check(case, GatedLoraLinear(rows=130, k=200, output_sizes=(52, 150)).call(CPU), *BATCHES)
 
 
 def _linear_silu_and_mul(case: Case) -> None:
-    call = LinearSiluAndMul(rows=7, k=584, slices=(52, 30, 18)).call(CPU)
+    call = LinearSiluAndMul(rows=7, k=584, output_sizes=(52, 30, 18)).call(CPU)
     for given, layer in (
         (call.of(call.op, "x", "weight", "bias"), "linear"),
         (call, "gated_lora_linear"),
@@ -158,7 +158,7 @@ def _linear_silu_and_mul(case: Case) -> None:
         got = _check(case, given).result
         apart = _run(case, Call("silu_and_mul", {"x": _run(case, given.of(layer, *given.arguments))}))
         check_bits(got, apart, f"linear_silu_and_mul and silu_and_mul of {layer}")
-    _check(case, LinearSiluAndMul(rows=130, k=200, slices=(52, 150)).call(CPU), *BATCHES)
+    _check(case, LinearSiluAndMul(rows=130, k=200, output_sizes=(52, 150)).call(CPU), *BATCHES)
 
 
 # Attention

@@ -40,25 +40,25 @@ class GatedLoraLinear(Problem):
     """Packed slices of these widths, with an adapter of this rank on rows 1, 4, 7 ... Without a rank there is none."""
 
     op = "gated_lora_linear"
-    per_row = ("x", "gate")
+    per_row = ("x", "lora_mask")
     rows: int = 9
     k: int = 320
-    slices: tuple[int, ...] = (70, 40, 90)
+    output_sizes: tuple[int, ...] = (70, 40, 90)
     rank: int = 24
     bias: bool = True
-    gate_dtype: torch.dtype = torch.bool
+    lora_mask_dtype: torch.dtype = torch.bool
 
     def arguments(self, draw: Draw) -> Arguments:
-        n, k, rank, dtype = sum(self.slices), self.k, self.rank, self.dtype
+        n, k, rank, dtype = sum(self.output_sizes), self.k, self.rank, self.dtype
         layer = _layer(draw, self.rows, n, k, self.bias, dtype)
         if not rank:
             return layer
         return layer | {
-            "lora_a": draw.normal(len(self.slices) * rank, k, scale=k**-0.5, dtype=dtype),
+            "lora_a": draw.normal(len(self.output_sizes) * rank, k, scale=k**-0.5, dtype=dtype),
             "lora_b": draw.normal(n, rank, scale=rank**-0.5, dtype=dtype),
-            "gate": (torch.arange(self.rows, device=draw.device) % 3 == 1).to(self.gate_dtype),
+            "lora_mask": (torch.arange(self.rows, device=draw.device) % 3 == 1).to(self.lora_mask_dtype),
             "scale": 0.7,
-            "slices": list(self.slices),
+            "output_sizes": list(self.output_sizes),
         }
 
 
@@ -67,7 +67,7 @@ class LinearSiluAndMul(GatedLoraLinear):
     """The same, of gate and up."""
 
     op = "linear_silu_and_mul"
-    slices: tuple[int, ...] = (51, 60, 89)
+    output_sizes: tuple[int, ...] = (51, 60, 89)
 
 
 # Attention

@@ -91,28 +91,30 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("rows, k, slices, rank", ADAPTERS)
-def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device) -> None:
-    problem = Problem(rows, k, slices, rank, dtype, device)
+@pytest.mark.parametrize("rows, k, output_sizes, rank", ADAPTERS)
+def test_adapter(
+    rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = Problem(rows, k, output_sizes, rank, dtype, device)
     check_adapter(problem)
     if rows == 1:
-        problem.gate[:] = True
+        problem.lora_mask[:] = True
         check_adapter(problem)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("rows, k, slices, rank", ADAPTERS)
+@pytest.mark.parametrize("rows, k, output_sizes, rank", ADAPTERS)
 def test_activation(
-    rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
+    rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check_activation(Problem(rows, k, slices, rank, dtype, device))
+    check_activation(Problem(rows, k, output_sizes, rank, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_gate_is_whatever_is_not_zero(dtype: torch.dtype, device: torch.device) -> None:
     problem = Problem(device=device)
     wanted = problem.gated()
-    problem.gate = problem.gate.to(dtype) * (200 if dtype == torch.uint8 else 1 << 20)
+    problem.lora_mask = problem.lora_mask.to(dtype) * (200 if dtype == torch.uint8 else 1 << 20)
     assert same_bits(problem.gated(), wanted)
 
 
@@ -126,8 +128,8 @@ def test_slices_do_not_touch_each_other(device: torch.device) -> None:
 
 
 def test_too_many_slices_are_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"slices are 17, backend 'cuda' takes at most 16"):
-        Problem(slices=[2] * 17, device=device).gated()
+    with pytest.raises(ValueError, match=r"17 output_sizes, backend 'cuda' takes 16"):
+        Problem(output_sizes=[2] * 17, device=device).gated()
 
 
 def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.device) -> None:
@@ -146,7 +148,7 @@ def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.d
 @pytest.mark.parametrize("rows", [7, 70, 200])
 def test_no_adapter_work_without_a_gated_row(rows: int, softgpu: ModuleType, module: ModuleType) -> None:
     problem = Problem(rows, 1024, (64, 128), 128)
-    problem.gate[:] = False
+    problem.lora_mask[:] = False
     problem.linear()
     plain = softgpu.counters()
     got = problem.gated()
@@ -169,7 +171,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
 def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> None:
     problem = Problem(9, 584, (70, 40, 90), 40)
     out = torch.zeros(9, 200, dtype=BF16)
-    keep = [problem.x, problem.weight, problem.bias, problem.a, problem.b, problem.gate, out]
+    keep = [problem.x, problem.weight, problem.bias, problem.a, problem.b, problem.lora_mask, out]
     arguments = gemm._adapter_params
 
     def registered(*args: object) -> object:
@@ -236,12 +238,12 @@ def test_stages(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows, k, slices, rank",
+    "rows, k, output_sizes, rank",
     [(7, 576, (576, 192, 192), 16), (7, 1536, (576,), 64), (7, 4096, (4096,), 128), (5, 5120, (1024, 128, 128), 256)],
     ids=["qkv of SmolLM2", "down of SmolLM2", "o of Qwen3-8B", "a part of qkv of Qwen3-32B"],
 )
-def test_model_shapes(rows: int, k: int, slices: Sequence[int], rank: int, device: torch.device) -> None:
-    check_adapter(Problem(rows, k, slices, rank, device=device))
+def test_model_shapes(rows: int, k: int, output_sizes: Sequence[int], rank: int, device: torch.device) -> None:
+    check_adapter(Problem(rows, k, output_sizes, rank, device=device))
 
 
 def test_silu_and_mul(device: torch.device) -> None:

@@ -53,7 +53,7 @@ def schedules(softgpu: ModuleType) -> None:
             check_linear(Problem(7, 1024, (100,), 8))
             check_adapter(Problem(9, 1024, (70, 90), 136))
             many = Problem(64, 512, (64,), 72)
-            many.gate[:] = True
+            many.lora_mask[:] = True
             check_adapter(many)
 
 
@@ -81,13 +81,13 @@ MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
         "    __syncthreads();\n  } else {\n    cluster_arrive();\n    cluster_wait();\n",
         "    __syncthreads();\n  } else {\n    __syncthreads();\n",
     ),
-    "the gate is off by one": (values, "(e / 4 * 8 + e % 2) & 1)", "(e / 4 * 8 + e % 2 + 1) & 1)"),
+    "the lora_mask is off by one": (values, "(e / 4 * 8 + e % 2) & 1)", "(e / 4 * 8 + e % 2 + 1) & 1)"),
     "the adapter is added to every row": (
         isolation,
         "(mine >> (e / 4 * 8 + e % 2) & 1) && inside[e / 2 % 2]",
         "inside[e / 2 % 2]",
     ),
-    "the adapter is multiplied by the gate": (
+    "the adapter is multiplied by the lora_mask": (
         isolation,
         "const bool wanted = (mine >> (e / 4 * 8 + e % 2) & 1) && inside[e / 2 % 2];\n"
         "        sums[tile][e] = wanted ? __fmaf_rn(p.scale,",
@@ -129,7 +129,7 @@ BREADTH = {
     "every slice takes the first h",
     "the scale is forgotten",
     "the activation of sums that are not rounded",
-    "the gate is off by one",
+    "the lora_mask is off by one",
 }
 
 

@@ -218,25 +218,25 @@ def _linear(variant: str) -> Arguments:
 
 
 def _gated_lora_linear(variant: str) -> Arguments:
-    slices = [2, 3] if variant == "full" else None
+    output_sizes = [2, 3] if variant == "full" else None
     args: Arguments = {
         "x": _randn(3, 6),
         "weight": _randn(5, 6, seed=1),
-        "lora_a": _randn(4 if slices else 2, 6, seed=3),
+        "lora_a": _randn(4 if output_sizes else 2, 6, seed=3),
         "lora_b": _randn(5, 2, seed=4),
-        "gate": torch.tensor([False, True, True] if variant == "other" else [True, False, False]),
+        "lora_mask": torch.tensor([False, True, True] if variant == "other" else [True, False, False]),
         "scale": 0.5,
     }
     if variant == "full":
-        args |= {"bias": _randn(5, seed=2), "slices": slices}
+        args |= {"bias": _randn(5, seed=2), "output_sizes": output_sizes}
     return args
 
 
 def _linear_silu_and_mul(variant: str) -> Arguments:
     args: Arguments = {"x": _randn(3, 6), "weight": _randn(4, 6, seed=1)}
     if variant == "full":
-        args |= {"lora_a": _randn(4, 6, seed=3), "lora_b": _randn(4, 2, seed=4), "slices": [1, 3], "scale": 0.5}
-        args |= {"gate": torch.tensor([True, False, False])}
+        args |= {"lora_a": _randn(4, 6, seed=3), "lora_b": _randn(4, 2, seed=4), "output_sizes": [1, 3], "scale": 0.5}
+        args |= {"lora_mask": torch.tensor([True, False, False])}
         args |= {"bias": _randn(4, seed=2)}
     return args
 

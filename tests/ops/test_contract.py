@@ -345,9 +345,9 @@ BAD_OPTIONS = [
     ("commit_step", "acceptance", NOT_NUMBERS, TypeError),
     ("commit_step", "acceptance", (-0.1, 1.1, float("nan")), ValueError),
     ("gated_lora_linear", "scale", (*NOT_NUMBERS, None), TypeError),
-    ("gated_lora_linear", "slices", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
+    ("gated_lora_linear", "output_sizes", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
     ("linear_silu_and_mul", "scale", (*NOT_NUMBERS, None), TypeError),
-    ("linear_silu_and_mul", "slices", ([4, 1], [1, 1], [0, 4], [5, -1], []), ValueError),
+    ("linear_silu_and_mul", "output_sizes", ([4, 1], [1, 1], [0, 4], [5, -1], []), ValueError),
     ("rms_norm", "eps", (*NOT_NUMBERS, None), TypeError),
     ("embed", "dtype", (torch.int64, torch.complex64, "float32"), TypeError),
     ("qk_norm_rope_append", "eps", (*NOT_NUMBERS, None), TypeError),
@@ -423,10 +423,10 @@ def test_bad_combinations():
     refused("silu_and_mul", {"x": torch.zeros(2, 5)}, ValueError, "x")
     refused("linear_silu_and_mul", arguments("linear"), ValueError, "weight")  # 5 rows
     adapter = arguments("linear_silu_and_mul", "full")
-    for name in ("lora_a", "lora_b", "gate"):
+    for name in ("lora_a", "lora_b", "lora_mask"):
         refused("linear_silu_and_mul", adapter | {name: None}, ValueError, name)
     plain = arguments("linear_silu_and_mul")
-    refused("linear_silu_and_mul", plain | {"slices": [2, 2]}, ValueError, "slices")
+    refused("linear_silu_and_mul", plain | {"output_sizes": [2, 2]}, ValueError, "output_sizes")
     refused("embed", arguments("embed") | {"weight": torch.zeros(0, 6)}, ValueError, "weight")
 
     one_norm = arguments("qk_norm_rope_append") | {"q_weight": torch.ones(4)}
@@ -505,7 +505,7 @@ def no_rows(op: str) -> dict[str, Any]:
         "advance": tuple(args),
         "commit_step": tuple(args),
         "linear": ("x",),
-        "gated_lora_linear": ("x", "gate"),
+        "gated_lora_linear": ("x", "lora_mask"),
         "linear_silu_and_mul": ("x",),
         "rms_norm": ("x",),
         "silu_and_mul": ("x",),

@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "a weight in another dtype": ("prepare_weight", lambda weight: weight.float(), "another shape, dtype or device"),
     "the adapter on every row": (
         "gated_lora_linear",
-        changed("gated_lora_linear", gate=torch.ones_like),
+        changed("gated_lora_linear", lora_mask=torch.ones_like),
         "off by",
     ),
     "clean rows touched by the adapter": (
