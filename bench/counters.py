@@ -2,6 +2,7 @@
 
     SOFTGPU_DIR=... python -m bench.counters [--write]
     SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]    # see native_gemm.py
+    SOFTGPU_DIR=... python -m bench.counters --family attention --backend cuda [--write]    # see native_attention.py
 
 For each launch: bytes of weights or KV requested, over their floor (each once); other global reads (activations, parts
 of split sums: out of L2) and writes in KB; sector efficiency of reads and writes; shared-memory waves over the
@@ -29,7 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bench import native_gemm
+from bench import native_attention, native_gemm
 from bench.ptx import Launch, copies_in_flight, ctas_per_sm, recorded_launches, resources
 from idlm_kernels.triton import attention, gemm, layers, perturb, rerank, sampling
 from python_ref import DraftDistributions
@@ -61,7 +62,7 @@ def bf16(*shape: int) -> Tensor:
     return torch.randn(*shape).bfloat16()
 
 
-def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, slices: tuple[int, ...] = ()) -> Case:
+def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, output_sizes: tuple[int, ...] = ()) -> Case:
     """A linear layer; gate_up takes the activation along."""
     x, weight = bf16(rows, k), bf16(n, k)
     paired = name.startswith("gate_up")
@@ -74,17 +75,19 @@ def linear_case(name: str, rows: int, n: int, k: int, rank: int = 0, slices: tup
     floor = groups * n * k * 2
     if not rank:
         return Case(f"{op.__name__} {name} rows={rows}", lambda: op(x, weight), "linear", floor, model)
-    slices = slices or (n,)
-    a, b, gate = bf16(rank * len(slices), k), bf16(n, rank), torch.arange(rows) % 7 > 3
+    output_sizes = output_sizes or (n,)
+    a, b, lora_mask = bf16(rank * len(output_sizes), k), bf16(n, rank), torch.arange(rows) % 7 > 3
     # h of the gated rows, once per weight tile, twice where gate and up rows share it; the gate of a lane's rows, which
     # are a fourth of all; B again for further tiles of 64 rows.
-    model += tiles * int(gate.sum()) * rank * 2 * (len(slices) if paired else 1)
+    model += tiles * int(lora_mask.sum()) * rank * 2 * (len(output_sizes) if paired else 1)
     model += tiles * config.num_warps * 32 * rows // 4 + (-(-rows // 64) - 1) * n * rank * 2
 
     def run() -> Tensor:
         if paired:
-            return gemm.linear_silu_and_mul(x, weight, lora_a=a, lora_b=b, gate=gate, slices=slices)
-        return gemm.gated_lora_linear(x, weight, a, b, gate, 1.0, slices=slices)
+            return gemm.linear_silu_and_mul(
+                x, weight, lora_a=a, lora_b=b, lora_mask=lora_mask, output_sizes=output_sizes
+            )
+        return gemm.gated_lora_linear(x, weight, a, b, lora_mask, 1.0, output_sizes=output_sizes)
 
     kind = op.__name__ if paired else "gated_lora_linear"
     return Case(f"{kind} {name} rows={rows} rank={rank}", run, "linear", floor + n * rank * 2, model)
@@ -218,8 +221,8 @@ def cases() -> Iterator[Case]:
             yield linear_case(name, rows, n, k)
     for rows in (16, 128):
         yield linear_case("o", rows, *LAYERS["o"], rank=128)
-        yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, slices=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
-        yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, slices=(INTERMEDIATE, INTERMEDIATE))
+        yield linear_case("qkv", rows, *LAYERS["qkv"], rank=128, output_sizes=(HIDDEN, HIDDEN // 4, HIDDEN // 4))
+        yield linear_case("gate_up", rows, *LAYERS["gate_up"], rank=128, output_sizes=(INTERMEDIATE, INTERMEDIATE))
     for batch, rows, context in itertools.product((1, 8), (7, 16), (1024, 4096)):
         yield attention_case(batch, rows, context)
     yield attention_case(1, 320, 1)  # a prefill chunk: chunks of a row tile in one CTA
@@ -285,15 +288,15 @@ def load_softgpu() -> ModuleType:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record the counts as the budget")
-    parser.add_argument("--family", choices=("all", "gemm"), default="all", help="gemm: the linear layers alone")
+    parser.add_argument("--family", choices=("all", "gemm", "attention"), default="all", help="one family alone")
     parser.add_argument(
-        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the linear layers of csrc"
+        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the kernels of csrc"
     )
     arguments = parser.parse_args()
     if arguments.backend == "cuda":
-        if arguments.family != "gemm":
-            parser.error("--backend cuda counts --family gemm; python -m bench.native_counters counts sampling")
-        native_gemm.main(arguments.write)
+        if arguments.family == "all":
+            parser.error("--backend cuda counts one family, --family gemm or --family attention")
+        (native_gemm if arguments.family == "gemm" else native_attention).main(arguments.write)
         return
     if arguments.write and arguments.family != "all":
         parser.error("--write records all families, wanted --family all")
@@ -302,7 +305,7 @@ def main() -> None:
     columns: list[str] = []
     entries = []
     for case in cases():
-        if arguments.family == "gemm" and case.main != "linear":
+        if arguments.family not in ("all", "gemm" if case.main == "linear" else case.main):
             continue
         for entry in measure(case, softgpu):
             if not columns:

@@ -59,9 +59,13 @@ def linears() -> None:
     a, b = torch.randn(3 * rank, HIDDEN), torch.randn(sum(widths), rank)
     cells = []
     for rows in ROWS:
-        x, gate = torch.randn(rows, HIDDEN), torch.arange(rows) >= (rows + 1) // 2
+        x, lora_mask = torch.randn(rows, HIDDEN), torch.arange(rows) >= (rows + 1) // 2
         cells.append(
-            microseconds(lambda x=x, gate=gate: cpu.gated_lora_linear(x, weight, a, b, gate, 2.0, slices=widths))
+            microseconds(
+                lambda x=x, lora_mask=lora_mask: cpu.gated_lora_linear(
+                    x, weight, a, b, lora_mask, 2.0, output_sizes=widths
+                )
+            )
         )
     row("gated_lora_linear qkv, rank 16", cells)
 

@@ -34,18 +34,16 @@ ADAPTER_US = 1.0  # the blocks of (B, h) behind the main loop
 
 def predicted_us(case: Case) -> float:
     """One launch, from the way it is cut (`Case.launch`)."""
-    n, k, slices, _ = LAYERS[case.layer]
+    n, k, output_sizes, _ = LAYERS[case.layer]
     row_tiles, token_tiles, _ = tile(case.rows, case.rank > 0)
     launch = case.launch()
     memory = case.floor() / MEMORY_TB_PER_S / 1e6
     l2 = (case.floor() + case.model() / (2 if case.rows > 32 else 1)) / L2_TB_PER_S / 1e6
     # A CTA of W: its blocks of K, and what the adapter adds to each.
-    blocks = -(-k // 64) / SPLITS[case.layer] * (1 + case.rank * (len(slices) / n + 1 / k))
+    blocks = -(-k // 64) / SPLITS[case.layer] * (1 + case.rank * (len(output_sizes) / n + 1 / k))
     products = 4 * row_tiles * token_tiles
     stage = 8192 * (row_tiles + token_tiles)
-    clocks = max(
-        products * PRODUCT_FLOP / FLOP_PER_CLOCK, (products * PRODUCT_BYTES + stage) / SHARED_BYTES_PER_CLOCK
-    )
+    clocks = max(products * PRODUCT_FLOP / FLOP_PER_CLOCK, (products * PRODUCT_BYTES + stage) / SHARED_BYTES_PER_CLOCK)
     busiest = -(-launch.weight_ctas // NUM_SMS)
     body = max(memory, l2, busiest * blocks * clocks / GHZ / 1e3)
     late = 0.0
@@ -76,7 +74,9 @@ def table() -> str:
     ]
     for layer in LAYERS:
         for rows in (1, 7, 16, 64, 128, 224, 448):
-            cells = [f"{predicted_us(Case(layer, rows, rank)):.1f}" if rows > 1 or not rank else "" for rank in (0, 128)]
+            cells = [
+                f"{predicted_us(Case(layer, rows, rank)):.1f}" if rows > 1 or not rank else "" for rank in (0, 128)
+            ]
             peer = peers_us(layer, rows)
             cells += ["" if peer is None else f"{peer:.1f}", f"{Case(layer, min(rows, 256)).floor() / 3.35e6:.1f}"]
             lines.append(" | ".join(["| " + layer, str(rows), *cells]) + " |")

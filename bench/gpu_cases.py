@@ -73,22 +73,22 @@ def linear_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterat
         "down": (config.intermediate_size, (hidden,)),
         "lm_head": (hidden, (config.vocab_size,)),
     }
-    for name, (k, slices) in layers.items():
+    for name, (k, output_sizes) in layers.items():
         for rank in (0, RANK) if rows > 1 and name != "lm_head" else (0,):
-            problem: Problem = GatedLoraLinear(rows=rows, k=k, slices=slices, rank=rank, bias=False)
+            problem: Problem = GatedLoraLinear(rows=rows, k=k, output_sizes=output_sizes, rank=rank, bias=False)
             if name == "gate_up":
-                problem = LinearSiluAndMul(rows=rows, k=k, slices=slices, rank=rank, bias=False)
+                problem = LinearSiluAndMul(rows=rows, k=k, output_sizes=output_sizes, rank=rank, bias=False)
             elif not rank:
-                problem = Linear(rows=rows, n=sum(slices), k=k, bias=False)
+                problem = Linear(rows=rows, n=sum(output_sizes), k=k, bias=False)
 
             def make(problem: Problem = problem) -> Call:
                 call = problem.call(device)
-                gate = torch.arange(rows, device=device) >= rows // 2
-                return call.changed(gate=gate) if "gate" in call.arguments else call
+                lora_mask = torch.arange(rows, device=device) >= rows // 2
+                return call.changed(lora_mask=lora_mask) if "lora_mask" in call.arguments else call
 
-            n = sum(slices)
+            n = sum(output_sizes)
             shape = f"{name} rows={rows}" + (f" rank={rank}" if rank else "")
-            floor = 2 * (n * k + rank * (n + k * len(slices)))
+            floor = 2 * (n * k + rank * (n + k * len(output_sizes)))
             # Peers were measured at the width of gate or up alone, and at an LM head of 65,536 ids.
             peer_n = {"gate_up": config.intermediate_size, "lm_head": 65_536}.get(name, n)
             scale = (n * k + rows * (n + k)) / (peer_n * k + rows * (peer_n + k))

@@ -68,11 +68,11 @@ def layer_rows(device: torch.device, name: str) -> Found:
     """One linear layer: rows alone and among 512, any number of them, without and with the adapter."""
     import idlm_kernels
 
-    k, slices = next((k, slices) for n, k, slices in LAYERS if n == name)
-    n = sum(slices)
+    k, output_sizes = next((k, output_sizes) for n, k, output_sizes in LAYERS if n == name)
+    n = sum(output_sizes)
     x, weight = normal(device, 512, k), normal(device, n, k, scale=k**-0.5)
-    a, b = normal(device, 128 * len(slices), k, scale=k**-0.5), normal(device, n, 128, scale=0.3)
-    gate = torch.arange(512, device=device) % 3 != 0
+    a, b = normal(device, 128 * len(output_sizes), k, scale=k**-0.5), normal(device, n, 128, scale=0.3)
+    lora_mask = torch.arange(512, device=device) % 3 != 0
     fused = name == "gate_up"
 
     def run(rows: slice, adapter: bool, nan: bool = False) -> Tensor:
@@ -86,8 +86,8 @@ def layer_rows(device: torch.device, name: str) -> Found:
         if not adapter:
             return op(x[rows], weight)
         factors = (torch.full_like(a, torch.nan), torch.full_like(b, torch.nan)) if nan else (a, b)
-        options = dict(zip(("lora_a", "lora_b", "gate", "scale"), (*factors, gate[rows], 0.5), strict=True))
-        return op(x[rows], weight, **options, slices=slices)
+        options = dict(zip(("lora_a", "lora_b", "lora_mask", "scale"), (*factors, lora_mask[rows], 0.5), strict=True))
+        return op(x[rows], weight, **options, output_sizes=output_sizes)
 
     whole = run(slice(0, 512), False)
     exact = x[:64].float() @ weight.float().T
@@ -98,9 +98,14 @@ def layer_rows(device: torch.device, name: str) -> Found:
     for adapter in (False, True) if name != "lm_head" else (False,):
         among = run(slice(0, 512), adapter) if adapter else whole
         if adapter:
-            yield judged(f"{name}: clean rows beside an adapter", (among[~gate], whole[~gate]))
-            yield judged(f"{name}: clean rows beside NaN", (run(slice(0, 512), True, True)[~gate], whole[~gate]))
-            yield f"{name}: the adapter acts", "ok" if not same_bits(among[gate], whole[gate]) else "it changes nothing"
+            yield judged(f"{name}: clean rows beside an adapter", (among[~lora_mask], whole[~lora_mask]))
+            yield judged(
+                f"{name}: clean rows beside NaN", (run(slice(0, 512), True, True)[~lora_mask], whole[~lora_mask])
+            )
+            yield (
+                f"{name}: the adapter acts",
+                "ok" if not same_bits(among[lora_mask], whole[lora_mask]) else "it changes nothing",
+            )
         for count in COUNTS:
             pairs = []
             for first in dict.fromkeys((0, 5, 512 - count)):

@@ -58,8 +58,8 @@ An answer holds for the card, the driver and the compiler that gave it: with oth
 kernel may rest on it, as part of its self-check.
 """
 MARKS = ("<!-- from bench/results, by bench/hardware.py -->\n", "<!-- end -->\n")
-REST = """The emulator sees neither time nor caches, rounds tensor-core sums in its own way, runs launches
-one after the other, and keeps memory in order: that what CTAs tell each other is ordered by acquire and release is read
+REST = """The emulator sees neither time nor caches, rounds tensor-core sums in its own way, overlaps
+two launches at most, keeps memory in order: that what CTAs tell each other is ordered by acquire and release is read
 off the PTX, not checked dynamically. What has been seen on which card: [docs/hardware.md](docs/hardware.md).
 """
 

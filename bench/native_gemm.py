@@ -3,7 +3,7 @@
     SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]
 
 For each launch: CTAs, cluster, stages of the ring and KB of weights that they keep in flight on an SM; bytes of W, A
-and B over their floor (each once per 256 rows); bytes of x and h that reach the SMs out of L2, over that floor; sectors stored
+and B over their floor (each once per 256 rows); bytes of x and h that reach the SMs out of L2, over it; sectors stored
 over the floor; shared-memory waves over the conflict-free count; warp instructions. --write records them in
 bench/budgets/native_gemm.json, which a test holds.
 """
@@ -23,7 +23,7 @@ from bench.native_counters import ideal_waves
 
 BUDGET = Path(__file__).parent / "budgets" / "native_gemm.json"
 NUM_SMS = 132
-LAYERS = {  # n, k, slices, with the activation
+LAYERS = {  # n, k, output_sizes, with the activation
     "qkv": (6144, 4096, (4096, 1024, 1024), False),
     "o": (4096, 4096, (4096,), False),
     "gate_up": (24576, 4096, (12288, 12288), True),
@@ -68,27 +68,27 @@ class Case:
         """One launch. Counts do not depend on values: all are zero."""
         from idlm_kernels.native import gemm
 
-        n, k, slices, activation = LAYERS[self.layer]
+        n, k, output_sizes, activation = LAYERS[self.layer]
         x, weight = torch.zeros(self.rows, k, dtype=torch.bfloat16), torch.zeros(n, k, dtype=torch.bfloat16)
         if not self.rank:
             op = gemm.linear_silu_and_mul if activation else gemm.linear
             return lambda: op(x, weight)
-        a = torch.zeros(len(slices) * self.rank, k, dtype=torch.bfloat16)
-        b, gate = torch.zeros(n, self.rank, dtype=torch.bfloat16), torch.arange(self.rows) % 3 == 1
+        a = torch.zeros(len(output_sizes) * self.rank, k, dtype=torch.bfloat16)
+        b, lora_mask = torch.zeros(n, self.rank, dtype=torch.bfloat16), torch.arange(self.rows) % 3 == 1
         if activation:
-            adapter: dict[str, Any] = {"lora_a": a, "lora_b": b, "gate": gate, "slices": slices}
+            adapter: dict[str, Any] = {"lora_a": a, "lora_b": b, "lora_mask": lora_mask, "output_sizes": output_sizes}
             return lambda: gemm.linear_silu_and_mul(x, weight, **adapter)
-        return lambda: gemm.gated_lora_linear(x, weight, a, b, gate, 1.0, slices=slices)
+        return lambda: gemm.gated_lora_linear(x, weight, a, b, lora_mask, 1.0, output_sizes=output_sizes)
 
     def launch(self) -> Launch:
         """How csrc/gemm/heuristics.h cuts it."""
-        n, _, slices, _ = LAYERS[self.layer]
+        n, _, output_sizes, _ = LAYERS[self.layer]
         row_tiles, token_tiles, most = tile(self.rows, self.rank > 0)
         splits, groups = SPLITS[self.layer], -(-self.rows // (64 * token_tiles))
         cluster = 2 * splits if self.rank or self.rows > 32 else splits
         main = n // (64 * row_tiles) * splits * groups
         h_tiles = -(-self.rank // (64 * row_tiles))
-        ctas = main + len(slices) * h_tiles * groups * cluster
+        ctas = main + len(output_sizes) * h_tiles * groups * cluster
 
         def resident(per_sm: int) -> int:  # GPCs of 16 SMs or more; two SMs side by side are a pair everywhere
             return NUM_SMS * per_sm if cluster <= 2 else 8 * (16 * per_sm // cluster) * cluster
@@ -97,15 +97,15 @@ class Case:
 
     def floor(self) -> int:
         """Bytes of W, A and B, each once per 256 rows."""
-        n, k, slices, _ = LAYERS[self.layer]
-        return -(-self.rows // 256) * 2 * (n * k + self.rank * (len(slices) * k + n))
+        n, k, output_sizes, _ = LAYERS[self.layer]
+        return -(-self.rows // 256) * 2 * (n * k + self.rank * (len(output_sizes) * k + n))
 
     def model(self) -> int:
         """Bytes of x and h that reach the SMs: x once per CTA tile of the weight and of A, h once per tile and slice in
         it. Above 32 rows two tiles of the weight share what is read of x."""
-        n, k, slices, activation = LAYERS[self.layer]
+        n, k, output_sizes, activation = LAYERS[self.layer]
         tile_rows = 64 * tile(self.rows, self.rank > 0)[0]
-        tiles, h_tiles = n // tile_rows, len(slices) * -(-self.rank // tile_rows)
+        tiles, h_tiles = n // tile_rows, len(output_sizes) * -(-self.rank // tile_rows)
         return 2 * self.rows * ((tiles + h_tiles) * k + tiles * self.rank * (2 if activation else 1))
 
 

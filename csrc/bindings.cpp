@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "gemm/heuristics.h"
+#include "idlm/attention.h"
 #include "idlm/gemm.h"
 #include "idlm/sampling.h"
 #include "sampling/heuristics.h"
@@ -196,8 +197,8 @@ void define_structs(py::module_& m) {
       .field("lora_a_stride", &AdapterParams::lora_a_stride)
       .field("lora_b", &AdapterParams::lora_b)
       .field("lora_b_stride", &AdapterParams::lora_b_stride)
-      .field("gate", &AdapterParams::gate)
-      .field("gate_is_int32", &AdapterParams::gate_is_int32)
+      .field("lora_mask", &AdapterParams::lora_mask)
+      .field("lora_mask_is_int32", &AdapterParams::lora_mask_is_int32)
       .field("scale", &AdapterParams::scale)
       .field("rank", &AdapterParams::rank)
       .field("num_slices", &AdapterParams::num_slices)
@@ -212,6 +213,53 @@ void define_structs(py::module_& m) {
       .field("out_stride", &SiluAndMulParams::out_stride)
       .field("num_rows", &SiluAndMulParams::num_rows)
       .field("width", &SiluAndMulParams::width);
+}
+
+void define_attention(py::module_& m) {
+  Struct<AttentionParams>(m, "AttentionParams")
+      .field("dtype", &AttentionParams::dtype)
+      .field("q", &AttentionParams::q)
+      .field("q_stride_row", &AttentionParams::q_stride_row)
+      .field("q_stride_head", &AttentionParams::q_stride_head)
+      .field("k_cache", &AttentionParams::k_cache)
+      .field("k_stride_page", &AttentionParams::k_stride_page)
+      .field("k_stride_slot", &AttentionParams::k_stride_slot)
+      .field("k_stride_head", &AttentionParams::k_stride_head)
+      .field("v_cache", &AttentionParams::v_cache)
+      .field("v_stride_page", &AttentionParams::v_stride_page)
+      .field("v_stride_slot", &AttentionParams::v_stride_slot)
+      .field("v_stride_head", &AttentionParams::v_stride_head)
+      .field("page_table", &AttentionParams::page_table)
+      .field("page_table_stride", &AttentionParams::page_table_stride)
+      .field("seq_lens", &AttentionParams::seq_lens)
+      .field("query_start_loc", &AttentionParams::query_start_loc)
+      .field("tail_mask", &AttentionParams::tail_mask)
+      .field("k_scale", &AttentionParams::k_scale)
+      .field("v_scale", &AttentionParams::v_scale)
+      .field("out", &AttentionParams::out)
+      .field("out_stride_row", &AttentionParams::out_stride_row)
+      .field("out_stride_head", &AttentionParams::out_stride_head)
+      .field("lse", &AttentionParams::lse)
+      .field("lse_stride", &AttentionParams::lse_stride)
+      .field("num_rows", &AttentionParams::num_rows)
+      .field("num_heads", &AttentionParams::num_heads)
+      .field("num_kv_heads", &AttentionParams::num_kv_heads)
+      .field("head_dim", &AttentionParams::head_dim)
+      .field("batch", &AttentionParams::batch)
+      .field("num_pages", &AttentionParams::num_pages)
+      .field("page_size", &AttentionParams::page_size)
+      .field("max_pages", &AttentionParams::max_pages)
+      .field("max_query_len", &AttentionParams::max_query_len)
+      .field("window", &AttentionParams::window)
+      .field("sm_scale", &AttentionParams::sm_scale)
+      .field("scratch", &AttentionParams::scratch)
+      .field("flags", &AttentionParams::flags)
+      .field("max_ctas", &AttentionParams::max_ctas);
+  m.def("strided_attention", [](const AttentionParams& p, Address stream, bool dependent_launch) {
+    launch(&strided_attention, p, pointer<CUstream_st>(stream), dependent_launch);
+  });
+  m.def("attention_scratch_bytes", &attention_scratch_bytes);
+  m.def("attention_flag_words", &attention_flag_words);
 }
 
 // "NAME, compute capability X.Y", or why there is no device or none that the kernels run on.
@@ -239,6 +287,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("bytes_per_cta", &bytes_per_cta, py::arg("row_bytes"), py::arg("cluster_size"));
   m.def("verify_accept_workspace_bytes", &verify_accept_workspace_bytes);
   define_structs(m);
+  define_attention(m);
   m.def("sample_rows", [](const SampleRowsParams& p, const LaunchOptions& o) { launch(&sample_rows, p, o); });
   m.def("verify_accept", [](const VerifyAcceptParams& p, const LaunchOptions& o) { launch(&verify_accept, p, o); });
   m.def("advance", [](const AdvanceParams& p, const LaunchOptions& o) { launch(&advance, p, o); });

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from idlm_kernels.generate import LLM, DecodeOptions, GenerationResult, SamplingParams
     from idlm_kernels.ops import (
         advance,
+        apply_penalties,
         backends,
         commit_step,
         current_backend,
@@ -32,17 +33,19 @@ if TYPE_CHECKING:
         use_backend,
         verify_accept,
     )
-    from python_ref import DraftDistributions, StepState, rotary_table
+    from python_ref import DraftDistributions, Penalties, StepState, rotary_table
 
 __all__ = [
     "LLM",
     "DecodeOptions",
     "DraftDistributions",
     "GenerationResult",
+    "Penalties",
     "SamplingParams",
     "StepState",
     "__version__",
     "advance",
+    "apply_penalties",
     "backends",
     "commit_step",
     "current_backend",
@@ -65,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("DraftDistributions", "StepState", "rotary_table"), "python_ref"),
+    **dict.fromkeys(("DraftDistributions", "Penalties", "StepState", "rotary_table"), "python_ref"),
     **dict.fromkeys(("LLM", "DecodeOptions", "GenerationResult", "SamplingParams"), "idlm_kernels.generate"),
 }
 

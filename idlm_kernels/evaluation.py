@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _OF_THE_HARNESS = {"do_sample", "until", "max_gen_toks"}
 _AT_ONCE = 16  # times max_num_seqs: requests between two looks at the cache of answers
 
@@ -263,8 +264,9 @@ class IntrospectiveLM(TemplateLM):
     ) -> tuple[list[int], SamplingParams, list[str]]:
         """Prompt, parameters and stop strings of a request; `times` the same prompt came before."""
         wanted = normalize_gen_kwargs(settings, self.max_gen_toks)
-        if unknown := sorted(set(wanted) - _OF_THE_HARNESS - set(_SAMPLING)):
-            raise ValueError(f"gen_kwargs holds {', '.join(unknown)}, wanted {', '.join((*_SAMPLING, 'until'))}")
+        if unknown := sorted(set(wanted) - _OF_THE_HARNESS - {*_SAMPLING, *_PENALTIES}):
+            known = ", ".join((*_SAMPLING, *_PENALTIES, "until"))
+            raise ValueError(f"gen_kwargs holds {', '.join(unknown)}, wanted {known}")
         until = [stop for stop in wanted["until"] if stop]
         prompt, count = maybe_truncate(
             self.tok_encode(context) or [self.prefix_token_id],
@@ -274,6 +276,7 @@ class IntrospectiveLM(TemplateLM):
         )
         digest = hashlib.sha256(f"{self.seed} {context}".encode("utf-8", "surrogatepass")).digest()
         sampling = {name: wanted[name] for name in _SAMPLING if name in wanted} if wanted["do_sample"] else {}
+        sampling |= {name: wanted[name] for name in _PENALTIES if name in wanted}
         params = SamplingParams(
             max_tokens=count,
             stop=() if self.think_end_token else until,

@@ -19,6 +19,7 @@ from python_ref.contract import (
 from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
 from python_ref.noise import gumbel, philox4x32, uniform
+from python_ref.penalties import Penalties, apply_penalties
 from python_ref.rerank import rerank_drafts
 from python_ref.sampling import sample_rows
 from python_ref.state import advance
@@ -34,8 +35,10 @@ __all__ = [
     "STREAM_DRAFT",
     "STREAM_TARGET",
     "DraftDistributions",
+    "Penalties",
     "StepState",
     "advance",
+    "apply_penalties",
     "commit_step",
     "embed",
     "gated_lora_linear",

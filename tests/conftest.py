@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,9 @@ from tests.suites import pytest_runtest_logreport, pytest_sessionfinish, pytest_
 from tests.tiny import MemoryCheckpoint, tiny_config
 
 __all__ = ["make_generator", "pytest_runtest_logreport", "pytest_sessionfinish", "pytest_terminal_summary"]
+
+
+os.environ["IDLM_COSTS"] = "0"  # what one test's steps cost is nothing that another one, or the user, should know
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects

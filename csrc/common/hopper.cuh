@@ -83,6 +83,19 @@ __device__ __forceinline__ void load_box(Ctas ctas, uint32_t to, const CUtensorM
 // Orders accesses of this thread and what it has acquired against accesses through the async proxy, to global memory.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- asynchronous copies by threads
+
+// 16 bytes, or zeros; nothing is read then.
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool zeros) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16) : "memory");
+}
+// This thread arrives, as one of those that the barrier expects, once its copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_with_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Orders this thread's accesses of shared memory, and those it has waited for, against the async proxy's.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- registers: the warps of a warpgroup give some back, or take some that others have given
 
 template <int kCount>
@@ -182,5 +195,33 @@ __device__ __forceinline__ void product<__half>(float (&d)[32], uint64_t a, uint
   IDLM_WGMMA_64X64X16("f16.f16");
 }
 #undef IDLM_WGMMA_64X64X16
+
+#define IDLM_WGMMA_REGISTERS_64X64X16(TYPES)                                                                          \
+  asm volatile(                                                                                                       \
+      "{\n\t.reg .pred accumulate;\n\t"                                                                               \
+      "setp.ne.b32 accumulate, 1, 0;\n\t"                                                                             \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES                                                             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                      \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                             \
+      "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 1;\n\t}"                                                          \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),   \
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),        \
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),       \
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// d += a b. a is in registers, a[2 c + h] the pair of columns 8 c + 2 (i % 4) of row .. + 8 h; b, whose rows are K, in
+// shared memory as above: 16 rows of 128 bytes.
+template <class Element>
+__device__ __forceinline__ void product_of_registers(float (&d)[32], const uint32_t* a, uint64_t b);
+template <>
+__device__ __forceinline__ void product_of_registers<__nv_bfloat16>(float (&d)[32], const uint32_t* a, uint64_t b) {
+  IDLM_WGMMA_REGISTERS_64X64X16("bf16.bf16");
+}
+template <>
+__device__ __forceinline__ void product_of_registers<__half>(float (&d)[32], const uint32_t* a, uint64_t b) {
+  IDLM_WGMMA_REGISTERS_64X64X16("f16.f16");
+}
+#undef IDLM_WGMMA_REGISTERS_64X64X16
 
 }  // namespace idlm

@@ -1,6 +1,6 @@
 // The kernel of linear, gated_lora_linear and linear_silu_and_mul.
 //
-// y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale sum_r h[t, r] B[n, r] where gate[t], h = x A^T)  (-> silu and mul)
+// y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale sum_r h[t, r] B[n, r] where lora_mask[t], h = x A^T)  (-> silu and mul)
 //
 // Swapped operands: 64 rows of W fill the 64-row side of wgmma, 64 tokens its other side, so that a step of 7 or 16 rows
 // reads every weight once. A producer warp moves 64 columns of W and of x at a time by TMA into a ring of stages; the
@@ -129,10 +129,10 @@ struct Gated {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int32_t t = first_token + (2 * i + j) * 32 + static_cast<int32_t>(lane_id());
-        int32_t gate = 0;
+        int32_t lora_mask = 0;
         if (t < p.num_rows)
-          gate = p.gate_is_int32 ? static_cast<const int32_t*>(p.gate)[t] : static_cast<const uint8_t*>(p.gate)[t];
-        half[j] = __ballot_sync(~0u, gate != 0);
+          lora_mask = p.lora_mask_is_int32 ? static_cast<const int32_t*>(p.lora_mask)[t] : static_cast<const uint8_t*>(p.lora_mask)[t];
+        half[j] = __ballot_sync(~0u, lora_mask != 0);
       }
       tile[i] = uint64_t{half[1]} << 32 | half[0];
     }

@@ -77,7 +77,7 @@ Status check(const LinearParams& p, const AdapterParams* adapter) {
   if (a.slice_ends[a.num_slices - 1] != p.n) return invalid("the last of slice_ends must be n");
   if (!tma_takes(a.lora_a, a.lora_a_stride) || !tma_takes(a.lora_b, a.lora_b_stride) || !tma_takes(a.h, 0))
     return invalid("addresses of lora_a, lora_b and h, and the row strides, must be multiples of 16 bytes");
-  if (a.gate == nullptr || a.flags == nullptr) return invalid("gate and flags must not be null");
+  if (a.lora_mask == nullptr || a.flags == nullptr) return invalid("lora_mask and flags must not be null");
   return {};
 }
 
@@ -131,8 +131,8 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     p.h_tiles = ceil_div(p.rank_blocks, tile.rows);
     p.num_slices = a.num_slices;
     std::copy(a.slice_ends, a.slice_ends + a.num_slices, p.slice_ends);
-    p.gate = a.gate;
-    p.gate_is_int32 = a.gate_is_int32;
+    p.lora_mask = a.lora_mask;
+    p.lora_mask_is_int32 = a.lora_mask_is_int32;
     p.scale = a.scale;
     p.gH = a.h;
     p.h_stride = padded_rank(a.rank);

@@ -39,8 +39,8 @@ struct Params {
   int32_t rank, rank_blocks, num_slices;
   int32_t h_tiles;  // of the rank, as CTAs take them
   int32_t slice_ends[kMaxSlices];
-  const void* gate;
-  bool gate_is_int32;
+  const void* lora_mask;
+  bool lora_mask_is_int32;
   float scale;
   void* gH;
   int64_t h_stride, h_slice_stride;

@@ -79,9 +79,6 @@ def generate(
     synthetic_acceptance: Annotated[
         float | None, typer.Option(help="Accept each draft with this probability, to measure speed; the text is noise.")
     ] = None,
-    repetition_penalty: Unsupported = None,
-    frequency_penalty: Unsupported = None,
-    presence_penalty: Unsupported = None,
     grammar: Unsupported = None,
     verify: Annotated[Rule | None, typer.Option(hidden=True)] = None,
     max_len: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -96,14 +93,8 @@ def generate(
     gpu_memory_utilization = renamed(
         "--memory-fraction", memory_fraction, "--gpu-memory-utilization", gpu_memory_utilization
     )
-    for name, value in {
-        "--repetition-penalty": repetition_penalty,
-        "--frequency-penalty": frequency_penalty,
-        "--presence-penalty": presence_penalty,
-        "--grammar": grammar,
-    }.items():
-        if value is not None:
-            raise ValueError(f"{name} is not supported by the CLI yet; the op takes a logit_bias")
+    if grammar is not None:
+        raise ValueError("--grammar is not supported by the CLI yet; the op takes a logit_bias")
     if check and drafts.rule == "rejection":
         raise ValueError("--check compares tokens, but --rule rejection is exact in distribution only")
     if check and synthetic_acceptance is not None:

@@ -170,6 +170,9 @@ class SamplingOptions:
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0
+    presence_penalty: Annotated[float, typer.Option(help="Off the logit of what is in the text; 0 is off.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it is; 0 is off.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Divides that of prompt and text; 1 is off.")] = 1.0
     seed: Annotated[int | None, typer.Option(help="64 bits; drawn and shown where not given.")] = None
 
     def params(self, max_tokens: int | None, stop: tuple[str, ...] = ()) -> SamplingParams:
@@ -181,6 +184,9 @@ class SamplingOptions:
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             max_tokens=max_tokens,  # type: ignore[arg-type]  # None is taken
             stop=stop,

@@ -7,12 +7,14 @@ So does it for fp64, which serves to judge the other dtypes. No function support
 from idlm_kernels.cpu.attention import strided_attention
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight, strategy_of
 from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.cpu.penalties import apply_penalties
 from idlm_kernels.cpu.rerank import rerank_drafts
 from idlm_kernels.cpu.sampling import sample_rows, verify_accept
 from idlm_kernels.cpu.state import advance, commit_step, plan_rows
 
 __all__ = [
     "advance",
+    "apply_penalties",
     "commit_step",
     "gated_lora_linear",
     "linear",

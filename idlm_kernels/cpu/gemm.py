@@ -226,24 +226,28 @@ def gated_lora_linear(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
     *,
     bias: Tensor | None = None,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`linear`, plus scale * (x A_s^T) B_s^T in the columns of slice s on rows whose gate is not 0.
+    """`linear`, plus scale * (x A_s^T) B_s^T in the columns of slice s on rows whose lora_mask is not 0.
 
     The update is computed for the gated rows alone and added in place, so the other rows are those of `linear`.
     """
     if _needs_reference(x, weight, lora_a, lora_b):
-        return python_ref.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out)
+        return python_ref.gated_lora_linear(
+            x, weight, lora_a, lora_b, lora_mask, scale, bias=bias, output_sizes=output_sizes, out=out
+        )
     x32 = x.float()
-    rows = _gated_rows(gate.numpy().tobytes(), gate.element_size())
+    rows = _gated_rows(lora_mask.numpy().tobytes(), lora_mask.element_size())
     if rows is None or weight.shape[0] == 0:
         return _round(_base(x32, weight, bias), x.dtype, out)
-    update_of = _prepared_adapter(lora_a, lora_b, scale, [weight.shape[0]] if slices is None else list(slices))
+    update_of = _prepared_adapter(
+        lora_a, lora_b, scale, [weight.shape[0]] if output_sizes is None else list(output_sizes)
+    )
     y = _base(x32, weight, bias)
     if isinstance(rows, slice):
         # Up to three neighbours are computed along, which is cheaper than to pad.
@@ -264,24 +268,26 @@ def linear_silu_and_mul(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    gate: Tensor | None = None,
+    lora_mask: Tensor | None = None,
     scale: float = 1.0,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """silu(y[:, :F]) * y[:, F:] of y [T, 2F] = `linear`, or `gated_lora_linear` with an adapter: in two steps."""
-    if lora_a is None or lora_b is None or gate is None:
+    if lora_a is None or lora_b is None or lora_mask is None:
         return silu_and_mul(linear(x, weight, bias=bias), out=out)
-    return silu_and_mul(gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices), out=out)
+    return silu_and_mul(
+        gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, scale, bias=bias, output_sizes=output_sizes), out=out
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _gated_rows(gate: bytes, element_size: int) -> slice | Tensor | None:
-    """The rows whose gate is not 0: a slice where they are neighbours, None where there are none.
+def _gated_rows(lora_mask: bytes, element_size: int) -> slice | Tensor | None:
+    """The rows whose lora_mask is not 0: a slice where they are neighbours, None where there are none.
 
-    The cache serves the layers of a forward, which share their gate.
+    The cache serves the layers of a forward, which share their lora_mask.
     """
-    values = np.frombuffer(gate, dtype=np.dtype(f"u{element_size}"))
+    values = np.frombuffer(lora_mask, dtype=np.dtype(f"u{element_size}"))
     rows = np.flatnonzero(values)
     if rows.size == 0:
         return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -51,37 +52,65 @@ class CostTable:
         return cls(table)
 
 
-# Steps of the default model by rows, in units of one row, to begin with: the compiled kernels on two Zen 5 cores.
-CPU_PRIOR = CostTable({1: 1.0, 3: 1.25, 4: 1.3, 7: 1.7, 9: 2.0, 16: 3.0, 64: 12.0})
+# Steps by rows, in units of one row, to begin with: between what two cores of Zen 5 and of Sapphire Rapids take.
+CPU_PRIOR = CostTable({1: 1.0, 3: 1.4, 4: 1.55, 7: 2.1, 9: 2.5, 16: 4.0, 64: 15.0})
 
 
 class LearnedCosts:
     """Costs that are learned from the steps that run; nothing is timed beforehand.
 
-    A row count that was seen counts by the median of its latest steps, which a moment's noise does not move. Others
-    follow the prior, scaled to what was seen.
+    What decides between plans is what their steps cost beside a step of ordinary decoding. So a step with drafts counts
+    by that ratio, to the ordinary steps of about the same time: longer contexts and other programs slow both. A plan
+    counts by the median of its latest steps, which a moment's noise does not move. Plans that were not seen follow the
+    prior, whose price of a row is scaled to what was seen.
     """
 
-    LATEST = 16  # steps that a row count is judged by
-    ENOUGH = 3  # steps after which a row count is known
+    LATEST = 16  # steps that a plan is judged by
+    ENOUGH = 3  # steps after which a plan is known
 
     def __init__(self, prior: CostTable = CPU_PRIOR):
         self._prior = prior
         # Of all policies that share these costs: a policy may last for one short request.
-        self.choices_since_trial = self.retries = 0
-        self._seen: dict[int, deque[float]] = {}
+        self.choices_since_trial = self.choices_since_ordinary = 0
+        self._ordinary: dict[int, deque[float]] = {}  # seconds, by the number of requests
+        self._guessed: dict[int, float] = {}  # the same, of plans without ordinary decoding
+        self._ratios: dict[tuple[int, int], deque[float]] = {}  # by the number of requests and the rows of each
 
-    def observe(self, rows: int, seconds: float) -> None:
-        self._seen.setdefault(rows, deque(maxlen=self.LATEST)).append(seconds)
+    def observe(self, batch: int, rows: int, seconds: float) -> None:
+        """A step of `batch` requests of `rows` rows each took so long. One row: ordinary decoding."""
+        if rows == 1:
+            self._ordinary.setdefault(batch, deque(maxlen=self.ENOUGH + 1)).append(seconds)
+            return
+        ordinary = self._ordinary.get(batch)
+        # Where ordinary decoding is no choice, the first step of another plan stands for it.
+        unit = median(ordinary) if ordinary else self._guessed.setdefault(batch, seconds / self._expected(batch, rows))
+        self._ratios.setdefault((batch, rows), deque(maxlen=self.LATEST)).append(seconds / unit)
 
-    def knows(self, rows: int) -> bool:
-        return len(self._seen.get(rows, ())) >= self.ENOUGH
+    def knows(self, batch: int, rows: int) -> bool:
+        seen = self._ordinary.get(batch, ()) if rows == 1 else self._ratios.get((batch, rows), ())
+        return len(seen) >= self.ENOUGH
 
-    def of(self, rows: int) -> float:
-        if self.knows(rows):
-            return median(self._seen[rows])
-        known = [other for other in self._seen if self.knows(other)]
+    def of(self, batch: int, rows: int) -> float:
+        """A step of `batch` requests of `rows` rows each, in units of an ordinary step of so many requests."""
+        if rows == 1:
+            return 1.0
+        if self.knows(batch, rows):
+            return median(self._ratios[batch, rows])
+        known = [key for key in self._ratios if self.knows(*key)]
         if not known:
-            return self._prior.of(rows)
-        nearest = min(known, key=lambda other: abs(other - rows))
-        return self._prior.of(rows) * median(self._seen[nearest]) / self._prior.of(nearest)
+            return self._expected(batch, rows)
+        nearest = min(known, key=lambda key: (abs(math.log(key[0] / batch)), abs(key[1] - rows)))
+        seen, expected = median(self._ratios[nearest]) - 1, self._expected(*nearest) - 1
+        return 1 + max(self._expected(batch, rows) - 1, 0.0) * (seen / expected if expected > 0 < seen else 1.0)
+
+    def _expected(self, batch: int, rows: int) -> float:
+        return self._prior.of(batch * rows) / self._prior.of(batch)
+
+    def table(self) -> list[tuple[int, int, float]]:
+        """What is known: requests, rows of each, and the ratio."""
+        return [(*key, median(self._ratios[key])) for key in sorted(self._ratios) if self.knows(*key)]
+
+    def begin_with(self, table: Iterable[tuple[int, int, float]]) -> None:
+        """Take a table of earlier steps as if they had just run."""
+        for batch, rows, ratio in table:
+            self._ratios[batch, rows] = deque([ratio] * self.ENOUGH, maxlen=self.LATEST)

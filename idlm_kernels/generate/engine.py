@@ -295,7 +295,8 @@ class Engine:
         greedy = not self._recorded and all(
             r.params.temperature < GREEDY_BELOW for r in (*self._active, *self._waiting)
         )
-        self._decoder = dataclasses.replace(self._decoder, plan=plan, greedy=greedy)
+        penalties = any(r.params.penalises for r in (*self._active, *self._waiting))
+        self._decoder = dataclasses.replace(self._decoder, plan=plan, greedy=greedy, penalties=penalties)
         steps = self._window_length()
         self._reserve(steps)
         self._admit(steps)
@@ -378,7 +379,14 @@ class Engine:
             where = request.batch_index
             try:
                 self._state.insert(
-                    where, tokens, request.params, request.seed, request.limit, request.stop_ids, request.drafts
+                    where,
+                    tokens,
+                    request.params,
+                    request.seed,
+                    request.limit,
+                    request.stop_ids,
+                    request.drafts,
+                    len(request.prompt),
                 )
             except Exception as error:  # whatever a parameter makes torch raise: the others go on
                 request.output.fail(f"{type(error).__name__}: {error}", error)
@@ -481,7 +489,8 @@ class Engine:
                     break
                 unread.append(_Readback(outcome))
                 if isinstance(self.policy.cost, LearnedCosts) and not (is_new and number == 0):
-                    self.policy.cost.observe(len(running) * decoder.plan.max_rows, time.perf_counter() - start)
+                    seconds = time.perf_counter() - start
+                    self.policy.cost.observe(len(running), decoder.plan.max_rows, seconds)
                 if len(unread) > self._lag:
                     yield from self._taken(unread.popleft().wait(), decoding)
             while unread:
@@ -550,6 +559,9 @@ class Engine:
         for token in params.stop_token_ids:
             if token >= vocab_size:
                 raise ValueError(f"stop_token_ids holds {token}, outside the vocabulary of {vocab_size}")
+        for token in params.logit_bias or ():
+            if token >= vocab_size:
+                raise ValueError(f"logit_bias holds the id {token}, outside the vocabulary of {vocab_size}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and there is none")
         ends: set[int] = set()

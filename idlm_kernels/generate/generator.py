@@ -18,6 +18,7 @@ from idlm_kernels import ops
 from idlm_kernels._deprecated import renamed
 from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.engine import Engine, Request
+from idlm_kernels.generate.kept_costs import costs_of
 from idlm_kernels.generate.memory import pages_in_memory
 from idlm_kernels.generate.options import DecodeOptions, EngineOptions, Plan, Stride
 from idlm_kernels.generate.output import GenerationResult, StreamEvent
@@ -74,7 +75,7 @@ class Generator:
         self.max_model_len, self.page_size, self.max_num_seqs = max_model_len or limit, page_size, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.gpu_memory_utilization = gpu_memory_utilization
-        self._costs = LearnedCosts()
+        self._costs = LearnedCosts() if model.stack is None else costs_of(model)
         # Where steps are recorded the engine of a batch serves the next ones: to record takes longer than many steps.
         self._keeps_engine, self._kept = model.device.type == "cuda", None  # type: tuple[bool, Engine | None]
 

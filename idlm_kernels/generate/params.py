@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -12,12 +12,10 @@ _T = TypeVar("_T")
 _SEEDS = 1 << 64
 _UNSUPPORTED = {
     "n": 1,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
     "min_tokens": 0,
     "skip_special_tokens": True,
 }
+MAX_LOGIT_BIAS = 300  # tokens of a request, as OpenAI has it
 _LARGEST_INT32 = 2**31 - 1
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
 _ZERO_IN_FP32 = 2.0**-150  # this and less are rounded to 0 there
@@ -33,8 +31,14 @@ class SamplingParams:
     end-of-text ids (which `ignore_eos` turns off). logprobs: 0 has those of the tokens reported; there are none of
     other tokens.
 
-    n, repetition_penalty, presence_penalty, frequency_penalty, min_tokens, skip_special_tokens: taken at the value that
-    asks for nothing, so that a program that spells them out runs.
+    presence_penalty, frequency_penalty: taken off the logit of a token that is in the output, once, and for each time;
+    -2 .. 2, 0 is off. repetition_penalty: divides the logit of a token that is in prompt or output (multiplies one
+    below 0); above 0, 1 is off. logit_bias: of up to 300 token ids what is added to their logits, -100 .. 100; ids may
+    be spelled, as JSON has them. The order is vLLM's: bias, repetition, frequency, presence, temperature. With these
+    too strided decoding gives the tokens of ordinary decoding.
+
+    n, min_tokens, skip_special_tokens: taken at the value that asks for nothing, so that a program that spells them out
+    runs.
 
     Raises: TypeError, ValueError naming the field, what was given and what is wanted.
     """
@@ -49,10 +53,11 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     n: InitVar[int] = 1
-    repetition_penalty: InitVar[float] = 1.0
-    presence_penalty: InitVar[float] = 0.0
-    frequency_penalty: InitVar[float] = 0.0
     min_tokens: InitVar[int] = 0
     skip_special_tokens: InitVar[bool] = True
 
@@ -70,11 +75,14 @@ class SamplingParams:
             ("temperature", 0.0, LARGEST_FP32, "a number >= 0 that fits fp32"),
             ("top_p", 0.0, 1.0, "a number above 0, in fp32 too, and at most 1 (1 is off)"),
             ("min_p", 0.0, 1.0, "a number from 0 (off) to 1"),
+            ("presence_penalty", -2.0, 2.0, "a number from -2 to 2 (0 is off)"),
+            ("frequency_penalty", -2.0, 2.0, "a number from -2 to 2 (0 is off)"),
+            ("repetition_penalty", 0.0, LARGEST_FP32, "a number above 0 that fits fp32 (1 is off)"),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not (low <= value <= high) or (name == "top_p" and value <= _ZERO_IN_FP32):
+            if not (low <= value <= high) or (name in ("top_p", "repetition_penalty") and value <= _ZERO_IN_FP32):
                 raise ValueError(f"{name} is {shown(value)}, wanted {wanted}")
         _int("top_k", self.top_k, 0, _LARGEST_INT32, "0 (off) or a positive number")
         _int("max_tokens", self.max_tokens, 1, _LARGEST_INT32, "at least 1")
@@ -89,8 +97,39 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", ids, "a list of ids"))
         for token in self.stop_token_ids:
             _int("stop_token_ids", token, 0, _LARGEST_INT32, "token ids")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {type(self.ignore_eos).__name__}")
+
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits are changed before the sampling transform."""
+        asked = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return asked != (0, 0, 1) or bool(self.logit_bias)
+
+
+def _biases(given: Mapping[int, float] | None) -> dict[int, float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {type(given).__name__}")
+    if len(given) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias holds {len(given)} tokens, wanted at most {MAX_LOGIT_BIAS}")
+    biases: dict[int, float] = {}
+    for name, value in given.items():
+        token = int(name) if isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) < 11 else name
+        if isinstance(token, str):
+            raise ValueError(f"logit_bias holds the token {token[:40]!a}, wanted token ids")
+        _int("logit_bias", token, 0, _LARGEST_INT32, "token ids")
+        if token in biases:
+            raise ValueError(f"logit_bias holds token {token} twice")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"logit_bias must be numbers, got {type(value).__name__} for token {token}")
+        if not -100 <= value <= 100:
+            raise ValueError(f"logit_bias is {shown(value)} for token {token}, wanted -100 to 100")
+        biases[token] = float(value)
+    return biases
 
 
 def _int(name: str, value: int, low: int, high: int, wanted: str) -> None:

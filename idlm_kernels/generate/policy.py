@@ -22,9 +22,10 @@ class PlanPolicy:
     acceptance: by draft index, given that all before were accepted; what is known of the model at first, then a fading
     average of what is seen. memory: drafts after which an observation has faded to 1 / e.
 
-    Costs that are learned are learned here: a plan that could be the best and whose cost is not known gets a few steps,
-    a rival and ordinary decoding now and then a few more, in turns. The plan in use stays until another is better by
-    more than noise.
+    Costs that are learned are learned here. Ordinary decoding gets a few steps first, and again now and then: others
+    are measured by it, and no token is lost by it. A plan that could be the best and whose cost is not known
+    gets a few steps, a rival now and then a few more. The plan in use stays until another is better by more than
+    noise.
     """
 
     plans: tuple[StepPlan, ...]
@@ -35,36 +36,44 @@ class PlanPolicy:
     _current: StepPlan | None = field(default=None, init=False, repr=False)
 
     MARGIN = 1.03  # by which another plan has to be better
-    IN_REACH = 0.7  # of the best plan's speed: a plan whose cost is worth knowing
-    RETRY = 24  # choices after which the next best plan, or ordinary decoding, is tried again
+    IN_REACH = 0.85  # of the best plan's speed: a plan whose cost is worth knowing
+    RETRY = 24  # choices after which the next best plan is tried again
+    FRESH = 4  # choices after which ordinary decoding is run again, against which nothing may be lost
+    CLEAR = 1.25  # times its speed: a gain so large needs no such check, but now and then
 
     def choose(self, batch: int) -> StepPlan:
         """The plan of most expected tokens per second for this many requests."""
-        speed = {p: p.expected_tpf(self.acceptance) / self.cost.of(batch * p.max_rows) for p in self.plans}
+        costs = self.cost
+        if not isinstance(costs, LearnedCosts):
+            return max(self.plans, key=lambda p: p.expected_tpf(self.acceptance) / costs.of(batch * p.max_rows))
+        speed = {p: p.expected_tpf(self.acceptance) / costs.of(batch, p.max_rows) for p in self.plans}
         ranked = sorted(self.plans, key=lambda p: -speed[p])
         self.trial = False
-        costs = self.cost
-        if not isinstance(costs, LearnedCosts) or len(ranked) == 1:
+        if len(ranked) == 1:
             return ranked[0]
-        in_reach = [p for p in ranked if speed[p] >= self.IN_REACH * speed[ranked[0]]]
-        # Ordinary decoding is what must not be lost against: its cost is always learned.
-        wanted = [p for p in (*in_reach, *(q for q in ranked if q.kind == "ar")) if not self._knows(p, batch)]
         costs.choices_since_trial += 1
-        if not wanted and costs.choices_since_trial >= self.RETRY:
-            # Steps that were slow for another reason may have put ordinary decoding out of reach: it gets its turn too.
-            rivals = [p for p in in_reach[:2] if p != self._current]
-            ordinary = [p for p in ranked if p.kind == "ar" and p != self._current]
-            costs.retries += 1
-            wanted = rivals or ordinary if costs.retries % 2 else ordinary or rivals
+        costs.choices_since_ordinary += 1
+        in_reach = [p for p in ranked if speed[p] >= self.IN_REACH * speed[ranked[0]]]
+        ordinary = [p for p in ranked if p.kind == "ar"]
+        wait = self.FRESH if speed[ranked[0]] < self.CLEAR else self.RETRY
+        if ordinary and (not costs.knows(batch, 1) or costs.choices_since_ordinary > wait):
+            wanted = ordinary
+        else:
+            wanted = [p for p in in_reach if not costs.knows(batch, p.max_rows)]
+            if not wanted and costs.choices_since_trial >= self.RETRY:
+                wanted = [p for p in in_reach[:2] if p != self._current]
         if wanted:
-            costs.choices_since_trial, self.trial = 0, True
+            self.trial = wanted[0] != self._current
+            if wanted[0].kind == "ar":
+                costs.choices_since_ordinary = 0
+            else:
+                costs.choices_since_trial = 0
             return wanted[0]
         if self._current not in in_reach or speed[ranked[0]] > self.MARGIN * speed[self._current]:
             self._current = ranked[0]
+        if self._current.kind == "ar":
+            costs.choices_since_ordinary = 0
         return self._current
-
-    def _knows(self, plan: StepPlan, batch: int) -> bool:
-        return isinstance(self.cost, LearnedCosts) and self.cost.knows(batch * plan.max_rows)
 
     def observe(self, verified: Sequence[int], accepted: Sequence[int]) -> None:
         """Take note, by draft index, of drafts that were verified, given that all before them were."""

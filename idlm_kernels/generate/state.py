@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm_kernels.generate.params import SamplingParams, signed_seed
+from idlm_kernels.generate.params import MAX_LOGIT_BIAS, SamplingParams, signed_seed
 from idlm_kernels.model.mask_input import MaskInput
-from python_ref import StepState
+from python_ref import Penalties, StepState
 from python_ref.contract import FAILED, IDLE, LENGTH, RUNNING, STOPPED
 
 __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
@@ -21,7 +21,8 @@ __all__ = ["FAILED", "IDLE", "LENGTH", "RUNNING", "STOPPED", "DecodeState"]
 class DecodeState(StepState):
     """B requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
-    Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]. mask_id: the id given to MASK
+    Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]; what `Penalties` has, by
+    longer names. mask_id: the id given to MASK
     rows (any valid one where a vector takes its place); noise_below: if not 0, MASK rows are given ids drawn from
     1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be sampled, -1 if none; id_limit: ids from
     here on are never sampled.
@@ -31,6 +32,12 @@ class DecodeState(StepState):
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+    prompt_lengths: Tensor
+    presence_penalty: Tensor
+    frequency_penalty: Tensor
+    repetition_penalty: Tensor
+    bias_ids: Tensor
+    bias: Tensor
     mask_id: int
     sampled_mask_id: int
     id_limit: int
@@ -39,6 +46,17 @@ class DecodeState(StepState):
     @property
     def batch(self) -> int:
         return self.lengths.shape[0]
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(
+            self.prompt_lengths,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.repetition_penalty,
+            self.bias_ids,
+            self.bias,
+        )
 
     @classmethod
     def empty(
@@ -78,6 +96,12 @@ class DecodeState(StepState):
             top_k=zeros(torch.int32),
             top_p=zeros(torch.float32) + 1,
             min_p=zeros(torch.float32),
+            prompt_lengths=zeros(torch.int32),
+            presence_penalty=zeros(torch.float32),
+            frequency_penalty=zeros(torch.float32),
+            repetition_penalty=zeros(torch.float32) + 1,
+            bias_ids=zeros(torch.int64, MAX_LOGIT_BIAS) - 1,
+            bias=zeros(torch.float32, MAX_LOGIT_BIAS),
             seed=zeros(torch.int64),
             mask_id=mask_input.row_id,
             sampled_mask_id=-1 if mask_token_id is None else mask_token_id,
@@ -112,10 +136,11 @@ class DecodeState(StepState):
         limit: int,
         stop_ids: Sequence[int],
         drafts: bool = True,
+        prompt_length: int | None = None,
     ) -> None:
         """Put a request whose committed text is `tokens` in at index b. It stays idle until its prefill ends.
 
-        drafts: whether its steps have any.
+        drafts: whether its steps have any. prompt_length: of the tokens, all when None; the others are output.
         """
         device = self.text.device
         self.text[b, : len(tokens)] = torch.tensor(tokens, device=device)
@@ -132,3 +157,11 @@ class DecodeState(StepState):
         self.top_p[b] = params.top_p
         self.min_p[b] = params.min_p
         self.seed[b] = signed_seed(seed)
+        self.prompt_lengths[b] = len(tokens) if prompt_length is None else prompt_length
+        self.presence_penalty[b] = params.presence_penalty
+        self.frequency_penalty[b] = params.frequency_penalty
+        self.repetition_penalty[b] = params.repetition_penalty
+        biases = params.logit_bias or {}
+        self.bias_ids[b] = -1
+        self.bias_ids[b, : len(biases)] = torch.tensor(list(biases), dtype=torch.int64, device=device)
+        self.bias[b, : len(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32, device=device)

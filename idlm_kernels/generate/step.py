@@ -26,7 +26,8 @@ class Decoder:
 
     rule: "match" or "rejection", which has a draft_dists with the batch of the state. rerank: choose drafts by the
     adapter's re-ranking head, which the model must have. greedy: the host knows that no request samples. suffix: draft
-    from the request's own text too (`match` only). logprobs: report those of the emitted tokens.
+    from the request's own text too (`match` only). logprobs: report those of the emitted tokens. penalties: some
+    request has penalties or biases.
     synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed without an
     adapter; the text is noise.
     """
@@ -40,6 +41,7 @@ class Decoder:
     greedy: bool = False
     suffix: bool = False
     logprobs: bool = False
+    penalties: bool = False
     synthetic_acceptance: float | None = None
 
 
@@ -73,6 +75,19 @@ def first_step(decoder: Decoder, state: DecodeState, starts: list[int], lengths:
 
 def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor, query_start_loc: Tensor) -> Tensor:
     quadratic = decoder.plan.quadratic
+    raw = logits
+    if decoder.penalties:
+        logits = ops.apply_penalties(
+            logits,
+            query_start_loc,
+            state.num_drafts,
+            state.drafts,
+            state.text,
+            state.lengths,
+            state.penalties,
+            quadratic=quadratic,
+            out=None if decoder.logprobs else logits,  # logprobs are of the model's own logits
+        )
     num_accepted, tokens, next_drafts, next_num_drafts = ops.verify_accept(
         logits,
         query_start_loc,
@@ -114,7 +129,7 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         quadratic=quadratic,
         suffix=decoder.suffix,
         acceptance=decoder.synthetic_acceptance,
-        logits=logits if decoder.logprobs else None,
+        logits=raw if decoder.logprobs else None,
         query_start_loc=query_start_loc if decoder.logprobs else None,
     )
 

@@ -77,20 +77,29 @@ class Projection:
     lora: tuple[Tensor, Tensor] | None  # A [S * r, K], B [N, r]
     scale: float
 
-    def __call__(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """gate bool [T]: the rows that take the adapter; None: none does."""
-        if self.lora is None or gate is None:
+    def __call__(self, x: Tensor, lora_mask: Tensor | None) -> Tensor:
+        """lora_mask bool [T]: the rows that take the adapter; None: none does."""
+        if self.lora is None or lora_mask is None:
             return ops.linear(x, self.weight, bias=self.bias)
         a, b = self.lora
-        return ops.gated_lora_linear(x, self.weight, a, b, gate, self.scale, bias=self.bias, slices=self.widths)
+        return ops.gated_lora_linear(
+            x, self.weight, a, b, lora_mask, self.scale, bias=self.bias, output_sizes=self.widths
+        )
 
-    def silu_and_mul(self, x: Tensor, gate: Tensor | None) -> Tensor:
+    def silu_and_mul(self, x: Tensor, lora_mask: Tensor | None) -> Tensor:
         """The gated activation of this layer's result (gate and up, packed side by side)."""
-        if self.lora is None or gate is None:
+        if self.lora is None or lora_mask is None:
             return ops.linear_silu_and_mul(x, self.weight, bias=self.bias)
         a, b = self.lora
         return ops.linear_silu_and_mul(
-            x, self.weight, bias=self.bias, lora_a=a, lora_b=b, gate=gate, scale=self.scale, slices=self.widths
+            x,
+            self.weight,
+            bias=self.bias,
+            lora_a=a,
+            lora_b=b,
+            lora_mask=lora_mask,
+            scale=self.scale,
+            output_sizes=self.widths,
         )
 
 
@@ -304,13 +313,13 @@ class Transformer:
                 x = torch.where(rows.is_mask.unsqueeze(1), self.mask_embedding, x)
             return self.stack.forward(x, rows, cache, logits_rows)
         assert isinstance(cache, KVCache)
-        eps, gate = self.config.rms_norm_eps, rows.is_mask if rows.has_masks else None
+        eps, lora_mask = self.config.rms_norm_eps, rows.is_mask if rows.has_masks else None
         residual = ops.embed(
             rows.ids, self.embedding, is_mask=rows.is_mask, mask_embedding=self.mask_embedding, dtype=self.dtype
         )
         x = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(x, gate)
+            qkv = layer.qkv(x, lora_mask)
             q = ops.qk_norm_rope_append(
                 qkv,
                 rows.positions,
@@ -332,16 +341,16 @@ class Transformer:
                 tail_mask=rows.tail_mask,
                 max_query_len=rows.max_query_len,
             )
-            x = layer.o(o.flatten(1), gate)
+            x = layer.o(o.flatten(1), lora_mask)
             x = ops.rms_norm(x, layer.mlp_norm, eps, residual=residual)
-            x = layer.down(layer.gate_up.silu_and_mul(x, gate), gate)
+            x = layer.down(layer.gate_up.silu_and_mul(x, lora_mask), lora_mask)
             next_norm = self.layers[i + 1].attention_norm if i + 1 < len(self.layers) else self.norm
             x = ops.rms_norm(x, next_norm, eps, residual=residual)
         if logits_rows is not None:
-            x, gate = x[logits_rows], None if gate is None else gate[logits_rows]
+            x, lora_mask = x[logits_rows], None if lora_mask is None else lora_mask[logits_rows]
         # Finite weights of an adapter may still overflow: that spoils a proposal and nothing else.
-        if self.has_adapter and gate is not None:
-            x = torch.where(gate.unsqueeze(1), x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
+        if self.has_adapter and lora_mask is not None:
+            x = torch.where(lora_mask.unsqueeze(1), x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
         return ops.linear(x, self.head), x
 
 

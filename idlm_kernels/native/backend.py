@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm_kernels.native import load
+from idlm_kernels.native import attention, gemm, load
+from idlm_kernels.native.attention import strided_attention
 from idlm_kernels.native.gemm import (
-    LIMITS,
     gated_lora_linear,
     linear,
     linear_silu_and_mul,
@@ -31,9 +31,11 @@ __all__ = [
     "prepare_weight",
     "sample_rows",
     "silu_and_mul",
+    "strided_attention",
     "verify_accept",
 ]
 
+LIMITS = {**gemm.LIMITS, **attention.LIMITS}
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_DRAFTS = 31
 

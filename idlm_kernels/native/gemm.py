@@ -66,19 +66,19 @@ def gated_lora_linear(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
     *,
     bias: Tensor | None = None,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.gated_lora_linear`; up to 16 slices."""
     if refusal(x.dtype, x.shape[1]):
-        options = {"bias": bias, "slices": slices, "out": out}
-        return _next("gated_lora_linear", x)(x, weight, lora_a, lora_b, gate, scale, **options)
+        options = {"bias": bias, "output_sizes": output_sizes, "out": out}
+        return _next("gated_lora_linear", x)(x, weight, lora_a, lora_b, lora_mask, scale, **options)
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-    adapter = (lora_a, lora_b, gate, scale, [weight.shape[0]] if slices is None else slices)
+    adapter = (lora_a, lora_b, lora_mask, scale, [weight.shape[0]] if output_sizes is None else output_sizes)
     _run("gated_lora_linear", x, weight, bias, y, False, adapter)
     return y
 
@@ -90,20 +90,20 @@ def linear_silu_and_mul(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    gate: Tensor | None = None,
+    lora_mask: Tensor | None = None,
     scale: float = 1.0,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.linear_silu_and_mul`; up to 16 slices."""
     adapter = None
-    if lora_a is not None and lora_b is not None and gate is not None:
-        adapter = (lora_a, lora_b, gate, scale, [weight.shape[0]] if slices is None else slices)
+    if lora_a is not None and lora_b is not None and lora_mask is not None:
+        adapter = (lora_a, lora_b, lora_mask, scale, [weight.shape[0]] if output_sizes is None else output_sizes)
     if refusal(x.dtype, x.shape[1]):
         # The activation is this backend's: whoever calls it apart gets the same bits.
         if adapter is None:
             return silu_and_mul(linear(x, weight, bias=bias), out=out)
-        return silu_and_mul(gated_lora_linear(x, weight, *adapter[:4], bias=bias, slices=adapter[4]), out=out)
+        return silu_and_mul(gated_lora_linear(x, weight, *adapter[:4], bias=bias, output_sizes=adapter[4]), out=out)
     y = x.new_empty(x.shape[0], weight.shape[0] // 2) if out is None else out
     _run("linear_silu_and_mul", x, weight, bias, y, True, adapter)
     return y
@@ -123,7 +123,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     return y
 
 
-_Adapter = tuple[Tensor, Tensor, Tensor, float, Sequence[int]]  # A, B, gate, scale, slices
+_Adapter = tuple[Tensor, Tensor, Tensor, float, Sequence[int]]  # A, B, lora_mask, scale, output_sizes
 
 
 def _run(
@@ -155,31 +155,31 @@ def _run(
 
 
 def _adapter_params(
-    op: str, x: Tensor, lora_a: Tensor, lora_b: Tensor, gate: Tensor, scale: float, slices: Sequence[int]
+    op: str, x: Tensor, lora_a: Tensor, lora_b: Tensor, lora_mask: Tensor, scale: float, output_sizes: Sequence[int]
 ) -> tuple[object, tuple[Tensor, ...]]:
     """An AdapterParams, and the tensors that have to live until the launch."""
     module = load()
-    if len(slices) > module.MAX_SLICES:
+    if len(output_sizes) > module.MAX_SLICES:
         raise ValueError(
-            f"{op}: slices are {len(slices)}, backend 'cuda' takes at most {module.MAX_SLICES}; use backend 'triton'"
+            f"{op}: {len(output_sizes)} output_sizes, backend 'cuda' takes {module.MAX_SLICES}; use backend 'triton'"
         )
     rank = lora_b.shape[1]
-    lora_a, lora_b, gate = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), gate.contiguous()
-    h = torch.empty(module.h_bytes(x.shape[0], len(slices), rank), dtype=torch.uint8, device=x.device)
+    lora_a, lora_b, lora_mask = _for_tma(lora_a.to(x.dtype)), _for_tma(lora_b.to(x.dtype)), lora_mask.contiguous()
+    h = torch.empty(module.h_bytes(x.shape[0], len(output_sizes), rank), dtype=torch.uint8, device=x.device)
     flags = _flags(module.flag_words(x.shape[0]), x.device)
     params = module.AdapterParams(
-        gate=gate.data_ptr(),
-        gate_is_int32=gate.dtype == torch.int32,
+        lora_mask=lora_mask.data_ptr(),
+        lora_mask_is_int32=lora_mask.dtype == torch.int32,
         scale=float(scale),
         rank=rank,
-        num_slices=len(slices),
-        slice_ends=[sum(slices[: i + 1]) for i in range(len(slices))],
+        num_slices=len(output_sizes),
+        slice_ends=[sum(output_sizes[: i + 1]) for i in range(len(output_sizes))],
         h=h.data_ptr(),
         flags=flags.data_ptr(),
     )
     params.lora_a, params.lora_a_stride = _matrix(lora_a)
     params.lora_b, params.lora_b_stride = _matrix(lora_b)
-    return params, (lora_a, lora_b, gate, h, flags)
+    return params, (lora_a, lora_b, lora_mask, h, flags)
 
 
 def _flags(count: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from idlm_kernels.ops._dispatch import (
 from idlm_kernels.ops.attention import strided_attention
 from idlm_kernels.ops.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.ops.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.ops.penalties import apply_penalties
 from idlm_kernels.ops.rerank import rerank_drafts
 from idlm_kernels.ops.sampling import sample_rows, verify_accept
 from idlm_kernels.ops.state import advance
@@ -22,6 +23,7 @@ from idlm_kernels.ops.step import commit_step, plan_rows
 
 OPS = (
     "strided_attention",
+    "apply_penalties",
     "verify_accept",
     "sample_rows",
     "rerank_drafts",
@@ -42,6 +44,7 @@ __all__ = [
     "OPS",
     "Backend",
     "advance",
+    "apply_penalties",
     "backends",
     "commit_step",
     "current_backend",

@@ -1,6 +1,7 @@
 """Linear layers, plain and with a gated LoRA adapter on MASK rows, and the first half of the feed-forward block.
 
-Contract: design sections 5.3 and 5.4. Rows with gate 0 carry the very bits of `linear(x, weight)` of the same backend.
+Contract: design sections 5.3 and 5.4. Rows with lora_mask 0 carry the very bits of `linear(x, weight)` of the same
+backend.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from idlm_kernels._deprecated import dropped
+from idlm_kernels._deprecated import dropped, renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation
 from idlm_kernels.ops._register import register, run_op
@@ -64,33 +65,34 @@ def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor
 
 
 @dropped("workspace")
+@renamed(gate="lora_mask", slices="output_sizes")
 def gated_lora_linear(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
     *,
     bias: Tensor | None = None,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + b, plus scale * (x A^T) B^T on rows whose gate is not 0.
+    """y = x W^T + b, plus scale * (x A^T) B^T on rows whose lora_mask is not 0.
 
-    A packed layer (qkv, gate_up) has S slices, each with an adapter of its own: `slices` are their widths.
-    Rows with gate 0 are bit-identical to `linear(x, weight, bias=bias)`, -0.0 included, whatever other rows and the
-    adapter hold (Inf and NaN too).
+    A packed layer (qkv, gate_up) has S slices, each with an adapter of its own: `output_sizes` are their widths.
+    Rows with lora_mask 0 are bit-identical to `linear(x, weight, bias=bias)`, -0.0 included, whatever other rows and
+    the adapter hold (Inf and NaN too).
 
     Args:
         x: [T, K], fp16, bf16, fp32 or fp64.
         weight: [N, K], x's dtype or a narrower one; plain or from `prepare_weight`.
         lora_a: [S * r, K], the A matrices of the slices one below the other.
         lora_b: [N, r], the B matrices likewise.
-        gate: bool, uint8 or int32 [T]; not 0 switches the adapter on.
+        lora_mask: bool, uint8 or int32 [T]; not 0 switches the adapter on.
         scale: factor of the update (alpha / r of the adapter).
         bias: [N], a float dtype.
-        slices: positive widths that add up to N; one slice when None.
+        output_sizes: positive widths that add up to N; one slice when None.
         out: [T, N], x's dtype; allocated when None.
 
     Returns:
@@ -113,13 +115,14 @@ def gated_lora_linear(
     op = "gated_lora_linear"
     check.device_of(op, "x", x)
     _check_base(op, x, weight, bias)
-    widths = _check_adapter(op, x, weight, lora_a, lora_b, gate, scale, slices)
-    _check_out(op, out, x, weight.shape[0], weight, bias, lora_a, lora_b, gate)
-    args = (x, weight, lora_a, lora_b, gate, scale)
-    return run_op(op, args, {"bias": bias, "slices": widths}, out)
+    widths = _check_adapter(op, x, weight, lora_a, lora_b, lora_mask, scale, output_sizes)
+    _check_out(op, out, x, weight.shape[0], weight, bias, lora_a, lora_b, lora_mask)
+    args = (x, weight, lora_a, lora_b, lora_mask, scale)
+    return run_op(op, args, {"bias": bias, "output_sizes": widths}, out)
 
 
 @dropped("workspace")
+@renamed(gate="lora_mask", slices="output_sizes")
 def linear_silu_and_mul(
     x: Tensor,
     weight: Tensor,
@@ -127,25 +130,25 @@ def linear_silu_and_mul(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    gate: Tensor | None = None,
+    lora_mask: Tensor | None = None,
     scale: float = 1.0,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """silu(y[:, :F]) * y[:, F:] of y = `linear`, or of y = `gated_lora_linear` when there is an adapter.
 
     Every row has the bits of `silu_and_mul` of that y of the same backend: y is rounded to x's dtype, whether or not
-    it ever reaches memory. So rows with gate 0 do not depend on the adapter.
+    it ever reaches memory. So rows with lora_mask 0 do not depend on the adapter.
 
     Args:
         x: [T, K], fp16, bf16, fp32 or fp64.
         weight: [2F, K], gate rows and then up rows, x's dtype or a narrower one; plain or from `prepare_weight`.
         bias: [2F], a float dtype.
-        lora_a: [S * r, K], as in `gated_lora_linear`; with lora_b and gate, or none of the three.
+        lora_a: [S * r, K], as in `gated_lora_linear`; with lora_b and lora_mask, or none of the three.
         lora_b: [2F, r].
-        gate: bool, uint8 or int32 [T]; not 0 switches the adapter on.
+        lora_mask: bool, uint8 or int32 [T]; not 0 switches the adapter on.
         scale: factor of the update.
-        slices: positive widths of the S slices that add up to 2F; one slice when None.
+        output_sizes: positive widths of the S slices that add up to 2F; one slice when None.
         out: [T, F], x's dtype; allocated when None.
 
     Returns:
@@ -169,14 +172,14 @@ def linear_silu_and_mul(
     if weight.shape[0] % 2:
         raise ValueError(f"{op}: weight has {weight.shape[0]} rows, wanted an even number (gate and up)")
     widths = None
-    if lora_a is not None and lora_b is not None and gate is not None:
-        widths = _check_adapter(op, x, weight, lora_a, lora_b, gate, scale, slices)
-    elif not (lora_a is None and lora_b is None and gate is None):
-        raise ValueError(f"{op}: give lora_a, lora_b and gate all or none")
-    elif slices is not None:
-        raise ValueError(f"{op}: slices are those of an adapter, wanted None without lora_a, lora_b and gate")
-    _check_out(op, out, x, weight.shape[0] // 2, weight, bias, lora_a, lora_b, gate)
-    adapter = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": widths}
+    if lora_a is not None and lora_b is not None and lora_mask is not None:
+        widths = _check_adapter(op, x, weight, lora_a, lora_b, lora_mask, scale, output_sizes)
+    elif not (lora_a is None and lora_b is None and lora_mask is None):
+        raise ValueError(f"{op}: give lora_a, lora_b and lora_mask all or none")
+    elif output_sizes is not None:
+        raise ValueError(f"{op}: output_sizes are an adapter's, wanted None without lora_a, lora_b and lora_mask")
+    _check_out(op, out, x, weight.shape[0] // 2, weight, bias, lora_a, lora_b, lora_mask)
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "lora_mask": lora_mask, "scale": scale, "output_sizes": widths}
     return run_op(op, (x, weight), {"bias": bias, **adapter}, out)
 
 
@@ -203,21 +206,23 @@ def _check_adapter(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
-    slices: Sequence[int] | None,
+    output_sizes: Sequence[int] | None,
 ) -> list[int]:
     """The widths of the slices."""
     check.number(op, "scale", scale)
-    widths = [weight.shape[0]] if slices is None else list(slices)
+    widths = [weight.shape[0]] if output_sizes is None else list(output_sizes)
     if any(w <= 0 for w in widths) or sum(widths) != weight.shape[0]:
-        raise ValueError(f"{op}: slices are {widths}, wanted positive widths that add up to N = {weight.shape[0]}")
+        raise ValueError(
+            f"{op}: output_sizes are {widths}, wanted positive widths that add up to N = {weight.shape[0]}"
+        )
     check.tensor(op, "lora_b", lora_b, (weight.shape[0], None), check.FLOATS, x.device)
     rank = lora_b.shape[1]
     if rank == 0:
         raise ValueError(f"{op}: lora_b has rank 0, wanted at least 1 (leave the adapter away)")
     check.tensor(op, "lora_a", lora_a, (len(widths) * rank, x.shape[1]), (lora_b.dtype,), x.device)
-    check.tensor(op, "gate", gate, (x.shape[0],), check.GATES, x.device)
+    check.tensor(op, "lora_mask", lora_mask, (x.shape[0],), check.GATES, x.device)
     return widths
 
 
@@ -228,12 +233,13 @@ register(
 )
 register(
     "gated_lora_linear",
-    "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor gate, float scale, *, Tensor? bias, SymInt[] slices",
+    "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor lora_mask, float scale, *, Tensor? bias, "
+    "SymInt[] output_sizes",
     lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
 )
 register(
     "linear_silu_and_mul",
-    "Tensor x, Tensor weight, *, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? gate, float scale, "
-    "SymInt[]? slices",
+    "Tensor x, Tensor weight, *, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? lora_mask, float scale, "
+    "SymInt[]? output_sizes",
     lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0] // 2),
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 import python_ref
 from idlm_kernels.testing import (
     Advance,
+    ApplyPenalties,
     Call,
     CommitStep,
     Draw,
@@ -137,19 +138,19 @@ def _prepare_weight(case: Case) -> None:
 
 
 def _gated_lora_linear(case: Case) -> None:
-    call = GatedLoraLinear(rows=7, k=584, slices=(52, 30, 18)).call(CPU)
-    clean = ~call["gate"]
+    call = GatedLoraLinear(rows=7, k=584, output_sizes=(52, 30, 18)).call(CPU)
+    clean = ~call["lora_mask"]
     base = _run(case, call.of("linear", "x", "weight", "bias"))[clean]
     got = _check(case, call).result
     check_bits(got[clean], base, "a row without the adapter and the same row of linear")
     nan = {name: torch.full_like(call[name], torch.nan) for name in ("lora_a", "lora_b")}
     got = _run(case, call.changed(**nan))
     check_bits(got[clean], base, "a row without the adapter beside an adapter of NaN")
-    _check(case, GatedLoraLinear(rows=130, k=520, slices=(52, 8464)).call(CPU), *BATCHES)
+    _check(case, GatedLoraLinear(rows=130, k=520, output_sizes=(52, 8464)).call(CPU), *BATCHES)
 
 
 def _linear_silu_and_mul(case: Case) -> None:
-    call = LinearSiluAndMul(rows=7, k=584, slices=(52, 30, 18)).call(CPU)
+    call = LinearSiluAndMul(rows=7, k=584, output_sizes=(52, 30, 18)).call(CPU)
     for given, layer in (
         (call.of(call.op, "x", "weight", "bias"), "linear"),
         (call, "gated_lora_linear"),
@@ -157,7 +158,7 @@ def _linear_silu_and_mul(case: Case) -> None:
         got = _check(case, given).result
         apart = _run(case, Call("silu_and_mul", {"x": _run(case, given.of(layer, *given.arguments))}))
         check_bits(got, apart, f"linear_silu_and_mul and silu_and_mul of {layer}")
-    _check(case, LinearSiluAndMul(rows=130, k=200, slices=(52, 150)).call(CPU), *BATCHES)
+    _check(case, LinearSiluAndMul(rows=130, k=200, output_sizes=(52, 150)).call(CPU), *BATCHES)
 
 
 # Attention
@@ -223,6 +224,21 @@ def _sample_rows(case: Case) -> None:
     _check(case, call.rows(slice(13, 14)).changed(mask_id=0))
 
 
+def _apply_penalties(case: Case) -> None:
+    """Both kinds of plans; without biases, on a text of one block; a large vocabulary."""
+    for quadratic in (True, False):
+        _check(case, ApplyPenalties(quadratic=quadratic).call(CPU))
+    _check(case, ApplyPenalties(num_biases=0, vocab_size=50_003, max_len=200).call(CPU))
+    call = ApplyPenalties().call(CPU)
+    got = _run(case, call)
+
+    def in_place(logits: Tensor, **others: Any) -> Tensor:
+        result: Tensor = _function(case, call.op)(logits=logits, **others, out=logits)
+        return result
+
+    check_bits(call.run(in_place, case[1]).result, got, "in place and not")
+
+
 def _verify_accept(case: Case) -> None:
     for quadratic, rule in ((True, "match"), (False, "match"), (True, "rejection")):
         _check(case, VerifyAccept(quadratic=quadratic, rule=rule).call(CPU))
@@ -269,6 +285,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "qk_norm_rope_append": _qk_norm_rope_append,
     "strided_attention": _strided_attention,
     "sample_rows": _sample_rows,
+    "apply_penalties": _apply_penalties,
     "verify_accept": _verify_accept,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from idlm_kernels.generate.params import LARGEST_FP32, SamplingParams
+from idlm_kernels.generate.params import LARGEST_FP32, MAX_LOGIT_BIAS, SamplingParams
 
 _T = TypeVar("_T")
 MAX_DEPTH = 32  # of lists and objects in a body
@@ -41,10 +41,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": _NOTHING,
     "metadata": _NOTHING,
     "service_tier": (None, "auto", "default"),
-    "logit_bias": _NOTHING,
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
     "min_tokens": (None, 0),
     "use_beam_search": _NOTHING,
@@ -106,6 +102,15 @@ class _Generation(_Body):
     top_p: Annotated[_Number | None, _within(1e-6, 1)] = None
     top_k: Annotated[_Integer | None, _within(-1, 2**31 - 1)] = Field(None, description="0 or -1 is off.")
     min_p: Annotated[_Number | None, _within(0, 1)] = None
+    presence_penalty: Annotated[_Number | None, _within(-2, 2)] = None
+    frequency_penalty: Annotated[_Number | None, _within(-2, 2)] = None
+    repetition_penalty: Annotated[_Number | None, _within(1e-6, LARGEST_FP32)] = Field(
+        None, description="Of tokens in prompt and answer; 1 is off."
+    )
+    logit_bias: Annotated[
+        dict[str, Annotated[_Number, _within(-100, 100)]] | None,
+        Field(json_schema_extra={"maxProperties": MAX_LOGIT_BIAS, "propertyNames": {"pattern": "^[0-9]{1,5}$"}}),
+    ] = None
     seed: Annotated[_Integer | None, _within(0, 2**64 - 1)] = Field(
         None, description="Drawn and reported where not given."
     )
@@ -133,6 +138,10 @@ class _Generation(_Body):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.logit_bias,  # type: ignore[arg-type]  # ids as JSON spells them are taken
             seed=self.seed,
             max_tokens=max_tokens,  # type: ignore[arg-type]  # None is taken
             stop=self.stop or (),

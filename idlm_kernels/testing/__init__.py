@@ -21,6 +21,7 @@ from idlm_kernels.testing.numerics import (
 from idlm_kernels.testing.problems import (
     PROBLEMS,
     Advance,
+    ApplyPenalties,
     CommitStep,
     Embed,
     GatedLoraLinear,
@@ -40,6 +41,7 @@ from idlm_kernels.testing.timing import microseconds
 __all__ = [
     "PROBLEMS",
     "Advance",
+    "ApplyPenalties",
     "Call",
     "CommitStep",
     "Draw",

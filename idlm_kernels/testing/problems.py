@@ -10,7 +10,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.testing.calls import Arguments, Call, Draw, Problem
-from python_ref import DraftDistributions, StepState
+from python_ref import DraftDistributions, Penalties, StepState
 
 # Linear layers
 
@@ -40,25 +40,25 @@ class GatedLoraLinear(Problem):
     """Packed slices of these widths, with an adapter of this rank on rows 1, 4, 7 ... Without a rank there is none."""
 
     op = "gated_lora_linear"
-    per_row = ("x", "gate")
+    per_row = ("x", "lora_mask")
     rows: int = 9
     k: int = 320
-    slices: tuple[int, ...] = (70, 40, 90)
+    output_sizes: tuple[int, ...] = (70, 40, 90)
     rank: int = 24
     bias: bool = True
-    gate_dtype: torch.dtype = torch.bool
+    lora_mask_dtype: torch.dtype = torch.bool
 
     def arguments(self, draw: Draw) -> Arguments:
-        n, k, rank, dtype = sum(self.slices), self.k, self.rank, self.dtype
+        n, k, rank, dtype = sum(self.output_sizes), self.k, self.rank, self.dtype
         layer = _layer(draw, self.rows, n, k, self.bias, dtype)
         if not rank:
             return layer
         return layer | {
-            "lora_a": draw.normal(len(self.slices) * rank, k, scale=k**-0.5, dtype=dtype),
+            "lora_a": draw.normal(len(self.output_sizes) * rank, k, scale=k**-0.5, dtype=dtype),
             "lora_b": draw.normal(n, rank, scale=rank**-0.5, dtype=dtype),
-            "gate": (torch.arange(self.rows, device=draw.device) % 3 == 1).to(self.gate_dtype),
+            "lora_mask": (torch.arange(self.rows, device=draw.device) % 3 == 1).to(self.lora_mask_dtype),
             "scale": 0.7,
-            "slices": list(self.slices),
+            "output_sizes": list(self.output_sizes),
         }
 
 
@@ -67,7 +67,7 @@ class LinearSiluAndMul(GatedLoraLinear):
     """The same, of gate and up."""
 
     op = "linear_silu_and_mul"
-    slices: tuple[int, ...] = (51, 60, 89)
+    output_sizes: tuple[int, ...] = (51, 60, 89)
 
 
 # Attention
@@ -293,6 +293,53 @@ class SampleRows(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApplyPenalties(Problem):
+    """Six requests, K = 3: all penalties, each alone, none, a bias of ids that occur and that do not, no rows.
+
+    Texts of 40 ids, so that most occur often, in prompt, output and drafts; some of no vocabulary, some logits NaN.
+    """
+
+    op = "apply_penalties"
+    quadratic: bool = True
+    vocab_size: int = 601
+    max_len: int = 300
+    num_biases: int = 5
+
+    def arguments(self, draw: Draw) -> Arguments:
+        num_k, batch, vocab_size = 3, 6, self.vocab_size
+        num_drafts = [3, 2, 0, 3, 1, 0]
+        counts = [1 + n + num_k * (n + 1 if self.quadratic else 1) for n in num_drafts[:5]] + [0]
+        logits = draw.normal(sum(counts) + 2, vocab_size, scale=3.0, dtype=self.dtype)
+        logits[0, 7], logits[1, 8], logits[2, 9] = torch.nan, torch.inf, -torch.inf
+        text = draw.integers(-1, 40, batch, self.max_len)
+        text[:, 3] = vocab_size
+        drafts = draw.integers(0, 45, batch, num_k)
+        drafts[0] = draw.tensor([44, 44, 5], torch.int64)
+        bias_ids = draw.tensor([[-1] * self.num_biases] * batch, torch.int64)
+        if self.num_biases:
+            of_others = torch.arange(self.num_biases, device=draw.device) * 7 + 30
+            bias_ids[0], bias_ids[4] = of_others, of_others
+            bias_ids[4, 1:2], bias_ids[4, 2:3], bias_ids[4, 3:4] = 2, 30, vocab_size
+        return {
+            "logits": logits,
+            "query_start_loc": draw.tensor([sum(counts[:b]) for b in range(batch + 1)]),
+            "num_drafts": draw.tensor(num_drafts),
+            "drafts": drafts,
+            "text": text,
+            "lengths": draw.tensor([self.max_len, 200, 1, 40, 129, 30]),
+            "penalties": Penalties(
+                prompt_lengths=draw.tensor([100, 0, 1, 20, 129, 10]),
+                presence=draw.tensor([0.5, 0.0, -1.5, 0.0, 0.0, 1.0], torch.float32),
+                frequency=draw.tensor([0.3, 0.7, 0.0, 0.0, 0.0, 1.0], torch.float32),
+                repetition=draw.tensor([1.3, 1.0, 0.8, 1.0, 1.0, 2.0], torch.float32),
+                bias_ids=bias_ids,
+                bias=draw.normal(batch, self.num_biases, scale=5.0, dtype=torch.float32),
+            ),
+            "quadratic": self.quadratic,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyAccept(Problem):
     """The second step of six requests, K = 3; the last two have no drafts: one has no MASK rows, one no rows at all.
 
@@ -470,6 +517,6 @@ PROBLEMS: dict[str, type[Problem]] = {
     kind.op: kind
     for kind in (
         Linear, GatedLoraLinear, LinearSiluAndMul, StridedAttention, RmsNorm, SiluAndMul, Embed, QkNormRopeAppend,
-        SampleRows, VerifyAccept, RerankDrafts, Advance, PlanRows, CommitStep,
+        SampleRows, ApplyPenalties, VerifyAccept, RerankDrafts, Advance, PlanRows, CommitStep,
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ from idlm_kernels.triton.attention import strided_attention
 from idlm_kernels.triton.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
 from idlm_kernels.triton.loaded import settle_cache_keys, spills
+from idlm_kernels.triton.penalties import apply_penalties
 from idlm_kernels.triton.rerank import rerank_drafts
 from idlm_kernels.triton.sampling import sample_rows, verify_accept
 from idlm_kernels.triton.state import advance
@@ -14,6 +15,7 @@ from idlm_kernels.triton.step import commit_step, plan_rows
 
 __all__ = [
     "advance",
+    "apply_penalties",
     "commit_step",
     "embed",
     "gated_lora_linear",

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from idlm_kernels.triton.attention_fold import _fold, _fold_chunks, _rendezvous
+from idlm_kernels.triton.common import follow_previous_launch
 
 
 class Rows(NamedTuple):
@@ -353,6 +354,7 @@ def _attention_kernel(
     stride_lse,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     BLOCK_M: tl.constexpr = shape.BLOCK_M
     BLOCK_D: tl.constexpr = shape.BLOCK_D
     GROUP: tl.constexpr = shape.GROUP

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 VECTOR_BYTES = 16  # the widest access of a thread
 
@@ -17,9 +20,34 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta:
 
     Without fusion of products and sums: the compilers may fuse differently in every specialisation of a kernel, and
     then the bits of a row would depend on how many rows there are.
+
+    From Hopper on its CTAs may start while the launch before still runs: every kernel begins with
+    follow_previous_launch().
     """
     with torch.cuda.device_of(like):
-        kernel[grid](*args, **meta, enable_fp_fusion=False)
+        kernel[grid](*args, **meta, enable_fp_fusion=False, launch_pdl=overlaps(like.device))
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Does a launch on this device begin before the one before has ended (programmatic dependent launch)? On the CPU:
+    what is emulated there is a Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def follow_previous_launch():
+    """The first statement of every kernel: nothing of global memory is read or written before.
+
+    Waits until the launch before has ended and what it wrote is seen; by then that launch has seen the end of its own
+    predecessor. Every CTA waits, also one that has nothing to do: a launch whose CTAs had all left early would end,
+    and let its successor run, beside its predecessor. Then the next launch may send its CTAs, which wait here in turn.
+    So launches overlap by what they take to begin, two at a time; semaphores, which the next launch takes over, are not
+    touched by two at once.
+    """
+    if cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:

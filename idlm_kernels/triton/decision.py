@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from idlm_kernels.triton.perturb import SampledSlices
 from idlm_kernels.triton.rows import kBadDraft, kEmptyRow, kFinite, kInf, kNan, kNoId, lowest_id, or_, span_of
 from idlm_kernels.triton.structs import Logits, SamplingParameters
@@ -140,6 +140,7 @@ def _decide_kernel(
     stride_next,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     results = Results(
         tokens=gTokens,
         next_drafts=gNextDrafts,

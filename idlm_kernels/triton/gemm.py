@@ -64,14 +64,14 @@ def _run(
     out: Tensor,
     *,
     bias: Tensor | None = None,
-    gate: Tensor | None = None,
+    lora_mask: Tensor | None = None,
     h: Tensor | None = None,
     lora_b: Tensor | None = None,
-    slices: Sequence[int] = (),
+    output_sizes: Sequence[int] = (),
     scale: float = 0.0,
     paired: bool = False,
 ) -> None:
-    """One launch. `gate` without `lora_b`: only the gated rows are computed, the others of `out` stay as they are.
+    """One launch. `lora_mask` without `lora_b`: only the gated rows are computed, the others of `out` stay as they are.
     `paired`: the weight is gate rows, then up rows, and `out` takes their activation."""
     (num_rows, k), n = x.shape, weight.shape[0]
     config = gemm_config(n, k, x.dtype)
@@ -83,7 +83,7 @@ def _run(
     parts_n = weight_tiles * config.block_n if paired else n
     parts = x.new_empty(config.splits, num_rows, parts_n, dtype=torch.float32) if splits_apart else None
     rank = 1 if lora_b is None else lora_b.shape[1]
-    ends = tuple(sum(slices[: i + 1]) for i in range(len(slices)))
+    ends = tuple(sum(output_sizes[: i + 1]) for i in range(len(output_sizes)))
     launch(
         _linear_kernel,
         (tiles, config.splits if splits_apart else 1),
@@ -92,7 +92,7 @@ def _run(
         parts,
         semaphores("arrivals", kResidentCtas, torch.int32, x.device) if splits_apart else None,
         Adapter(
-            gate,
+            lora_mask,
             lora_b,
             h,
             stride_b=0 if lora_b is None else lora_b.stride(0),
@@ -116,7 +116,7 @@ def _run(
             BLOCK_RANK=min(max(next_power_of_2(rank), 16), 32),
             HAS_BIAS=bias is not None,
             HAS_LORA=lora_b is not None,
-            GATED_ONLY=gate is not None and lora_b is None,
+            GATED_ONLY=lora_mask is not None and lora_b is None,
             PAIRED=paired,
             NUM_STAGES=config.num_stages,
         ),
@@ -140,19 +140,30 @@ def _run_with_adapter(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
     bias: Tensor | None,
-    slices: Sequence[int] | None,
+    output_sizes: Sequence[int] | None,
     y: Tensor,
     paired: bool,
 ) -> None:
     """Two launches: h of the gated rows, then the layer."""
     h = x.new_empty(x.shape[0], lora_a.shape[0])
-    _run(x, lora_a, h, gate=gate)
-    widths = [weight.shape[0]] if slices is None else slices
+    _run(x, lora_a, h, lora_mask=lora_mask)
+    widths = [weight.shape[0]] if output_sizes is None else output_sizes
     weight = prepare_weight(weight)
-    _run(x, weight, y, bias=bias, gate=gate, h=h, lora_b=lora_b, slices=widths, scale=scale, paired=paired)
+    _run(
+        x,
+        weight,
+        y,
+        bias=bias,
+        lora_mask=lora_mask,
+        h=h,
+        lora_b=lora_b,
+        output_sizes=widths,
+        scale=scale,
+        paired=paired,
+    )
 
 
 def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -170,19 +181,21 @@ def gated_lora_linear(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    gate: Tensor,
+    lora_mask: Tensor,
     scale: float,
     *,
     bias: Tensor | None = None,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.gated_lora_linear`."""
     if _needs_reference(x, lora_b, bias):
-        return python_ref.gated_lora_linear(x, weight, lora_a, lora_b, gate, scale, bias=bias, slices=slices, out=out)
+        return python_ref.gated_lora_linear(
+            x, weight, lora_a, lora_b, lora_mask, scale, bias=bias, output_sizes=output_sizes, out=out
+        )
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     if y.numel():
-        _run_with_adapter(x, weight, lora_a, lora_b, gate, scale, bias, slices, y, paired=False)
+        _run_with_adapter(x, weight, lora_a, lora_b, lora_mask, scale, bias, output_sizes, y, paired=False)
     return y
 
 
@@ -193,20 +206,26 @@ def linear_silu_and_mul(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    gate: Tensor | None = None,
+    lora_mask: Tensor | None = None,
     scale: float = 1.0,
-    slices: Sequence[int] | None = None,
+    output_sizes: Sequence[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.linear_silu_and_mul`."""
     if _needs_reference(x, lora_b, bias):
-        adapter: dict[str, Any] = {"lora_a": lora_a, "lora_b": lora_b, "gate": gate, "scale": scale, "slices": slices}
+        adapter: dict[str, Any] = {
+            "lora_a": lora_a,
+            "lora_b": lora_b,
+            "lora_mask": lora_mask,
+            "scale": scale,
+            "output_sizes": output_sizes,
+        }
         return python_ref.linear_silu_and_mul(x, weight, bias=bias, **adapter, out=out)
     y = x.new_empty(x.shape[0], weight.shape[0] // 2) if out is None else out
     if y.numel() == 0:
         return y
-    if lora_a is None or lora_b is None or gate is None:
+    if lora_a is None or lora_b is None or lora_mask is None:
         _run(x, prepare_weight(weight), y, bias=bias, paired=True)
     else:
-        _run_with_adapter(x, weight, lora_a, lora_b, gate, scale, bias, slices, y, paired=True)
+        _run_with_adapter(x, weight, lora_a, lora_b, lora_mask, scale, bias, output_sizes, y, paired=True)
     return y

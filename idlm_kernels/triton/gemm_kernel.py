@@ -1,6 +1,6 @@
 """The kernel of linear, gated_lora_linear and linear_silu_and_mul.
 
-    y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale * sum_r h[t, r] B[n, r] where gate[t], h = x A^T)
+    y[t, n] = sum_k x[t, k] W[n, k]  (+ bias)  (+ scale * sum_r h[t, r] B[n, r] where lora_mask[t], h = x A^T)
 
 Swapped operands: weight rows fill the 64-row side of the matrix instruction, tokens its other side, so that a step of
 7 or 16 rows reads each weight once. Every row count uses the same instruction, 64 x 64 x 16: beyond 64 rows a CTA runs
@@ -12,11 +12,11 @@ Bytes: the weight once per 128 rows; x once per weight tile and the parts (fp32,
 A decode step is bound by the weight: 33.6 MB, 10.0 us for the o projection of Qwen3-8B at 3.35 TB/s; 64 padded rows
 need 214 TFLOP/s at that rate, which the tensor cores have to spare.
 
-The adapter is two launches: `h` (the same kernel with A for a weight, which skips all rows and tiles without a gate),
-then the layer, whose epilogue adds h B^T into accumulators of its own and selects per row. Its factors are taken in
-x's dtype. linear_silu_and_mul is the same launch with the rows of the weight in another order, groups of 8 gate rows
-beside their 8 up rows, so that a tile holds both factors of what it writes: T x 2F values less to write and to read.
-fp32 runs on FMA and is there for tests; fp64 is left to the references.
+The adapter is two launches: `h` (the same kernel with A for a weight, which skips all rows and tiles without a
+lora_mask), then the layer, whose epilogue adds h B^T into accumulators of its own and selects per row. Its factors are
+taken in x's dtype. linear_silu_and_mul is the same launch with the rows of the weight in another order, groups of 8
+gate rows beside their 8 up rows, so that a tile holds both factors of what it writes: T x 2F values less to write and
+to read. fp32 runs on FMA and is there for tests; fp64 is left to the references.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from idlm_kernels.triton.common import silu_times
+from idlm_kernels.triton.common import follow_previous_launch, silu_times
 
 
 class Operands(NamedTuple):
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
 class Adapter(NamedTuple):
     """A LoRA pair, its first factor applied."""
 
-    gate: Any  # [T] or None
+    lora_mask: Any  # [T] or None
     b: Any  # [N, RANK] or None
     h: Any  # [T, slices * RANK] or None
     stride_b: Any
@@ -211,7 +211,7 @@ def _finish(
         sums += tl.load(operands.bias + n, mask=has_n, other=0.0).to(tl.float32)[:, None]
     y = sums.to(out.dtype.element_ty)
     if shape.HAS_LORA or shape.GATED_ONLY:
-        gated = tl.load(adapter.gate + t, mask=has_t, other=0) != 0
+        gated = tl.load(adapter.lora_mask + t, mask=has_t, other=0) != 0
         if shape.HAS_LORA:
             if tl.max(gated.to(tl.int32), axis=0) != 0:
                 y = _with_adapter(y, sums, adapter, n, t, gated, first, shape)
@@ -234,6 +234,7 @@ def _linear_kernel(
     num_rows,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     BLOCK_N: tl.constexpr = shape.BLOCK_N
     BLOCK_T: tl.constexpr = shape.BLOCK_T
     ROW_TILES: tl.constexpr = shape.ROW_TILES
@@ -249,11 +250,11 @@ def _linear_kernel(
     t2 = t + BLOCK_T
     has_t, has_t2 = (t < num_rows)[:, None], (t2 < num_rows)[:, None]
     if shape.GATED_ONLY:
-        gated = tl.load(adapter.gate + t, mask=t < num_rows, other=0) != 0
+        gated = tl.load(adapter.lora_mask + t, mask=t < num_rows, other=0) != 0
         any_gated = tl.max(gated.to(tl.int32), axis=0)
         has_t = has_t & gated[:, None]
         if ROW_TILES == 2:
-            gated2 = tl.load(adapter.gate + t2, mask=t2 < num_rows, other=0) != 0
+            gated2 = tl.load(adapter.lora_mask + t2, mask=t2 < num_rows, other=0) != 0
             any_gated = any_gated | tl.max(gated2.to(tl.int32), axis=0)
             has_t2 = has_t2 & gated2[:, None]
         if any_gated == 0:

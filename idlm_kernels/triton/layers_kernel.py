@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from idlm_kernels.triton.common import silu_times
+from idlm_kernels.triton.common import follow_previous_launch, silu_times
 
 
 @triton.jit(do_not_specialize=["stride_x", "stride_residual", "stride_out"])
@@ -37,6 +37,7 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
+    follow_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_H)
     inside = column < H
@@ -65,6 +66,7 @@ def _silu_and_mul_kernel(
     BLOCK_F: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
+    follow_previous_launch()
     BLOCKS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     column = tl.program_id(0) % BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -93,6 +95,7 @@ def _embed_kernel(
     HAS_MASK_EMBEDDING: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
+    follow_previous_launch()
     BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     column = tl.program_id(0) % BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -172,6 +175,7 @@ def _qk_norm_rope_append_kernel(
     ALIGNMENT: tl.constexpr,
     STORE_ALIGNMENT: tl.constexpr,
 ):
+    follow_previous_launch()
     HALF: tl.constexpr = D // 2
     BLOCKS: tl.constexpr = (HQ + 2 * HKV + BLOCK_HEADS - 1) // BLOCK_HEADS
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)

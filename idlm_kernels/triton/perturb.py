@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from idlm_kernels.triton.noise import noise
 from idlm_kernels.triton.rows import (
     key_of,
@@ -73,6 +73,7 @@ def _perturb_kernel(
     QUADRATIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow_previous_launch()
     t = tl.program_id(0).to(tl.int64)
     owner = t
     if shape.BY_REQUEST:

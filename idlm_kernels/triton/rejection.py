@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idlm_kernels.triton.common import launch
+from idlm_kernels.triton.common import follow_previous_launch, launch
 from idlm_kernels.triton.decision import Results, Step, best_of_slices, commit, drafts_of, proposal
 from idlm_kernels.triton.noise import log, noise, uniform_of_positions
 from idlm_kernels.triton.perturb import SampledSlices, kBlockPerturb
@@ -114,6 +114,7 @@ def _residual_kernel(
     shape: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow_previous_launch()
     K: tl.constexpr = shape.K
     BLOCK_K: tl.constexpr = shape.BLOCK_K
     vocab_size = logits.vocab_size
@@ -215,6 +216,7 @@ def _conclude_kernel(
     shape: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow_previous_launch()
     K: tl.constexpr = shape.K
     BLOCK_K: tl.constexpr = shape.BLOCK_K
     results = Results(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from idlm_kernels.triton.common import follow_previous_launch
 from idlm_kernels.triton.rerank_kernel import _inverse_rms, _product, kCandidates
 from idlm_kernels.triton.rows import key_of, kLargest, kNoId, value_of
 
@@ -64,6 +65,7 @@ def _maxima_kernel(
     BLOCK_GROUPS: tl.constexpr,
 ):
     """The largest logit of every chunk of ids and of every group of chunks; distributions are cleared on the way."""
+    follow_previous_launch()
     BLOCK_CHUNKS: tl.constexpr = BLOCK_GROUPS * kGroup
     place = tl.program_id(0).to(tl.int64)
     request, j = place // num_k, place % num_k
@@ -119,6 +121,7 @@ def _candidates_kernel(
     BLOCK_GROUPS: tl.constexpr,
 ):
     """The first B K CTAs: the candidates of a row. Others: BLOCK_W entries of from_hidden unit(x) of several rows."""
+    follow_previous_launch()
     W: tl.constexpr = shape.W
     H: tl.constexpr = shape.H
     BLOCK_W: tl.constexpr = shape.BLOCK_W

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from idlm_kernels.triton.common import silu_times
+from idlm_kernels.triton.common import follow_previous_launch, silu_times
 from idlm_kernels.triton.noise import gumbel, log, uniform
 from idlm_kernels.triton.rows import kGreedyBelow, kLargest, kNoId, lowest_id
 from idlm_kernels.triton.structs import DraftDistributionArgs, SamplingParameters
@@ -205,6 +205,7 @@ def _state_kernel(
     IS_FIRST: tl.constexpr,
 ):
     """BLOCK_W entries of s_j of several requests. Every CTA chooses draft j - 1 for itself, the first one writes it."""
+    follow_previous_launch()
     W: tl.constexpr = shape.W
     H: tl.constexpr = shape.H
     BLOCK_W: tl.constexpr = shape.BLOCK_W
@@ -255,6 +256,7 @@ def _score_kernel(
     shape: tl.constexpr,
 ):
     """BLOCK_H entries of the query u = Q s_j of several requests, and what they add to the scores of the candidates."""
+    follow_previous_launch()
     W: tl.constexpr = shape.W
     H: tl.constexpr = shape.H
     BLOCK_H: tl.constexpr = shape.BLOCK_H
@@ -313,6 +315,7 @@ def _last_kernel(
     BLOCK_DRAFTS: tl.constexpr,
 ):
     """The last draft of a request, or its drafts as they were."""
+    follow_previous_launch()
     parameters = SamplingParameters(temperature=gTemperature, top_k=gTopK, top_p=gTopP, min_p=gMinP, seed=gSeed)
     q = DraftDistributionArgs(of=q_logits, cut=gQCut, log_norm=gQLogNorm)
     request = tl.program_id(0).to(tl.int64)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from idlm_kernels.triton.decision import Step, best_of_slices, decide
 from idlm_kernels.triton.perturb import sampled_slices
 from idlm_kernels.triton.rejection import judge
@@ -36,6 +36,7 @@ def _pick_kernel(
     BLOCK_ROWS: tl.constexpr,
     HAS_STATUS: tl.constexpr,
 ):
+    follow_previous_launch()
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     has_row = row < num_rows
     token, status = best_of_slices(slices, row, has_row, mask_id, SLICES, BLOCK_SLICES)

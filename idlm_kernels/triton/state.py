@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from python_ref.contract import LENGTH, RUNNING, STOPPED
 
 kRunning, kStopped, kLength = tl.constexpr(RUNNING), tl.constexpr(STOPPED), tl.constexpr(LENGTH)
@@ -85,6 +85,7 @@ def _advance_kernel(
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    follow_previous_launch()
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_WIDTH)
     token = tl.load(gTokens + b * stride_tokens + i, mask=i < WIDTH, other=-1)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from idlm_kernels.triton.noise import log, uniform_of_positions
 from idlm_kernels.triton.rows import kEmptyRow, kLargest, kNan
 from idlm_kernels.triton.state import kRunning, outcome_of
@@ -109,6 +109,7 @@ def _plan_kernel(
     stride_table,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     b = tl.program_id(0)
     start, total = 0, 0
     for first in range(0, batch, kRequests):
@@ -283,6 +284,7 @@ def _commit_kernel(
     stride_out,
     shape: tl.constexpr,
 ):
+    follow_previous_launch()
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, shape.BLOCK_N)
     is_token, is_draft = i <= shape.K, i < shape.K

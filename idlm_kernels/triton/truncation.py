@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from idlm_kernels.triton.common import follow_previous_launch
 from idlm_kernels.triton.rows import key_of, kGreedyBelow, request_of, transformed, value_of
 from idlm_kernels.triton.structs import LogitsRow
 
@@ -225,6 +226,7 @@ def _cut_kernel(
     MAX_NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    follow_previous_launch()
     t = tl.program_id(0).to(tl.int64)
     owner = t
     if shape.BY_REQUEST:

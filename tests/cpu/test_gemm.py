@@ -59,7 +59,8 @@ def test_bits_of_a_row_do_not_depend_on_the_others(
     assert torch.equal(product(broken)[1::2], want[1::2])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# Not tiled-fp32: how a BLAS shares its sums among threads is up to it. A choice is made for one number of threads.
+@pytest.mark.parametrize("strategy", [gemm.FbgemmFp16, gemm.OneDnnFp32, gemm.RowsFp32])
 def test_bits_do_not_depend_on_threads(strategy: type[gemm.Product]) -> None:
     weight, x = randn(960, 576).half(), randn(7, 576, seed=1)
     before, results = torch.get_num_threads(), []
@@ -221,44 +222,46 @@ def adapter(rank: int = 4) -> tuple[Tensor, Tensor]:
     return randn(len(WIDTHS) * rank, 32, seed=3), randn(sum(WIDTHS), rank, seed=4)
 
 
-@pytest.mark.parametrize("slices", [WIDTHS, None], ids=["slices", "one"])
+@pytest.mark.parametrize("output_sizes", [WIDTHS, None], ids=["output_sizes", "one"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
 @pytest.mark.parametrize("gates", GATES.values(), ids=GATES.keys())
-def test_gated_lora(gates: list[int], dtype: torch.dtype, slices: list[int] | None) -> None:
+def test_gated_lora(gates: list[int], dtype: torch.dtype, output_sizes: list[int] | None) -> None:
     weight, bias, x = randn(40, 32).half(), randn(40, seed=2), randn(9, 32, seed=1)
     a, b = adapter()
-    a = a if slices else a[:4]
-    gate, handle = (5 * torch.tensor(gates)).to(dtype), prepare_weight(weight)
-    y = gated_lora_linear(x, handle, a, b, gate, 0.7, bias=bias, slices=slices)
-    fp32 = (a, b, gate, 0.7)
-    want = python_ref.gated_lora_linear(x.double(), weight.double(), *fp32, bias=bias, slices=slices)
+    a = a if output_sizes else a[:4]
+    lora_mask, handle = (5 * torch.tensor(gates)).to(dtype), prepare_weight(weight)
+    y = gated_lora_linear(x, handle, a, b, lora_mask, 0.7, bias=bias, output_sizes=output_sizes)
+    fp32 = (a, b, lora_mask, 0.7)
+    want = python_ref.gated_lora_linear(x.double(), weight.double(), *fp32, bias=bias, output_sizes=output_sizes)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
-    off = gate == 0
+    off = lora_mask == 0
     check_bits(y[off], linear(x, handle, bias=bias)[off])
     out = torch.empty_like(y)
-    assert gated_lora_linear(x, handle, a, b, gate, 0.7, bias=bias, slices=slices, out=out) is out
+    assert gated_lora_linear(x, handle, a, b, lora_mask, 0.7, bias=bias, output_sizes=output_sizes, out=out) is out
     assert torch.equal(out, y)
     # A MASK row alone has the bits that it has among others.
     for row in range(9):
-        alone = gated_lora_linear(x[row : row + 1], handle, a, b, gate[row : row + 1], 0.7, bias=bias, slices=slices)
+        alone = gated_lora_linear(
+            x[row : row + 1], handle, a, b, lora_mask[row : row + 1], 0.7, bias=bias, output_sizes=output_sizes
+        )
         assert torch.equal(alone[0], y[row])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_ungated_rows_see_nothing_of_the_adapter(value: float) -> None:
     handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
-    gate = torch.tensor(GATES["scattered"], dtype=torch.bool)
+    lora_mask = torch.tensor(GATES["scattered"], dtype=torch.bool)
     want = linear(x, handle)
-    x[gate], a[2], b[5] = value, value, value
-    y = gated_lora_linear(x, handle, a, b, gate, 0.7, slices=WIDTHS)
-    check_bits(y[~gate], want[~gate])
-    assert not y[gate].isfinite().all()
+    x[lora_mask], a[2], b[5] = value, value, value
+    y = gated_lora_linear(x, handle, a, b, lora_mask, 0.7, output_sizes=WIDTHS)
+    check_bits(y[~lora_mask], want[~lora_mask])
+    assert not y[lora_mask].isfinite().all()
 
 
 def test_no_work_for_the_adapter_without_gated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "_prepared_adapter", lambda *args: pytest.fail("the adapter was read"))
     handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
-    y = gated_lora_linear(x, handle, a, b, torch.zeros(9, dtype=torch.bool), 0.7, slices=WIDTHS)
+    y = gated_lora_linear(x, handle, a, b, torch.zeros(9, dtype=torch.bool), 0.7, output_sizes=WIDTHS)
     assert torch.equal(y, linear(x, handle))
 
 
@@ -272,6 +275,8 @@ def test_update_of_an_adapter(update: type[gemm.LowRank], widths: list[int], inn
     parts = zip(a.double().split(rank), b.double().split(widths), strict=True)
     want = torch.cat([0.5 * x.double() @ p.T @ q.T for p, q in parts], dim=1)
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-3)
+    if update is gemm.SplitLowRank and not gemm.is_row_invariant(low_rank, inner):
+        return  # with this BLAS: it is not used then, as the next test shows
     for rows in range(1, 65):
         assert torch.equal(low_rank(x[:rows]), found[:rows]) and torch.equal(low_rank(x[-rows:]), found[-rows:])
 
@@ -293,10 +298,10 @@ def test_an_update_whose_rows_depend_on_each_other_is_not_used(variant: str, mon
 def test_a_prepared_adapter_follows_what_it_was_made_of(inference: bool) -> None:
     with torch.inference_mode(inference):
         handle, x, (a, b) = prepare_weight(randn(40, 32).half()), randn(9, 32, seed=1), adapter()
-        gate = torch.ones(9, dtype=torch.bool)
+        lora_mask = torch.ones(9, dtype=torch.bool)
 
         def run(a: Tensor, b: Tensor, scale: float = 0.7) -> Tensor:
-            return gated_lora_linear(x, handle, a, b, gate, scale, slices=WIDTHS)
+            return gated_lora_linear(x, handle, a, b, lora_mask, scale, output_sizes=WIDTHS)
 
         assert torch.equal(run(a, b), run(a, b))
         b.mul_(3)
@@ -306,27 +311,27 @@ def test_a_prepared_adapter_follows_what_it_was_made_of(inference: bool) -> None
         other = adapter()[0]
         assert torch.equal(run(other, b), run(other, b.clone()))
         assert torch.equal(run(a, b, 2.0), run(a, b.clone(), 2.0))
-        merged = gated_lora_linear(x, handle, a[:4], b, gate, 0.7)
-        assert torch.equal(merged, gated_lora_linear(x, handle, a[:4], b.clone(), gate, 0.7))
+        merged = gated_lora_linear(x, handle, a[:4], b, lora_mask, 0.7)
+        assert torch.equal(merged, gated_lora_linear(x, handle, a[:4], b.clone(), lora_mask, 0.7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     weight, x, (a, b) = randn(40, 32).half(), randn(9, 32, seed=1).to(dtype), adapter()
-    gate = torch.tensor(GATES["end"])
-    y = gated_lora_linear(x, prepare_weight(weight), a, b, gate.int(), 0.7, slices=WIDTHS)
-    want = python_ref.gated_lora_linear(x.double(), weight.double(), a, b, gate, 0.7, slices=WIDTHS)
+    lora_mask = torch.tensor(GATES["end"])
+    y = gated_lora_linear(x, prepare_weight(weight), a, b, lora_mask.int(), 0.7, output_sizes=WIDTHS)
+    want = python_ref.gated_lora_linear(x.double(), weight.double(), a, b, lora_mask, 0.7, output_sizes=WIDTHS)
     error, once = (y.double() - want).abs(), (want.to(dtype).double() - want).abs()
     assert (error <= once + 1e-4 * torch.finfo(dtype).eps * want.abs() + 1e-5).all()
 
 
 def test_linear_silu_and_mul_is_the_one_after_the_other() -> None:
     x, weight = torch.randn(5, 48), prepare_weight(torch.randn(64, 48))
-    a, b, gate = torch.randn(8, 48), torch.randn(64, 4), torch.tensor([0, 1, 0, 1, 0], dtype=torch.int32)
+    a, b, lora_mask = torch.randn(8, 48), torch.randn(64, 4), torch.tensor([0, 1, 0, 1, 0], dtype=torch.int32)
     plain = silu_and_mul(linear(x, weight))
     assert torch.equal(linear_silu_and_mul(x, weight), plain)
-    adapter = {"lora_a": a, "lora_b": b, "gate": gate, "scale": 0.5, "slices": [32, 32]}
+    adapter = {"lora_a": a, "lora_b": b, "lora_mask": lora_mask, "scale": 0.5, "output_sizes": [32, 32]}
     out = torch.empty_like(plain)
     assert linear_silu_and_mul(x, weight, **adapter, out=out) is out
-    assert torch.equal(out, silu_and_mul(gated_lora_linear(x, weight, a, b, gate, 0.5, slices=[32, 32])))
-    assert torch.equal(out[gate == 0], plain[gate == 0])
+    assert torch.equal(out, silu_and_mul(gated_lora_linear(x, weight, a, b, lora_mask, 0.5, output_sizes=[32, 32])))
+    assert torch.equal(out[lora_mask == 0], plain[lora_mask == 0])

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
 from idlm_kernels.generate import CostTable, Generator, LearnedCosts, PlanPolicy, SamplingParams
+from idlm_kernels.generate.kept_costs import MOST_KEYS, KeptCosts
 from idlm_kernels.generate.plan import StepPlan, plans_up_to
 
 
 def test_what_was_seen_counts_and_the_rest_follows_it() -> None:
     costs = LearnedCosts(CostTable({1: 1.0, 4: 2.0, 9: 4.0}))
-    assert costs.of(4) == 2.0
-    costs.observe(1, 0.01)
-    assert not costs.knows(1) and costs.of(4) == 2.0, "one step is no knowledge"
+    assert costs.of(1, 4) == 2.0
     for _ in range(3):
-        costs.observe(1, 0.01)
-    assert costs.of(1) == 0.01 and costs.of(4) == pytest.approx(0.02) and costs.of(9) == pytest.approx(0.04)
+        assert not costs.knows(1, 1), "one step is no knowledge"
+        costs.observe(1, 1, 0.01)
+    assert costs.knows(1, 1) and costs.of(1, 1) == 1 and costs.of(1, 4) == 2
     for seconds in (0.03, 0.03, 0.5):  # a moment's noise
-        costs.observe(4, seconds)
-    assert costs.of(4) == 0.03 and costs.of(9) == pytest.approx(0.06), "by the nearest that is known"
+        costs.observe(1, 4, seconds)
+    assert costs.of(1, 4) == pytest.approx(3)
+    assert costs.of(1, 9) == pytest.approx(7), "a row more costs twice what the prior says"
+    assert costs.of(2, 2) == pytest.approx(1 + 2 * (2 / (4 / 3) - 1)), "of another batch too"
     for _ in range(LearnedCosts.LATEST):
-        costs.observe(1, 0.05)
-    assert costs.of(1) == 0.05, "what was long ago is forgotten"
+        costs.observe(1, 4, 0.015)
+    assert costs.of(1, 4) == pytest.approx(1.5), "what was long ago is forgotten"
+
+
+def test_what_slows_all_steps_changes_no_choice() -> None:
+    costs = LearnedCosts()
+    for slow in (1.0, 3.0):
+        for _ in range(LearnedCosts.LATEST):
+            costs.observe(1, 1, slow * 0.01)
+        for _ in range(4):
+            costs.observe(1, 4, slow * 0.017)
+    assert costs.of(1, 4) == pytest.approx(1.7)
+
+
+def test_plans_without_ordinary_decoding_are_measured_by_each_other() -> None:
+    costs = LearnedCosts(CostTable({1: 1.0, 4: 2.0, 9: 4.0}))
+    for _ in range(3):
+        costs.observe(1, 4, 0.02)
+        costs.observe(1, 9, 0.05)
+    assert costs.of(1, 4) == pytest.approx(2) and costs.of(1, 9) == pytest.approx(5)
 
 
 class Machine:
@@ -42,7 +63,7 @@ class Machine:
             plan = policy.choose(1)
             for _ in range(4 if policy.trial else 16):
                 step = self.step_of(plan) * (1 + self.random.random() * self.noise)
-                policy.cost.observe(plan.max_rows, step)  # type: ignore[union-attr]
+                policy.cost.observe(1, plan.max_rows, step)  # type: ignore[union-attr]
                 time += step
                 tokens += plan.expected_tpf([self.acceptance] * max(1, plan.num_drafts))
                 drafts = plan.num_drafts
@@ -97,22 +118,85 @@ def test_first_steps_that_were_disturbed_are_not_believed_for_good() -> None:
 def test_a_plan_that_is_no_better_than_noise_does_not_replace_the_one_in_use() -> None:
     costs = LearnedCosts(CostTable({1: 1.0}))
     policy = PlanPolicy((StepPlan("ar", 1), StepPlan("quadratic", 2)), costs, [0.0])
-    for rows, seconds in ((1, 1.0), (4, 1.0)):
+    for rows in (1, 4):
         for _ in range(3):
-            costs.observe(rows, seconds)
+            costs.observe(1, rows, 1.0)
     first = policy.choose(1)
-    other = 4 if first.max_rows == 1 else 1
+    better, much_better = (0.98, 0.9) if first.max_rows == 1 else (1 / 0.98, 1 / 0.9)
     for _ in range(LearnedCosts.LATEST):
-        costs.observe(other, 0.98)
+        costs.observe(1, 4, better)
     assert policy.choose(1) == first
     for _ in range(LearnedCosts.LATEST):
-        costs.observe(other, 0.9)
+        costs.observe(1, 4, much_better)
     assert policy.choose(1) != first
 
 
 def test_a_generator_remembers_what_its_steps_cost(make_generator: object) -> None:
     generator: Generator = make_generator()  # type: ignore[operator]
-    assert not generator._costs.knows(1), "nothing is timed beforehand"
+    assert not generator._costs.knows(1, 1), "nothing is timed beforehand"
     generator.generate([[1, 2]], SamplingParams(max_tokens=60), plan="auto", stride=2)
-    assert generator._costs.knows(1), "ordinary decoding, against which nothing may be lost"
+    assert generator._costs.knows(1, 1), "ordinary decoding, against which nothing may be lost"
     assert generator.policy("auto", 2).cost is generator._costs
+
+
+def test_ordinary_decoding_comes_first_and_again_now_and_then() -> None:
+    """It is what nothing may be lost against, and it may have become another by now."""
+    flat = Machine(CostTable({1: 1.0, 16: 1.4}), 0.6)
+    policy = PlanPolicy((StepPlan("ar", 1), StepPlan("quadratic", 2)), LearnedCosts(), [0.6])
+    assert policy.choose(1).kind == "ar"
+    flat.speed(policy, 20)
+    kinds = []
+    for _ in range(60):
+        kinds.append(policy.choose(1).kind)
+        flat.speed(policy, 1)
+    assert 1 <= kinds.count("ar") <= 15 and kinds.count("quadratic") > 40
+
+
+class TestKeptCosts:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return tmp_path / "folder" / "costs.json"
+
+    def learned(self, path: Path, key: str = "a") -> KeptCosts:
+        costs = KeptCosts(path, key)
+        for _ in range(LearnedCosts.ENOUGH):
+            costs.observe(1, 1, 0.01)
+            costs.observe(1, 4, 0.02)
+        return costs
+
+    def test_what_one_process_learned_the_next_one_knows(self, path: Path) -> None:
+        self.learned(path).keep()
+        later = KeptCosts(path, "a")
+        assert later.knows(1, 4) and later.of(1, 4) == 2 and not later.knows(1, 1)
+        assert not KeptCosts(path, "b").knows(1, 4), "of another machine or model"
+        before = path.stat().st_mtime_ns
+        later.keep()
+        assert path.stat().st_mtime_ns == before, "nothing new"
+        self.learned(path, "b").keep()
+        assert KeptCosts(path, "a").knows(1, 4) and KeptCosts(path, "b").knows(1, 4)
+        assert list(path.parent.iterdir()) == [path], "no file is left beside it"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"", b"\xff", b"[1]", b'{"a": 3}', b"[" * 100_000, b'{"a": [[1, 4, NaN]]}',
+            b'{"a": [[1, 4, -1], [1, true, 2]]}',
+            b'{"a": [[1, 4, 1e999], [0, 4, 2.0], [1, 1, 2.0], [1, 10000000000, 2.0], ["1", 4, 2.0]]}',
+        ],
+    )  # fmt: skip
+    def test_a_damaged_file_is_as_none(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir()
+        path.write_bytes(content)
+        costs = KeptCosts(path, "a")
+        assert not costs.table()
+        self.learned(path).keep()
+        assert KeptCosts(path, "a").knows(1, 4), "and is replaced"
+
+    def test_a_folder_that_cannot_be_written_costs_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        self.learned(tmp_path / "file" / "costs.json").keep()
+
+    def test_the_file_does_not_grow(self, path: Path) -> None:
+        for i in range(MOST_KEYS + 3):
+            self.learned(path, str(i)).keep()
+        assert not KeptCosts(path, "2").knows(1, 4) and KeptCosts(path, "3").knows(1, 4)

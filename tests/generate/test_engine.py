@@ -56,6 +56,10 @@ def random_request(rng: random.Random, max_len: int = 48) -> tuple[list[int], Sa
         temperature=rng.choice((0.0, 0.7, 1.3)),
         top_k=rng.choice((0, 0, 8)),
         top_p=rng.choice((1.0, 0.9)),
+        presence_penalty=rng.choice((0.0, 0.0, 0.0, 1.0)),
+        frequency_penalty=rng.choice((0.0, 0.0, 0.0, 0.5)),
+        repetition_penalty=rng.choice((1.0, 1.0, 1.0, 1.5)),
+        logit_bias=rng.choice((None, None, None, {2: 3.0, 17: 4.0})),
         max_tokens=min(rng.randrange(1, 24), max_len - len(prompt)),
         stop_token_ids=rng.choice(((), (3,), (1, 2, 40))),
     )
@@ -73,6 +77,7 @@ REFUSED: list[tuple[Any, ...]] = [
     ([VOCAB], SamplingParams(), 1),
     ([1] * 48, SamplingParams(), 1),
     ([1], SamplingParams(stop="x"), 1),
+    ([1], SamplingParams(logit_bias={VOCAB: 1.0}), 1),
     ([1], SamplingParams(), 2**64),
     ([1], SamplingParams(), "seed"),
 ]

@@ -133,7 +133,7 @@ def test_an_answer_longer_than_the_context_is_cut_and_not_its_prompt(lm: Introsp
 def test_what_a_decode_does_not_have_is_refused_by_name(lm: IntrospectiveLM) -> None:
     for settings, word in (
         ({"num_beams": 4}, "num_beams"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"length_penalty": 1.1}, "length_penalty"),
         ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "top_p"),
     ):
         with pytest.raises(ValueError, match=word):

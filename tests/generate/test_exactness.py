@@ -19,6 +19,9 @@ SAMPLERS = {
     "top_k": {"temperature": 1.3, "top_k": 5},
     "top_p": {"temperature": 1.1, "top_p": 0.8},
     "min_p": {"temperature": 1.5, "min_p": 0.1},
+    "penalties": {"temperature": 0.9, "presence_penalty": 0.6, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    "encouraged": {"presence_penalty": -1.0, "frequency_penalty": 1.5},
+    "bias": {"logit_bias": {7: 5.0, 8: -100.0, 9: 5.5}, "frequency_penalty": 0.7},
     "all": {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
 }
 

@@ -24,7 +24,7 @@ class Problem:
         self,
         rows: int = 9,
         k: int = 320,
-        slices: Sequence[int] = (70, 40, 90),
+        output_sizes: Sequence[int] = (70, 40, 90),
         rank: int = 40,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
@@ -35,29 +35,29 @@ class Problem:
         def random(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
 
-        self.slices, self.scale = list(slices), 0.7
-        n, num = sum(slices), len(slices)
+        self.output_sizes, self.scale = list(output_sizes), 0.7
+        n, num = sum(output_sizes), len(output_sizes)
         self.x, self.weight, self.bias = random(rows, k), random(n, k, scale=k**-0.5), random(n)
         self.a, self.b = random(num * rank, k, scale=k**-0.5), random(n, rank, scale=rank**-0.5)
-        self.gate = (torch.arange(rows) % 3 == 1).to(device)
+        self.lora_mask = (torch.arange(rows) % 3 == 1).to(device)
 
     def linear(self, rows: slice = NONE, **options: Any) -> Tensor:
         return gemm.linear(self.x[rows], self.weight, bias=self.bias, **options)
 
     def gated(self, rows: slice = NONE, **options: Any) -> Tensor:
-        inputs = (self.x[rows], self.weight, self.a, self.b, self.gate[rows], self.scale)
-        return gemm.gated_lora_linear(*inputs, bias=self.bias, slices=self.slices, **options)
+        inputs = (self.x[rows], self.weight, self.a, self.b, self.lora_mask[rows], self.scale)
+        return gemm.gated_lora_linear(*inputs, bias=self.bias, output_sizes=self.output_sizes, **options)
 
     def activated(self, rows: slice = NONE, adapter: bool = True, **options: Any) -> Tensor:
         if adapter:
-            options |= {"lora_a": self.a, "lora_b": self.b, "gate": self.gate[rows], "scale": self.scale}
-            options["slices"] = self.slices
+            options |= {"lora_a": self.a, "lora_b": self.b, "lora_mask": self.lora_mask[rows], "scale": self.scale}
+            options["output_sizes"] = self.output_sizes
         return gemm.linear_silu_and_mul(self.x[rows], self.weight, bias=self.bias, **options)
 
     def exact(self) -> Tensor:
         inputs = (t.double().cpu() for t in (self.x, self.weight, self.a, self.b))
-        options = {"bias": self.bias.double().cpu(), "slices": self.slices}
-        return python_ref.gated_lora_linear(*inputs, self.gate.cpu(), self.scale, **options)
+        options = {"bias": self.bias.double().cpu(), "output_sizes": self.output_sizes}
+        return python_ref.gated_lora_linear(*inputs, self.lora_mask.cpu(), self.scale, **options)
 
     def exact_linear(self) -> Tensor:
         return python_ref.linear(self.x.double().cpu(), self.weight.double().cpu(), bias=self.bias.double().cpu())
@@ -69,9 +69,9 @@ class Problem:
         """What PyTorch computes in this dtype, each product rounded."""
         x, weight, bias, a, b = (t.cpu() for t in (self.x, self.weight, self.bias, self.a, self.b))
         shrunk = (x @ a.T).split(b.shape[1], dim=1)
-        update = torch.cat([s @ part.T for s, part in zip(shrunk, b.split(self.slices), strict=True)], 1)
+        update = torch.cat([s @ part.T for s, part in zip(shrunk, b.split(self.output_sizes), strict=True)], 1)
         base = torch.nn.functional.linear(x, weight, bias)
-        return torch.where((self.gate.cpu() != 0).unsqueeze(1), base + self.scale * update, base)
+        return torch.where((self.lora_mask.cpu() != 0).unsqueeze(1), base + self.scale * update, base)
 
 
 def check_linear(problem: Problem) -> None:
@@ -89,7 +89,7 @@ def check_linear(problem: Problem) -> None:
 
 def check_adapter(problem: Problem) -> None:
     """Values, and rows without the adapter with the bits of `linear`; twice, for the flags."""
-    ungated = problem.gate == 0
+    ungated = problem.lora_mask == 0
     plain = problem.linear()
     for launch in range(2):
         got = problem.gated()
@@ -111,7 +111,7 @@ def check_activation(problem: Problem) -> None:
     assert same_bits(problem.activated(adapter=False, out=out), plain)
     got = problem.activated()
     assert same_bits(got, gemm.silu_and_mul(problem.gated()))
-    ungated = problem.gate == 0
+    ungated = problem.lora_mask == 0
     assert same_bits(got[ungated], plain[ungated]) and (bool(ungated.all()) or not same_bits(got, plain))
 
 
@@ -135,7 +135,7 @@ def check_row_bits(problem: Problem) -> None:
 def check_isolation(problem: Problem) -> None:
     """What gated rows and the adapter hold never reaches a row without the adapter, -0.0 included."""
     problem.bias[0], problem.weight[0] = -0.0, 0.0
-    ungated = problem.gate == 0
+    ungated = problem.lora_mask == 0
     problem.x[~ungated] = torch.nan
     problem.a[3], problem.b[::2] = torch.inf, torch.nan
     plain = problem.linear()
@@ -148,8 +148,8 @@ def check_slices(problem: Problem) -> None:
     """A NaN in one slice's adapter stays in that slice, also inside a tile that two slices share."""
     wanted = problem.gated()
     problem.a[: problem.b.shape[1]] = torch.nan
-    got, first = problem.gated(), problem.slices[0]
-    assert got[problem.gate != 0][:, :first].isnan().all()
+    got, first = problem.gated(), problem.output_sizes[0]
+    assert got[problem.lora_mask != 0][:, :first].isnan().all()
     assert same_bits(got[:, first:], wanted[:, first:])
 
 
@@ -177,7 +177,7 @@ def check_chain(softgpu: ModuleType) -> None:
         second.x = outputs[0]
         constant = gemm.prepare_weight(second.weight)
         first.activated(out=outputs[0])
-        gemm.gated_lora_linear(outputs[0], constant, second.a, second.b, second.gate, 0.7, out=outputs[1])
+        gemm.gated_lora_linear(outputs[0], constant, second.a, second.b, second.lora_mask, 0.7, out=outputs[1])
         first.x, before = outputs[1], first.x
         first.activated(out=outputs[2])
         first.x = before

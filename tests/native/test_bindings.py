@@ -9,8 +9,8 @@ import pytest
 
 from tests.native.support import ROOT
 
-HEADER = "".join((ROOT / "csrc" / "include" / "idlm" / f"{name}.h").read_text() for name in ("sampling", "gemm"))
-STRUCTS = dict(re.findall(r"^struct (\w+) \{\n(.*?)^\};", HEADER, re.M | re.S))
+HEADERS = (ROOT / "csrc" / "include" / "idlm" / f"{name}.h" for name in ("sampling", "gemm", "attention"))
+STRUCTS = dict(re.findall(r"^struct (\w+) \{\n(.*?)^\};", "".join(h.read_text() for h in HEADERS), re.M | re.S))
 
 
 @pytest.mark.parametrize("name", STRUCTS)

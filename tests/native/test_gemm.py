@@ -92,28 +92,30 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("rows, k, slices, rank", ADAPTERS)
-def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device) -> None:
-    problem = Problem(rows, k, slices, rank, dtype, device)
+@pytest.mark.parametrize("rows, k, output_sizes, rank", ADAPTERS)
+def test_adapter(
+    rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = Problem(rows, k, output_sizes, rank, dtype, device)
     check_adapter(problem)
     if rows == 1:
-        problem.gate[:] = True
+        problem.lora_mask[:] = True
         check_adapter(problem)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("rows, k, slices, rank", ADAPTERS)
+@pytest.mark.parametrize("rows, k, output_sizes, rank", ADAPTERS)
 def test_activation(
-    rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
+    rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check_activation(Problem(rows, k, slices, rank, dtype, device))
+    check_activation(Problem(rows, k, output_sizes, rank, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_gate_is_whatever_is_not_zero(dtype: torch.dtype, device: torch.device) -> None:
     problem = Problem(device=device)
     wanted = problem.gated()
-    problem.gate = problem.gate.to(dtype) * (200 if dtype == torch.uint8 else 1 << 20)
+    problem.lora_mask = problem.lora_mask.to(dtype) * (200 if dtype == torch.uint8 else 1 << 20)
     assert same_bits(problem.gated(), wanted)
 
 
@@ -127,8 +129,8 @@ def test_slices_do_not_touch_each_other(device: torch.device) -> None:
 
 
 def test_too_many_slices_are_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"slices are 17, backend 'cuda' takes at most 16"):
-        Problem(slices=[2] * 17, device=device).gated()
+    with pytest.raises(ValueError, match=r"17 output_sizes, backend 'cuda' takes 16"):
+        Problem(output_sizes=[2] * 17, device=device).gated()
 
 
 def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.device) -> None:
@@ -148,17 +150,17 @@ def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.d
 SHARING = [(512, (8500,)), (1024, (2100, 2200)), (2048, (2200,))]
 
 
-@pytest.mark.parametrize("k, slices", SHARING, ids=["1 part", "2 parts", "4 parts"])
-def test_tiles_that_share_tokens(k: int, slices: Sequence[int], softgpu: ModuleType, module: ModuleType) -> None:
+@pytest.mark.parametrize("k, output_sizes", SHARING, ids=["1 part", "2 parts", "4 parts"])
+def test_tiles_that_share_tokens(k: int, output_sizes: Sequence[int], softgpu: ModuleType, module: ModuleType) -> None:
     """Above 32 rows; the last tile may have no neighbour. Updates of the rank fill the ring more than once."""
-    splits, h_splits = module.gemm_shape(sum(slices), k)
+    splits, h_splits = module.gemm_shape(sum(output_sizes), k)
     assert h_splits == 2 * splits
     for rows, rank in ((66, 264), (130, 72)):
-        problem = Problem(rows, k, slices, rank)
+        problem = Problem(rows, k, output_sizes, rank)
         plain, got, activated = problem.linear(), problem.gated(), problem.activated()
         check_close(plain, problem.exact_linear(), problem.peer_linear())
         check_close(got, problem.exact(), problem.peer())
-        assert same_bits(got[~problem.gate], plain[~problem.gate])
+        assert same_bits(got[~problem.lora_mask], plain[~problem.lora_mask])
         assert same_bits(activated, gemm.silu_and_mul(got))
         for few in (slice(3, 4), slice(2, 66)):
             assert same_bits(problem.linear(few), plain[few]) and same_bits(problem.gated(few), got[few])
@@ -172,21 +174,21 @@ def test_schedules_of_tiles_that_share_tokens(schedule: str, softgpu: ModuleType
     with softgpu.configured(**SCHEDULES[schedule]):
         for rows in (slice(66), slice(1, 41)):
             assert same_bits(problem.gated(rows), wanted[rows])
-        assert same_bits(problem.linear()[~problem.gate], wanted[~problem.gate])
+        assert same_bits(problem.linear()[~problem.lora_mask], wanted[~problem.lora_mask])
     check_flags()
 
 
 @pytest.mark.parametrize("rows", [7, 70, 200])
 def test_no_adapter_work_without_a_gated_row(rows: int, softgpu: ModuleType, module: ModuleType) -> None:
-    k, slices = 1024, (64, 192)
-    problem = Problem(rows, k, slices, 128)
-    problem.gate[:] = False
+    k, output_sizes = 1024, (64, 192)
+    problem = Problem(rows, k, output_sizes, 128)
+    problem.lora_mask[:] = False
     problem.linear()
     plain = softgpu.counters()
     got = problem.gated()
     gated = softgpu.counters()
     assert gated["wgmma_flops"] == plain["wgmma_flops"]
-    tiles = [sum(slices) // (64 * tile(rows, adapter)[0]) for adapter in (False, True)]  # each reads x
+    tiles = [sum(output_sizes) // (64 * tile(rows, adapter)[0]) for adapter in (False, True)]  # each reads x
     more = (tiles[1] - tiles[0]) * rows * k * 2
     assert gated["tma_load_bytes"] == plain["tma_load_bytes"] + more
     assert same_bits(got, problem.linear())
@@ -206,7 +208,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
 def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType) -> None:
     problem = Problem(9, 584, (70, 40, 90), 40)
     out = torch.zeros(9, 200, dtype=BF16)
-    keep = [problem.x, problem.weight, problem.bias, problem.a, problem.b, problem.gate, out]
+    keep = [problem.x, problem.weight, problem.bias, problem.a, problem.b, problem.lora_mask, out]
     arguments = gemm._adapter_params
 
     def registered(*args: object) -> object:
@@ -280,7 +282,7 @@ def test_stages(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows, k, slices, rank",
+    "rows, k, output_sizes, rank",
     [
         (7, 576, (576, 192, 192), 16),
         (7, 1536, (576,), 64),
@@ -311,8 +313,8 @@ def test_stages(module: ModuleType) -> None:
         "1024 rows of tiles that share tokens",
     ],
 )
-def test_model_shapes(rows: int, k: int, slices: Sequence[int], rank: int, device: torch.device) -> None:
-    check_adapter(Problem(rows, k, slices, rank, device=device))
+def test_model_shapes(rows: int, k: int, output_sizes: Sequence[int], rank: int, device: torch.device) -> None:
+    check_adapter(Problem(rows, k, output_sizes, rank, device=device))
 
 
 def test_silu_and_mul(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Planted faults in the linear layers: each must be caught by the checks that the kernel passes.
 
-A mutant is the bf16 kernels of up to 64 rows, or of 65 to 128, compiled (PTX only) from a changed source, linked with the
-objects of the build.
+A mutant is the bf16 kernels of up to 64 rows, or of 65 to 128, compiled (PTX only) from a changed source, linked with
+the objects of the build.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def schedules(softgpu: ModuleType) -> None:
             check_linear(Problem(7, 1024, (100,), 8))
             check_adapter(Problem(9, 1024, (70, 90), 136))
             many = Problem(64, 512, (64,), 72)
-            many.gate[:] = True
+            many.lora_mask[:] = True
             check_adapter(many)
 
 
@@ -98,13 +98,13 @@ MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
         "    __syncthreads();\n  } else {\n    cluster_arrive();\n    cluster_wait();\n",
         "    __syncthreads();\n  } else {\n    __syncthreads();\n",
     ),
-    "the gate is off by one": (values, "(e / 4 * 8 + e % 2) & 1)", "(e / 4 * 8 + e % 2 + 1) & 1)"),
+    "the lora_mask is off by one": (values, "(e / 4 * 8 + e % 2) & 1)", "(e / 4 * 8 + e % 2 + 1) & 1)"),
     "the adapter is added to every row": (
         isolation,
         "(mine >> (e / 4 * 8 + e % 2) & 1) && inside[e / 2 % 2]",
         "inside[e / 2 % 2]",
     ),
-    "the adapter is multiplied by the gate": (
+    "the adapter is multiplied by the lora_mask": (
         isolation,
         "const bool wanted = (mine >> (e / 4 * 8 + e % 2) & 1) && inside[e / 2 % 2];\n"
         "        sums[tile][e] = wanted ? __fmaf_rn(p.scale,",
@@ -165,7 +165,7 @@ BREADTH = {
     "every slice takes the first h",
     "the scale is forgotten",
     "the activation of sums that are not rounded",
-    "the gate is off by one",
+    "the lora_mask is off by one",
 }
 
 

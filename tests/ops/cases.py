@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import idlm_kernels
 import python_ref
-from idlm_kernels import DraftDistributions, StepState
+from idlm_kernels import DraftDistributions, Penalties, StepState
 from idlm_kernels.ops import OPS
 from idlm_kernels.testing import Draw
 
@@ -103,6 +103,28 @@ def _verify_accept(variant: str) -> Arguments:
     if variant == "full":
         args |= {"logit_bias": _randn(13, 9, seed=5), "status": torch.zeros(3, dtype=torch.int32)}
     return args
+
+
+def _apply_penalties(variant: str) -> Arguments:
+    """K = 2: requests with 2 drafts, none, and no rows. `other`: other texts and drafts."""
+    other = variant == "other"
+    return {
+        "logits": _randn(13, 9),
+        "query_start_loc": _int32(0, 3, 9, 13) if other else _int32(0, 9, 12, 12),
+        "num_drafts": _int32(0, 1, 0) if other else _int32(2, 0, 0),
+        "drafts": torch.tensor([[3, 5], [0, 0], [-1, -1]]),
+        "text": torch.tensor([[8, 8, 8, 8]] * 3 if other else [[1, 2, 1, 3], [4, 4, 0, 0], [0, 0, 0, 0]]),
+        "lengths": _int32(4, 4, 4) if other else _int32(4, 2, 1),
+        "penalties": Penalties(
+            prompt_lengths=_int32(4, 0, 1) if other else _int32(1, 2, 1),
+            presence=torch.tensor([0.5, 0.0, 1.0]),
+            frequency=torch.tensor([0.25, -0.5, 1.0]),
+            repetition=torch.tensor([1.5, 1.0, 1.0]),
+            bias_ids=torch.tensor([[6, 2], [-1, 9], [-1, -1]]),
+            bias=torch.tensor([[2.0, -3.0], [1.0, 1.0], [0.0, 0.0]]),
+        ),
+        "quadratic": variant == "plain" or other,
+    }
 
 
 def _rerank_drafts(variant: str) -> Arguments:
@@ -196,25 +218,25 @@ def _linear(variant: str) -> Arguments:
 
 
 def _gated_lora_linear(variant: str) -> Arguments:
-    slices = [2, 3] if variant == "full" else None
+    output_sizes = [2, 3] if variant == "full" else None
     args: Arguments = {
         "x": _randn(3, 6),
         "weight": _randn(5, 6, seed=1),
-        "lora_a": _randn(4 if slices else 2, 6, seed=3),
+        "lora_a": _randn(4 if output_sizes else 2, 6, seed=3),
         "lora_b": _randn(5, 2, seed=4),
-        "gate": torch.tensor([False, True, True] if variant == "other" else [True, False, False]),
+        "lora_mask": torch.tensor([False, True, True] if variant == "other" else [True, False, False]),
         "scale": 0.5,
     }
     if variant == "full":
-        args |= {"bias": _randn(5, seed=2), "slices": slices}
+        args |= {"bias": _randn(5, seed=2), "output_sizes": output_sizes}
     return args
 
 
 def _linear_silu_and_mul(variant: str) -> Arguments:
     args: Arguments = {"x": _randn(3, 6), "weight": _randn(4, 6, seed=1)}
     if variant == "full":
-        args |= {"lora_a": _randn(4, 6, seed=3), "lora_b": _randn(4, 2, seed=4), "slices": [1, 3], "scale": 0.5}
-        args |= {"gate": torch.tensor([True, False, False])}
+        args |= {"lora_a": _randn(4, 6, seed=3), "lora_b": _randn(4, 2, seed=4), "output_sizes": [1, 3], "scale": 0.5}
+        args |= {"lora_mask": torch.tensor([True, False, False])}
         args |= {"bias": _randn(4, seed=2)}
     return args
 
@@ -259,6 +281,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "strided_attention": (_attention, ("plain", "tail_mask", "window")),
     "sample_rows": (_sample_rows, ("plain", "full")),
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
+    "apply_penalties": (_apply_penalties, ("plain", "chain")),
     "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),
     "plan_rows": (_plan_rows, ("plain", "quadratic", "noise")),
@@ -310,7 +333,7 @@ def tensors(args: Arguments) -> Iterator[tuple[str, Tensor]]:
     for name, value in args.items():
         if isinstance(value, Tensor):
             yield name, value
-        elif isinstance(value, (DraftDistributions, StepState)):
+        elif isinstance(value, (DraftDistributions, Penalties, StepState)):
             yield from ((f"{name}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
         elif isinstance(value, tuple):
             yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))

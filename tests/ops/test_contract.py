@@ -54,6 +54,7 @@ def leads(op: str, name: str) -> bool:
             "strided_attention": ("q", "k_cache", "seq_lens"),
             "sample_rows": ("logits",),
             "verify_accept": ("logits", "drafts"),
+            "apply_penalties": ("logits", "drafts", "penalties.bias_ids"),
             "rerank_drafts": ("logits", "hidden", "drafts", "from_hidden"),
             "advance": ("tokens",),
             "plan_rows": ("state.lengths", "state.drafts"),
@@ -73,6 +74,8 @@ def leads(op: str, name: str) -> bool:
 # (op, argument, dimension) whose size nothing else fixes
 FREE_SIZES = {
     ("strided_attention", "page_table", 1),
+    ("apply_penalties", "drafts", 1),
+    ("apply_penalties", "text", 1),
     ("rerank_drafts", "embedding", 0),
     ("rerank_drafts", "head_rows", 0),
     ("advance", "text", 1),
@@ -269,9 +272,12 @@ def test_expanded_output(op, name):
         assert "expanded" in message
 
 
+MAY_BE_THE_SAME = (("rms_norm", {"out", "x"}), ("apply_penalties", {"out", "logits"}))
+
+
 @pytest.mark.parametrize(("op", "name"), all_written())
 def test_outputs_share_no_memory(op, name):
-    """With no other tensor argument of the same dtype; out = x of rms_norm is the one documented exception."""
+    """With no other tensor argument of the same dtype; some are documented exceptions."""
     args = with_all_arguments(op)
     x = dict(tensors(args))[name]
     for other_name, other in tensors(args):
@@ -279,16 +285,22 @@ def test_outputs_share_no_memory(op, name):
         if other_name == name or not same_kind:
             continue
         view = other.flatten()[: x.numel()].view(x.shape) if other.is_contiguous() else None
-        if view is None or (op, {name, other_name}) == ("rms_norm", {"out", "x"}):
+        if view is None or (op, {name, other_name}) in MAY_BE_THE_SAME:
             continue
         with pytest.raises(ValueError, match=rf"^{op}: .* shares its memory"):
             public(op)(**replaced(args, name, view))
 
 
-def test_rms_norm_out_may_be_x():
-    args = arguments("rms_norm")
-    want = public("rms_norm")(**args)
-    assert torch.equal(public("rms_norm")(**args, out=args["x"]), want)
+@pytest.mark.parametrize(("op", "name"), [("rms_norm", "x"), ("apply_penalties", "logits")])
+def test_out_may_be_an_input(op, name):
+    args = arguments(op)
+    want = public(op)(**args)
+    assert torch.equal(public(op)(**args, out=args[name]), want)
+
+
+def test_out_may_not_overlap_the_logits():
+    args, wide = arguments("apply_penalties"), torch.zeros(14, 9)
+    refused("apply_penalties", args | {"logits": wide[1:], "out": wide[:-1]}, ValueError, "out")
 
 
 # Numbers, options and their combinations
@@ -313,6 +325,8 @@ BAD_OPTIONS = [
     ("verify_accept", "quadratic", (1, None, "chain", torch.tensor(True)), TypeError),
     ("verify_accept", "rule", ("greedy", None, 0), ValueError),
     ("verify_accept", "draft_dists", ((1, 2, 3), "q"), TypeError),
+    ("apply_penalties", "penalties", (None, (1, 2), "s"), TypeError),
+    ("apply_penalties", "quadratic", (1, None, torch.tensor(True)), TypeError),
     ("rerank_drafts", "id_limit", NOT_INTS, TypeError),
     ("rerank_drafts", "id_limit", (0, -1, 10), ValueError),
     ("rerank_drafts", "mask_id", NOT_INTS, TypeError),
@@ -331,9 +345,9 @@ BAD_OPTIONS = [
     ("commit_step", "acceptance", NOT_NUMBERS, TypeError),
     ("commit_step", "acceptance", (-0.1, 1.1, float("nan")), ValueError),
     ("gated_lora_linear", "scale", (*NOT_NUMBERS, None), TypeError),
-    ("gated_lora_linear", "slices", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
+    ("gated_lora_linear", "output_sizes", ([5, 1], [2, 2], [0, 5], [6, -1], []), ValueError),
     ("linear_silu_and_mul", "scale", (*NOT_NUMBERS, None), TypeError),
-    ("linear_silu_and_mul", "slices", ([4, 1], [1, 1], [0, 4], [5, -1], []), ValueError),
+    ("linear_silu_and_mul", "output_sizes", ([4, 1], [1, 1], [0, 4], [5, -1], []), ValueError),
     ("rms_norm", "eps", (*NOT_NUMBERS, None), TypeError),
     ("embed", "dtype", (torch.int64, torch.complex64, "float32"), TypeError),
     ("qk_norm_rope_append", "eps", (*NOT_NUMBERS, None), TypeError),
@@ -394,6 +408,8 @@ def test_bad_combinations():
         empty = replaced(plan, f"state.{name}", getattr(plan["state"], name)[:, :0])
         refused("plan_rows", empty, ValueError, f"state.{name}")
     refused("plan_rows", plan | {"out": new_out("plan_rows", plan)[:6]}, ValueError, "out")
+    penalties = arguments("apply_penalties")
+    refused("apply_penalties", penalties | {"logits": torch.zeros(13, 0)}, ValueError, "logits")
     commit = arguments("commit_step", "full")
     for name in ("logits", "query_start_loc"):
         refused("commit_step", commit | {name: None}, ValueError, name)
@@ -407,10 +423,10 @@ def test_bad_combinations():
     refused("silu_and_mul", {"x": torch.zeros(2, 5)}, ValueError, "x")
     refused("linear_silu_and_mul", arguments("linear"), ValueError, "weight")  # 5 rows
     adapter = arguments("linear_silu_and_mul", "full")
-    for name in ("lora_a", "lora_b", "gate"):
+    for name in ("lora_a", "lora_b", "lora_mask"):
         refused("linear_silu_and_mul", adapter | {name: None}, ValueError, name)
     plain = arguments("linear_silu_and_mul")
-    refused("linear_silu_and_mul", plain | {"slices": [2, 2]}, ValueError, "slices")
+    refused("linear_silu_and_mul", plain | {"output_sizes": [2, 2]}, ValueError, "output_sizes")
     refused("embed", arguments("embed") | {"weight": torch.zeros(0, 6)}, ValueError, "weight")
 
     one_norm = arguments("qk_norm_rope_append") | {"q_weight": torch.ones(4)}
@@ -485,10 +501,11 @@ def no_rows(op: str) -> dict[str, Any]:
             *("logits", "hidden", "first_mask", "previous", "positions", "drafts", "num_drafts"),
             *("temperature", "top_k", "top_p", "min_p", "seed"),
         ),
+        "apply_penalties": ("logits",),
         "advance": tuple(args),
         "commit_step": tuple(args),
         "linear": ("x",),
-        "gated_lora_linear": ("x", "gate"),
+        "gated_lora_linear": ("x", "lora_mask"),
         "linear_silu_and_mul": ("x",),
         "rms_norm": ("x",),
         "silu_and_mul": ("x",),
@@ -496,6 +513,8 @@ def no_rows(op: str) -> dict[str, Any]:
         "qk_norm_rope_append": ("qkv", "positions", "slot_mapping"),
     }[op]
     args |= {name: mapped(lambda x: x[:0], args[name]) for name in per_row}
+    if op == "apply_penalties":
+        args["query_start_loc"] = torch.zeros_like(args["query_start_loc"])
     if op == "strided_attention":
         args["query_start_loc"] = torch.zeros_like(args["query_start_loc"])
         args["seq_lens"] = torch.zeros_like(args["seq_lens"])

@@ -53,12 +53,12 @@ def test_views_share_memory_where_a_byte_is_common() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_is_refused_in_one_way_everywhere(backend: str) -> None:
     x, weight = torch.randn(3, 64), torch.randn(32, 64)
-    a, b, gate = torch.randn(4, 64), torch.randn(32, 4), torch.tensor([True, False, True])
+    a, b, lora_mask = torch.randn(4, 64), torch.randn(32, 4), torch.tensor([True, False, True])
     calls = {
         "x": lambda: idlm_kernels.linear(x.requires_grad_(), weight),
         "weight": lambda: idlm_kernels.linear(x, weight.requires_grad_()),
-        "lora_a": lambda: idlm_kernels.gated_lora_linear(x, weight, a.requires_grad_(), b, gate, 1.0),
-        "lora_b": lambda: idlm_kernels.gated_lora_linear(x, weight, a, b.requires_grad_(), gate, 1.0),
+        "lora_a": lambda: idlm_kernels.gated_lora_linear(x, weight, a.requires_grad_(), b, lora_mask, 1.0),
+        "lora_b": lambda: idlm_kernels.gated_lora_linear(x, weight, a, b.requires_grad_(), lora_mask, 1.0),
         "q": lambda: attention(torch.randn(2, 2, 8, requires_grad=True), None),
         "out": lambda: idlm_kernels.linear(x, weight, out=torch.empty(3, 32, requires_grad=True)),
     }

@@ -96,7 +96,7 @@ def test_noise_and_tables_do_not_sync(name):
 def test_every_reference_function_is_covered():
     covered = {*STEP_OPS, *other_functions(), "prepare_weight"}
     functions = {name for name in python_ref.__all__ if callable(getattr(python_ref, name))}
-    assert functions - {"DraftDistributions", "StepState"} == covered
+    assert functions - {"DraftDistributions", "Penalties", "StepState"} == covered
 
 
 @pytest.mark.parametrize(("op", "variant"), variants())
@@ -108,7 +108,7 @@ def test_references_run_without_values(op, variant):
 
 
 STATEFUL = ("advance", "plan_rows", "commit_step")
-OPS_WITH_DATA = ("strided_attention", "sample_rows", "verify_accept", "rerank_drafts", *STATEFUL)
+OPS_WITH_DATA = ("strided_attention", "sample_rows", "verify_accept", "apply_penalties", "rerank_drafts", *STATEFUL)
 
 
 @pytest.mark.parametrize("op", [*OPS_WITH_DATA, "gated_lora_linear", "embed", "qk_norm_rope_append"])

@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "a weight in another dtype": ("prepare_weight", lambda weight: weight.float(), "another shape, dtype or device"),
     "the adapter on every row": (
         "gated_lora_linear",
-        changed("gated_lora_linear", gate=torch.ones_like),
+        changed("gated_lora_linear", lora_mask=torch.ones_like),
         "off by",
     ),
     "clean rows touched by the adapter": (
@@ -203,6 +203,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         "verify_accept",
         after("verify_accept", first_cut),
         "a distribution of a next draft is off by",
+    ),
+    "the prompt is output": (
+        "apply_penalties",
+        changed("apply_penalties", penalties=lambda p: dataclasses.replace(p, prompt_lengths=p.prompt_lengths * 0)),
+        "the result is off",
     ),
     "the state is not carried on": (
         "rerank_drafts",

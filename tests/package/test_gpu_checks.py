@@ -86,8 +86,10 @@ def test_bits_that_depend_on_the_number_of_rows_are_found(planted: dict[str, Any
 def test_values_that_are_off_and_an_adapter_that_leaks_are_found(planted: dict[str, Any]) -> None:
     import idlm_kernels.cpu as cpu
 
-    def everywhere(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return cpu.gated_lora_linear(x, weight, a, b, torch.ones_like(gate), *rest, **options)
+    def everywhere(
+        x: Tensor, weight: Tensor, a: Tensor, b: Tensor, lora_mask: Tensor, *rest: Any, **options: Any
+    ) -> Tensor:
+        return cpu.gated_lora_linear(x, weight, a, b, torch.ones_like(lora_mask), *rest, **options)
 
     planted["gated_lora_linear"] = everywhere
     planted["linear"] = lambda *args, **options: cpu.linear(*args, **options) * 1.5

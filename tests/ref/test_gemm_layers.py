@@ -107,12 +107,12 @@ def test_prepare_weight_of_the_references_is_the_weight():
 # gated_lora_linear
 
 
-def lora_loop(x, weight, lora_a, lora_b, gate, scale, bias, widths) -> Tensor:
+def lora_loop(x, weight, lora_a, lora_b, lora_mask, scale, bias, widths) -> Tensor:
     """Row by row and slice by slice, in fp64."""
     rank, out = lora_b.shape[1], torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
     for t, row in enumerate(x.double()):
         out[t] = weight.double() @ row + (0 if bias is None else bias.double())
-        if int(gate[t]) != 0:
+        if int(lora_mask[t]) != 0:
             start = 0
             for s, width in enumerate(widths):
                 a = lora_a[s * rank : (s + 1) * rank].double()
@@ -122,36 +122,36 @@ def lora_loop(x, weight, lora_a, lora_b, gate, scale, bias, widths) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slices", [None, [9], [4, 3, 2], [1, 8]])
+@pytest.mark.parametrize("output_sizes", [None, [9], [4, 3, 2], [1, 8]])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_gated_lora_linear(dtype, slices, has_bias):
-    rank, widths = 2, slices or [9]
+def test_gated_lora_linear(dtype, output_sizes, has_bias):
+    rank, widths = 2, output_sizes or [9]
     x, weight = randn(6, 16, dtype=dtype), randn(9, 16, seed=1, dtype=dtype)
     lora_a, lora_b = randn(rank * len(widths), 16, seed=2, dtype=dtype), randn(9, rank, seed=3, dtype=dtype)
     bias = randn(9, seed=4, dtype=dtype) if has_bias else None
-    gate = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.bool)
-    exact = lora_loop(x, weight, lora_a, lora_b, gate, 0.5, bias, widths)
+    lora_mask = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.bool)
+    exact = lora_loop(x, weight, lora_a, lora_b, lora_mask, 0.5, bias, widths)
     out = torch.full((6, 9), NAN, dtype=dtype)
-    got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.5, bias=bias, slices=slices, out=out)
+    got = gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, 0.5, bias=bias, output_sizes=output_sizes, out=out)
     assert got is out
     assert_rounded(got, exact)
-    check_bits(got[gate == 0], linear(x, weight, bias=bias)[gate == 0])
+    check_bits(got[lora_mask == 0], linear(x, weight, bias=bias)[lora_mask == 0])
 
 
 @pytest.mark.parametrize(
-    "gate",
+    "lora_mask",
     [
         torch.tensor([True, False, True]),
         torch.tensor([2, 0, 255], dtype=torch.uint8),
         torch.tensor([-1, 0, 2**31 - 1], dtype=torch.int32),
     ],
 )
-def test_any_gate_but_0_is_on(gate):
+def test_any_gate_but_0_is_on(lora_mask):
     """And its value is no factor."""
     x, weight, lora_a, lora_b = randn(3, 4), randn(5, 4, seed=1), randn(1, 4, seed=2), randn(5, 1, seed=3)
     want = x @ weight.T
     want[[0, 2]] += 3.0 * (x @ lora_a.T @ lora_b.T)[[0, 2]]
-    torch.testing.assert_close(gated_lora_linear(x, weight, lora_a, lora_b, gate, 3.0), want, **FP64)
+    torch.testing.assert_close(gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, 3.0), want, **FP64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,22 +162,22 @@ def test_rows_with_gate_0_keep_the_bits_of_linear(dtype, poison):
     if dtype == torch.float16:
         x[0] = 2.0**-14
         weight[0] = -(2.0**-20)
-    gate = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.uint8)
-    off, on = gate == 0, gate != 0
+    lora_mask = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.uint8)
+    off, on = lora_mask == 0, lora_mask != 0
     plain = linear(x, weight)
     if dtype == torch.float16:
         assert plain[0, 0] == 0 and plain[0, 0].signbit()
     lora_a, lora_b = randn(4, 16, seed=2, dtype=dtype), randn(8, 2, seed=3, dtype=dtype)
     lora_a[1, 2] = poison
     lora_b[3, 1] = poison
-    got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.25, slices=[5, 3])
+    got = gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, 0.25, output_sizes=[5, 3])
     check_bits(got[off], plain[off])
     assert not same_bits(got[on], plain[on])
     if poison != 0:
         assert not got[on].isfinite().all()
-    check_bits(gated_lora_linear(x, weight, lora_a, lora_b, gate, poison, slices=[5, 3])[off], plain[off])
+    check_bits(gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, poison, output_sizes=[5, 3])[off], plain[off])
     x[on] = poison
-    got = gated_lora_linear(x, weight, lora_a, lora_b, gate, 0.25, slices=[5, 3])
+    got = gated_lora_linear(x, weight, lora_a, lora_b, lora_mask, 0.25, output_sizes=[5, 3])
     check_bits(got[off], plain[off])
 
 
@@ -185,7 +185,7 @@ def test_a_slice_has_its_own_adapter():
     """Poison in the A of one slice stays in its columns."""
     x, weight, lora_a, lora_b = randn(2, 4), randn(6, 4, seed=1), randn(4, 4, seed=2), randn(6, 2, seed=3)
     lora_a[:2] = NAN
-    got = gated_lora_linear(x, weight, lora_a, lora_b, torch.ones(2, dtype=torch.bool), 1.0, slices=[2, 4])
+    got = gated_lora_linear(x, weight, lora_a, lora_b, torch.ones(2, dtype=torch.bool), 1.0, output_sizes=[2, 4])
     assert got[:, :2].isnan().all() and got[:, 2:].isfinite().all()
 
 
@@ -272,7 +272,7 @@ def test_silu_and_mul(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_linear_silu_and_mul_is_the_one_after_the_other(dtype):
     x, weight, bias = torch.randn(5, 12).to(dtype), torch.randn(8, 12).to(dtype), torch.randn(8).to(dtype)
-    a, b, gate = (
+    a, b, lora_mask = (
         torch.randn(6, 12).to(dtype),
         torch.randn(8, 3).to(dtype),
         torch.tensor([1, 0, 0, 1, 0], dtype=torch.int32),
@@ -280,10 +280,12 @@ def test_linear_silu_and_mul_is_the_one_after_the_other(dtype):
     plain = silu_and_mul(linear(x, weight, bias=bias))
     check_bits(linear_silu_and_mul(x, weight, bias=bias), plain)
     out = torch.empty_like(plain)
-    adapter = {"lora_a": a, "lora_b": b, "gate": gate, "scale": 0.5, "slices": [5, 3]}
+    adapter = {"lora_a": a, "lora_b": b, "lora_mask": lora_mask, "scale": 0.5, "output_sizes": [5, 3]}
     assert linear_silu_and_mul(x, weight, bias=bias, **adapter, out=out) is out
-    wanted = silu_and_mul(gated_lora_linear(x, weight, a, b, gate, 0.5, bias=bias, slices=[5, 3]))
-    assert same_bits(out, wanted) and same_bits(out[gate == 0], plain[gate == 0]) and not same_bits(out, plain)
+    wanted = silu_and_mul(gated_lora_linear(x, weight, a, b, lora_mask, 0.5, bias=bias, output_sizes=[5, 3]))
+    assert (
+        same_bits(out, wanted) and same_bits(out[lora_mask == 0], plain[lora_mask == 0]) and not same_bits(out, plain)
+    )
 
 
 def test_silu_and_mul_extremes():

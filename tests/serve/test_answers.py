@@ -57,6 +57,20 @@ def test_further_parameters_reach_the_engine(served: Running, generator: Generat
     assert wanted.text != plain.text
 
 
+def test_penalties_and_biases_reach_the_engine(served: Running, generator: Generator) -> None:
+    asked: dict[str, Any] = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    further = {"repetition_penalty": 1.4}
+    bias = {"40": 3, "41": -100.0}
+    answer = served.client().completions.create(
+        model="tiny", prompt="abcabc", seed=4, max_tokens=60, logit_bias=bias, **asked, extra_body=further
+    )
+    wanted = lone(generator, "abcabc", seed=4, max_tokens=60, logit_bias={40: 3.0, 41: -100.0}, **asked, **further)
+    assert answer.choices[0].text == wanted.text and 41 not in wanted.token_ids
+    for one in ("presence_penalty", "frequency_penalty"):
+        other = lone(generator, "abcabc", seed=4, max_tokens=60, logit_bias={40: 3.0}, **asked | {one: 0.0}, **further)
+        assert other.text != wanted.text
+
+
 def test_a_seed_is_drawn_and_reported(served: Running, generator: Generator) -> None:
     answer = served.client().completions.create(model="tiny", prompt="Once")
     assert answer.model_extra is not None

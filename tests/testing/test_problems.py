@@ -122,7 +122,7 @@ def test_rows_that_know_how_many_they_are() -> None:
 def test_a_call_of_another_op() -> None:
     call = GatedLoraLinear(rank=4).call("cpu")
     plain = call.of("linear", "x", "weight", "bias").run().result
-    check_bits(call.run().result[~call["gate"]], plain[~call["gate"]])
+    check_bits(call.run().result[~call["lora_mask"]], plain[~call["lora_mask"]])
     assert "lora_a" not in GatedLoraLinear(rank=0).call("cpu").arguments
 
 

@@ -135,13 +135,13 @@ def plain_of(call: Call, module: ModuleType) -> Tensor:
 def check_adapter(module: ModuleType, call: Call | None = None) -> None:
     call = adapter() if call is None else call
     got = check(call, module.gated_lora_linear).result
-    ungated = call["gate"] == 0
+    ungated = call["lora_mask"] == 0
     check_bits(got[ungated], plain_of(call, module)[ungated])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "rows, k, slices, rank",
+    "rows, k, output_sizes, rank",
     [
         (9, 320, (70, 40, 90), 40),
         (1, 64, (64,), 1),
@@ -150,22 +150,22 @@ def check_adapter(module: ModuleType, call: Call | None = None) -> None:
         (3, 77, (5,), 5),
     ],
 )
-def test_adapter(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
-    check_adapter(gemm, adapter(rows=rows, k=k, slices=slices, rank=rank, dtype=dtype))
+def test_adapter(rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype) -> None:
+    check_adapter(gemm, adapter(rows=rows, k=k, output_sizes=output_sizes, rank=rank, dtype=dtype))
 
 
-@pytest.mark.parametrize("gate_dtype", [torch.uint8, torch.int32])
-def test_gate_is_whatever_is_not_zero(gate_dtype: torch.dtype) -> None:
-    call = adapter(gate_dtype=gate_dtype)
+@pytest.mark.parametrize("lora_mask_dtype", [torch.uint8, torch.int32])
+def test_gate_is_whatever_is_not_zero(lora_mask_dtype: torch.dtype) -> None:
+    call = adapter(lora_mask_dtype=lora_mask_dtype)
     wanted = call.run(gemm.gated_lora_linear).result
-    call["gate"].mul_(200 if gate_dtype == torch.uint8 else 1 << 20)
+    call["lora_mask"].mul_(200 if lora_mask_dtype == torch.uint8 else 1 << 20)
     check_bits(call.run(gemm.gated_lora_linear).result, wanted)
 
 
 def spoilt_adapter(**shapes: Any) -> tuple[Call, Tensor]:
     """Gated rows and an adapter that are not finite; and which rows are not gated."""
     call = adapter(**shapes)
-    ungated = call["gate"] == 0
+    ungated = call["lora_mask"] == 0
     call["x"][~ungated] = torch.nan
     call["lora_a"][3], call["lora_b"][::2] = torch.inf, torch.nan
     return call, ungated
@@ -188,8 +188,8 @@ def test_slices_do_not_touch_each_other() -> None:
     call = adapter()
     wanted = call.run(gemm.gated_lora_linear).result
     call["lora_a"][: call["lora_b"].shape[1]] = torch.nan
-    got, first = call.run(gemm.gated_lora_linear).result, call["slices"][0]
-    assert got[call["gate"] != 0][:, :first].isnan().all()
+    got, first = call.run(gemm.gated_lora_linear).result, call["output_sizes"][0]
+    assert got[call["lora_mask"] != 0][:, :first].isnan().all()
     check_bits(got[:, first:], wanted[:, first:])
 
 
@@ -227,13 +227,13 @@ def check_activation(module: ModuleType, call: Call | None = None) -> None:
         assert agree(out, plain)
     got = call.run(module.linear_silu_and_mul).result
     assert agree(got, layers.silu_and_mul(call.run(gemm.gated_lora_linear).result))
-    ungated = call["gate"] == 0
+    ungated = call["lora_mask"] == 0
     assert agree(got[ungated], plain[ungated]) and not same_bits(got, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "rows, k, slices, rank",
+    "rows, k, output_sizes, rank",
     [
         (9, 320, (51, 60, 89), 40),
         (7, 576, (96, 96), 16),
@@ -242,21 +242,21 @@ def check_activation(module: ModuleType, call: Call | None = None) -> None:
         (3, 77, (10,), 5),
     ],
 )
-def test_activation(rows: int, k: int, slices: Sequence[int], rank: int, dtype: torch.dtype) -> None:
-    check_activation(gemm, activation(rows=rows, k=k, slices=slices, rank=rank, dtype=dtype))
+def test_activation(rows: int, k: int, output_sizes: Sequence[int], rank: int, dtype: torch.dtype) -> None:
+    check_activation(gemm, activation(rows=rows, k=k, output_sizes=output_sizes, rank=rank, dtype=dtype))
 
 
 @pytest.mark.compiled
 def test_activation_with_wide_tiles() -> None:
-    check_activation(gemm, activation(rows=9, k=64, slices=(8200, 8200), rank=16))
-    check_activation(gemm, activation(rows=66, k=64, slices=(8200, 8200), rank=16))
+    check_activation(gemm, activation(rows=9, k=64, output_sizes=(8200, 8200), rank=16))
+    check_activation(gemm, activation(rows=66, k=64, output_sizes=(8200, 8200), rank=16))
 
 
 def check_activation_row_bits(module: ModuleType) -> None:
-    call = activation(rows=130, slices=(40, 40))
+    call = activation(rows=130, output_sizes=(40, 40))
     whole = check_rows(call, module.linear_silu_and_mul, *ROWS).result
     plain = module.linear_silu_and_mul(call["x"], call["weight"], bias=call["bias"])
-    ungated = call["gate"] == 0
+    ungated = call["lora_mask"] == 0
     check_bits(plain[ungated], whole[ungated])
     check_rows(call.of(call.op, "x", "weight", "bias"), module.linear_silu_and_mul, *ROWS)
 
@@ -267,7 +267,7 @@ def test_activation_row_bits_depend_on_the_row_alone() -> None:
 
 
 def test_activation_of_rows_that_no_adapter_may_touch() -> None:
-    call, ungated = spoilt_adapter(slices=(100, 100))
+    call, ungated = spoilt_adapter(output_sizes=(100, 100))
     got = call.run(gemm.linear_silu_and_mul).result[ungated]
     plain = gemm.linear_silu_and_mul(call["x"], call["weight"], bias=call["bias"])[ungated]
     assert plain.isfinite().all()
@@ -286,7 +286,7 @@ def test_activation_of_nothing() -> None:
 
 @pytest.mark.compiled
 def test_every_row_count_runs_the_same_matrix_instruction(softgpu: ModuleType) -> None:
-    call = adapter(rows=130, k=1024, slices=(64, 128), rank=128)
+    call = adapter(rows=130, k=1024, output_sizes=(64, 128), rank=128)
     with recorded_launches(softgpu) as launches:
         for rows in (1, 7, 16, 64, 65, 130):
             gemm.linear(call["x"][:rows], call["weight"])
@@ -300,8 +300,8 @@ def test_every_row_count_runs_the_same_matrix_instruction(softgpu: ModuleType) -
 
 @pytest.mark.compiled
 def test_no_adapter_work_without_a_gated_row(softgpu: ModuleType) -> None:
-    call = adapter(rows=70, k=1024, slices=(64, 128), rank=128)
-    call["gate"].fill_(False)
+    call = adapter(rows=70, k=1024, output_sizes=(64, 128), rank=128)
+    call["lora_mask"].fill_(False)
     with recorded_launches(softgpu) as launches:
         call.run(gemm.gated_lora_linear)
         plain_of(call, gemm)
@@ -362,7 +362,7 @@ MUTANTS = {
         SELECTED,
         "y = tl.where(in_slice[:, None], (sums + adapter.scale * update).to(y.dtype), y)",
     ),
-    "adapter multiplied by the gate": (
+    "adapter multiplied by the lora_mask": (
         check_ungated_rows_are_untouched,
         SELECTED,
         SELECTED.replace("gated[None, :] & ", "").replace(

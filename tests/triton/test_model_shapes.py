@@ -126,48 +126,48 @@ def product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([x.to(dtype) @ rows.to(dtype).T for rows in weight.split(4096)], dim=1)
 
 
-def adapter_update(x: Tensor, lora_a: Tensor, lora_b: Tensor, slices: list[int]) -> Tensor:
+def adapter_update(x: Tensor, lora_a: Tensor, lora_b: Tensor, output_sizes: list[int]) -> Tensor:
     """(x A^T) B^T of every slice, in x's dtype."""
     shrunk = (x @ lora_a.to(x.dtype).T).split(lora_b.shape[1], dim=1)
-    return torch.cat([h @ b.T for h, b in zip(shrunk, lora_b.to(x.dtype).split(slices), strict=True)], dim=1)
+    return torch.cat([h @ b.T for h, b in zip(shrunk, lora_b.to(x.dtype).split(output_sizes), strict=True)], dim=1)
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
 @EVERY_MODEL
 def test_projection(model: Model, name: str) -> None:
     q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    slices, k = {
+    output_sizes, k = {
         "qkv": ([q_size, kv_size, kv_size], model.hidden_size),
         "o": ([model.hidden_size], q_size),
         "gate_up": ([model.intermediate_size] * 2, model.hidden_size),
         "down": ([model.hidden_size], model.intermediate_size),
     }[name]
-    x, weight = bf16(NUM_ROWS, k), bf16(sum(slices), k, scale=k**-0.5)
-    lora_a = bf16(len(slices) * model.rank, k, scale=k**-0.5)
-    lora_b = bf16(sum(slices), model.rank, scale=model.rank**-0.5)
+    x, weight = bf16(NUM_ROWS, k), bf16(sum(output_sizes), k, scale=k**-0.5)
+    lora_a = bf16(len(output_sizes) * model.rank, k, scale=k**-0.5)
+    lora_b = bf16(sum(output_sizes), model.rank, scale=model.rank**-0.5)
     scale = 0.7
     exact = product(x, weight, torch.float64)
     peer = product(x, weight, torch.float32).bfloat16()
-    exact_gated = exact + scale * adapter_update(x.double(), lora_a, lora_b, slices)
-    peer_gated = peer + scale * adapter_update(x, lora_a, lora_b, slices)
+    exact_gated = exact + scale * adapter_update(x.double(), lora_a, lora_b, output_sizes)
+    peer_gated = peer + scale * adapter_update(x, lora_a, lora_b, output_sizes)
 
     residue = {"bias": -exact[CLEAN][0].float()}
     plain_op, gated_op = gemm.linear, gemm.gated_lora_linear
     if name == "gate_up":
         plain_op = gated_op = gemm.linear_silu_and_mul
         exact, peer, exact_gated, peer_gated = map(python_ref.silu_and_mul, (exact, peer, exact_gated, peer_gated))
-    adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": scale, "slices": slices}
+    adapter = {"lora_a": lora_a, "lora_b": lora_b, "scale": scale, "output_sizes": output_sizes}
     plain = plain_op(x, weight)
-    gated = gated_op(x, weight, gate=mask_rows(), **adapter)
+    gated = gated_op(x, weight, lora_mask=mask_rows(), **adapter)
     check_close(plain, exact, peer, "plain")
     check_close(gated[mask_rows()], exact_gated[mask_rows()], peer_gated[mask_rows()], "gated")
     check_bits(gated[~mask_rows()], plain[~mask_rows()])
     if name == "gate_up":
         check_bits(plain, layers.silu_and_mul(gemm.linear(x, weight)))
-    check_bits(gated_op(x[MASK], weight, gate=mask_rows()[MASK], **adapter), gated[MASK])
+    check_bits(gated_op(x[MASK], weight, lora_mask=mask_rows()[MASK], **adapter), gated[MASK])
     # Two orders of a sum mostly give the same bf16. This bias leaves nothing but the sum's last bits, which differ.
     alone = plain_op(x[CLEAN], weight, **residue)
-    check_bits(alone, gated_op(x, weight, gate=mask_rows(), **adapter, **residue)[CLEAN])
+    check_bits(alone, gated_op(x, weight, lora_mask=mask_rows(), **adapter, **residue)[CLEAN])
 
 
 HEADS = [

@@ -34,14 +34,14 @@ struct LinearParams {
   bool silu_and_mul = false;  // out = silu(y[:, :n / 2]) * y[:, n / 2:] of the rounded y
 };
 
-// + scale (x A^T) B^T on rows whose gate is not 0. A and B have the dtype of x, and addresses and strides like it.
+// + scale (x A^T) B^T on rows whose lora_mask is not 0. A and B have the dtype of x, and addresses and strides like it.
 struct AdapterParams {
   const void* lora_a = nullptr;  // [num_slices * rank, k]
   int64_t lora_a_stride = 0;
   const void* lora_b = nullptr;  // [n, rank]
   int64_t lora_b_stride = 0;
-  const void* gate = nullptr;  // [num_rows]
-  bool gate_is_int32 = false;  // or bytes
+  const void* lora_mask = nullptr;  // [num_rows]
+  bool lora_mask_is_int32 = false;  // or bytes
   float scale = 1.0f;
   int32_t rank = 0;
   int32_t num_slices = 1;

@@ -1,0 +1,541 @@
+// The kernel of strided_attention: o = softmax(q K^T sm_scale) V over the slots of a paged cache that each row sees.
+//
+// A tile is 64 packed rows: the query heads of a KV head, row i and head g at i G + g, so that every row count runs the
+// same matrix instruction. A unit is a tile and a range of its slots (schedule.cuh); the CTAs of a persistent grid take
+// units in turn. Four warps walk the page table ahead and copy K and V, 64 slots at a time, into a ring of blocks; slots
+// that no row sees become zeros unread. The warpgroup computes S = q K^T of the next 64 slots while it takes the softmax of
+// these, then o += P V with P from registers.
+//
+//   256 slots at a multiple of 256 are a leaf: an online softmax that starts afresh. Leaves are joined in a binary tree up
+//   to the 4 of 1024 slots, and those in their order. The halves of the tree that wait lie in shared memory. A tile that
+//   several CTAs share is joined, by the same tree, by the one that comes last.
+//
+// So the bits of a row depend on what it sees alone. Where a row sees less than others of its tile, a V that is not finite
+// is taken out of the block and added to the rows that see it: 0 * NaN never happens.
+//
+//   bytes   K and V once per tile of rows; per unit 520 B and row of results, out and in, where a tile is shared
+//   bound   Qwen3-8B: 4096 B per slot and layer, 5.0 us for 4096 slots at 3.35 TB/s. 64 slots are 33 KB, 1.29 us of an
+//           SM's share, of which the tensor cores take 0.28 us.
+#pragma once
+
+#include "attention/combine.cuh"
+#include "common/hopper.cuh"
+#include "common/scalar.cuh"
+
+namespace idlm::attention {
+
+constexpr int32_t kBlocks = 6;      // of the ring: K and V in turn
+constexpr int32_t kPanelBytes = kTileSlots * kSwizzleBytes;  // 64 slots or rows of 64 columns
+constexpr int32_t kStackSlots = kTreeLevels + 1;
+constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
+
+// What depends on head_dim.
+template <int kDim>
+struct Size {
+  static constexpr int kPanels = kDim / 64;
+  static constexpr int32_t kBlockBytes = kPanels * kPanelBytes;  // of q, and of 64 slots of K or V
+  static constexpr int32_t kStackVectors = kPanels * 8 + 1;      // float4 of a thread
+  static constexpr int32_t kStackBytes = kStackVectors * kGroupThreads * 16;
+  static constexpr int32_t kBytes = (1 + kBlocks) * kBlockBytes + kStackSlots * kStackBytes + kBarrierBytes + 16;
+  static_assert(kBytes <= 227 * 1024);
+};
+
+__device__ __forceinline__ int32_t thread_of_group() { return static_cast<int32_t>(threadIdx.x) % kGroupThreads; }
+// Of the multiplying warps.
+__device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads) : "memory"); }
+__device__ __forceinline__ bool group_any(bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n\t.reg .pred mine, any;\n\t"
+      "setp.ne.u32 mine, %1, 0;\n\t"
+      "barrier.cta.red.or.pred any, 1, %2, mine;\n\t"
+      "selp.u32 %0, 1, 0, any;\n\t}"
+      : "=r"(any)
+      : "r"(uint32_t{x}), "n"(kGroupThreads)
+      : "memory");
+  return any != 0;
+}
+
+// Where piece `piece` (16 bytes) of a row lies in a block: panels of 128-byte rows, with the swizzle of wgmma.
+__device__ __forceinline__ int32_t place(int32_t row, int32_t piece) {
+  return piece / 8 * kPanelBytes + row * kSwizzleBytes + ((piece % 8) ^ (row % 8)) * 16;
+}
+
+struct Ring {
+  uint32_t blocks, barriers;  // addresses
+  int32_t block_bytes;
+  int32_t index = 0;
+  uint32_t parity = 0;
+
+  __device__ uint32_t block() const { return blocks + index * block_bytes; }
+  __device__ uint32_t full() const { return barriers + 16 * index; }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ void next() {
+    if (++index == kBlocks) index = 0, parity ^= 1;
+  }
+};
+
+// ---- the copying warps
+
+template <class Element, int kDim>
+__device__ __forceinline__ void produce(const Params& p, Ring ring) {
+  constexpr int32_t kPieces = kDim / 8;                      // of a slot
+  constexpr int32_t kStep = kGroupThreads / kPieces;         // slots between those of a thread
+  constexpr int32_t kCount = kTileSlots / kStep;
+  const int32_t piece = thread_of_group() % kPieces, first = thread_of_group() / kPieces;
+  Schedule schedule(p);
+  Unit u;
+  while (schedule.next(p, u)) {
+    const Request r(p, u.request);
+    const Extent x(p, r, u, schedule.level);
+    const int32_t* table = p.page_table + u.request * p.page_table_stride;
+    const auto* k = static_cast<const Element*>(p.k_cache) + u.kv_head * p.k_stride_head + piece * 8;
+    const auto* v = static_cast<const Element*>(p.v_cache) + u.kv_head * p.v_stride_head + piece * 8;
+    int32_t page[kCount];
+    const auto look_up = [&](int32_t tile) {
+#pragma unroll
+      for (int32_t j = 0; j < kCount; ++j) {
+        const int32_t slot = tile * kTileSlots + first + j * kStep;
+        page[j] = slot >= x.low && slot < x.end ? min(max(table[slot / p.page_size], 0), p.num_pages - 1) : -1;
+      }
+    };
+    const auto copy = [&](const int32_t (&pages)[kCount], const Element* cache, int64_t stride_page, int64_t stride_slot,
+                          int32_t tile) {
+      barrier_wait(ring.empty(), ring.parity ^ 1);
+#pragma unroll
+      for (int32_t j = 0; j < kCount; ++j) {
+        const int32_t row = first + j * kStep, slot = (tile * kTileSlots + row) % p.page_size;
+        const bool none = pages[j] < 0;
+        const Element* from = none ? cache : cache + pages[j] * stride_page + slot * stride_slot;
+        copy_16_bytes(ring.block() + place(row, piece), from, none);
+      }
+      barrier_arrive_with_copies(ring.full());
+      ring.next();
+    };
+    if (x.first_tile < x.end_tile) look_up(x.first_tile);
+    for (int32_t tile = x.first_tile; tile < x.end_tile; ++tile) {
+      int32_t pages[kCount];
+#pragma unroll
+      for (int32_t j = 0; j < kCount; ++j) pages[j] = page[j];
+      if (tile + 1 < x.end_tile) look_up(tile + 1);  // on the way while this tile is copied
+      copy(pages, k, p.k_stride_page, p.k_stride_slot, tile);
+      copy(pages, v, p.v_stride_page, p.v_stride_slot, tile);
+    }
+  }
+  let_next_kernel_start();
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// ---- the multiplying warpgroup
+
+template <class Element, int kDim>
+struct Multiplier {
+  using S = Size<kDim>;
+  const Params& p;
+  uint8_t* sQ;      // a block; the output on its way out
+  uint8_t* sStack;  // [kStackSlots][kStackVectors][threads] float4
+  int32_t* sLast;   // of the group: is this CTA the last of its tile?
+  Ring ring;
+  float o[S::kPanels][32];
+  float m[2], t[2];  // of the thread's rows; t of its own columns until the leaf ends
+  uint32_t have = 0;  // slots of the stack in use
+
+  __device__ Multiplier(const Params& params, uint8_t* q, uint8_t* stack, int32_t* last, const Ring& r)
+      : p(params), sQ(q), sStack(stack), sLast(last), ring(r) {}
+
+  // Of the tile: the two that this thread holds numbers of.
+  static __device__ int32_t row(int32_t h) {
+    return thread_of_group() / 32 * 16 + static_cast<int32_t>(lane_id()) / 4 + 8 * h;
+  }
+
+  __device__ void load_q(const Request& r, const Unit& u) {
+    group_sync();  // the output of the unit before has been read from there
+    constexpr int32_t kPieces = kDim / 8;
+#pragma unroll 4
+    for (int32_t j = 0; j < kTileRows * kPieces / kGroupThreads; ++j) {
+      const int32_t at = thread_of_group() + j * kGroupThreads, row = at / kPieces, piece = at % kPieces;
+      const Row which(p, r, u, row);
+      uint4 x = {};
+      if (which.exists)
+        x = load_16_bytes(static_cast<const Element*>(p.q) + which.row * p.q_stride_row +
+                          which.head * p.q_stride_head + piece * 8);
+      *reinterpret_cast<uint4*>(sQ + place(row, piece)) = x;
+    }
+    fence_async_shared();
+    group_sync();
+  }
+
+  // s = q K^T of a block; on its way when this returns.
+  __device__ void start_scores(const Ring& at, float (&s)[32]) {
+    barrier_wait(at.full(), at.parity);
+    fence_async_shared();  // what was copied
+#pragma unroll
+    for (int32_t e = 0; e < 32; ++e) s[e] = 0.0f;
+    products_begin();
+#pragma unroll
+    for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+      const uint64_t a = tile_descriptor(shared_address(sQ) + panel * kPanelBytes);
+      const uint64_t b = tile_descriptor(at.block() + panel * kPanelBytes);
+#pragma unroll
+      for (int32_t k = 0; k < kSwizzleBytes; k += 32) product<Element>(s, advanced(a, k), advanced(b, k));
+    }
+    products_commit();
+  }
+
+  // o += P V.
+  __device__ void start_update(const uint32_t (&weights)[16]) {
+    products_begin();
+#pragma unroll
+    for (int32_t k = 0; k < kTileSlots / 16; ++k) {
+#pragma unroll
+      for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+        const uint64_t b = tile_descriptor(ring.block() + panel * kPanelBytes + k * 16 * kSwizzleBytes);
+        product_of_registers<Element>(o[panel], weights + 4 * k, b);
+      }
+    }
+    products_commit();
+  }
+
+  // After an update: o may be touched, and V is given back.
+  __device__ void settle() {
+#pragma unroll
+    for (int32_t panel = 0; panel < S::kPanels; ++panel) pin(o[panel]);
+    give_back(ring.empty());
+  }
+
+  __device__ void give_back(uint32_t empty) {
+    if (lane_id() == 0) barrier_arrive(empty);
+  }
+
+  // Scores to weights, and what o has to be multiplied by. sees: of the thread's rows, bit c slot c.
+  __device__ void softmax(float (&s)[32], const uint64_t (&sees)[2], bool all, float scale, float (&share)[2]) {
+#pragma unroll
+    for (int32_t h = 0; h < 2; ++h) {
+      const uint64_t mine = sees[h] >> 2 * (lane_id() % 4);
+      float top = kNothing;
+#pragma unroll
+      for (int32_t j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int32_t e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * h + e];
+          x = __fmul_rn(x, scale);
+          if (!all) x = mine >> (8 * j + e) & 1 ? x : kNothing;
+          top = fmaxf(top, x);
+        }
+      }
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float largest = fmaxf(m[h], top), finite = largest == kNothing ? 0.0f : largest;
+      share[h] = exp2_approx(m[h] - finite);
+      m[h] = largest;
+      float sum = 0.0f;
+#pragma unroll
+      for (int32_t j = 0; j < 8; ++j) {
+        const float x = exp2_approx(s[4 * j + 2 * h] - finite), y = exp2_approx(s[4 * j + 2 * h + 1] - finite);
+        sum += x + y;
+        s[4 * j + 2 * h] = x, s[4 * j + 2 * h + 1] = y;
+      }
+      t[h] = __fmaf_rn(t[h], share[h], sum);
+    }
+  }
+
+  // P in pairs, as wgmma takes it from registers.
+  __device__ void pack(const float (&s)[32], uint32_t (&weights)[16]) {
+#pragma unroll
+    for (int32_t i = 0; i < 16; ++i) weights[i] = packed<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Takes every V that is not finite out of the block and adds it to the rows that see it.
+  __device__ void take_out(const uint64_t (&sees)[2]) {
+    constexpr uint32_t kExponent = kExponentBits<Element>;
+    const auto strange = [](uint32_t bits) { return (bits & kExponent) == kExponent; };
+    uint8_t* sV = sQ + (ring.block() - shared_address(sQ));
+    constexpr int32_t kWords = S::kBlockBytes / 4 / kGroupThreads;
+    bool found = false;
+#pragma unroll 2
+    for (int32_t j = 0; j < kWords / 4; ++j) {
+      const uint4 x = reinterpret_cast<const uint4*>(sV)[thread_of_group() + j * kGroupThreads];
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int32_t i = 0; i < 4; ++i) found |= strange(words[i]) || strange(words[i] >> 16);
+    }
+    if (!group_any(found)) return;
+    const int32_t pair = 4 * static_cast<int32_t>(lane_id() % 4);  // bytes
+#pragma unroll 1
+    for (int32_t c = 0; c < kTileSlots; ++c) {
+      const bool seen[2] = {(sees[0] >> c & 1) != 0, (sees[1] >> c & 1) != 0};
+#pragma unroll
+      for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+        for (int32_t j = 0; j < 8; ++j) {
+          const auto* at = reinterpret_cast<const Element*>(sV + place(c, panel * 8 + j) + pair);
+#pragma unroll
+          for (int32_t e = 0; e < 2; ++e) {
+            const float v = Scalar<Element>::up(at[e]);
+#pragma unroll
+            for (int32_t h = 0; h < 2; ++h)
+              if (seen[h] && !isfinite(v)) o[panel][4 * j + 2 * h + e] += v;
+          }
+        }
+      }
+    }
+    group_sync();
+#pragma unroll 1
+    for (int32_t j = 0; j < kWords; ++j) {
+      uint32_t& w = reinterpret_cast<uint32_t*>(sV)[thread_of_group() + j * kGroupThreads];
+      w &= (strange(w) ? 0xFFFF0000u : ~0u) & (strange(w >> 16) ? 0x0000FFFFu : ~0u);
+    }
+    fence_async_shared();
+    group_sync();
+  }
+
+  // ---- the tree of leaves
+
+  __device__ float4* slot(int32_t index) const {
+    return reinterpret_cast<float4*>(sStack + index * S::kStackBytes) + thread_of_group();
+  }
+  __device__ void push(int32_t index) {
+    float4* s = slot(index);
+#pragma unroll
+    for (int32_t i = 0; i < S::kPanels * 8; ++i) {
+      const float* x = &o[i / 8][i % 8 * 4];
+      s[i * kGroupThreads] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+    s[S::kPanels * 8 * kGroupThreads] = make_float4(m[0], m[1], t[0], t[1]);
+    have |= 1u << index;
+  }
+  // Joins what lies there, if anything does, with the range behind it.
+  __device__ void pop(int32_t index) {
+    if (!(have >> index & 1)) return;
+    have &= ~(1u << index);
+    const float4* s = slot(index);
+    const float4 before = s[S::kPanels * 8 * kGroupThreads];
+    const Join first(before.x, m[0]), second(before.y, m[1]);
+#pragma unroll
+    for (int32_t i = 0; i < S::kPanels * 8; ++i) {
+      if (i % 4 == 0) asm volatile("" ::: "memory");  // four vectors on their way at a time, or registers are short
+      const float4 y = s[i * kGroupThreads];
+      float* x = &o[i / 8][i % 8 * 4];
+      x[0] = first(y.x, x[0]), x[1] = first(y.y, x[1]);
+      x[2] = second(y.z, x[2]), x[3] = second(y.w, x[3]);
+    }
+    t[0] = first(before.z, t[0]), t[1] = second(before.w, t[1]);
+    m[0] = first.m, m[1] = second.m;
+  }
+  __device__ void begin_leaf() { m[0] = m[1] = kNothing, t[0] = t[1] = 0.0f; }
+  __device__ void clear() {
+#pragma unroll
+    for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+      for (int32_t e = 0; e < 32; ++e) o[panel][e] = 0.0f;
+    }
+  }
+  __device__ void end_leaf(int32_t leaf, bool last) {
+#pragma unroll
+    for (int32_t h = 0; h < 2; ++h) {
+      t[h] += __shfl_xor_sync(~0u, t[h], 1);
+      t[h] += __shfl_xor_sync(~0u, t[h], 2);
+    }
+    const bool super = last || leaf % kSuperLeaves == kSuperLeaves - 1;
+#pragma unroll
+    for (int32_t level = 0; level < kTreeLevels; ++level)
+      if (super || (leaf >> level & 1)) pop(level);
+      else break;
+    if (super) pop(kTreeLevels);
+    if (!last) push(super ? kTreeLevels : leaf & 1);
+  }
+
+  // ---- a unit
+
+  // The softmax of the scores in s, of a tile's slots.
+  __device__ void weigh(const Request& r, const Extent& x, const Sight (&rows)[2], float scale, int32_t tile, float (&s)[32],
+                        float (&share)[2]) {
+    const bool all = all_see(p, r, x, tile * kTileSlots);
+    uint64_t sees[2] = {~uint64_t{0}, ~uint64_t{0}};
+    if (!all) {
+#pragma unroll
+      for (int32_t h = 0; h < 2; ++h) sees[h] = rows[h].sees(p, r, tile * kTileSlots);
+    }
+    softmax(s, sees, all, scale, share);
+  }
+
+  // Returns once V of a tile is there, without what is not finite where a row must not meet it.
+  __device__ void await_v(const Request& r, const Extent& x, const Sight (&rows)[2], int32_t tile) {
+    barrier_wait(ring.full(), ring.parity);
+    fence_async_shared();
+    if (!all_see(p, r, x, tile * kTileSlots))
+      take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)});
+  }
+
+  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2]) {
+    const float scale = p.sm_scale * 1.44269504088896341f * (p.k_scale == nullptr ? 1.0f : *p.k_scale);
+    begin_leaf();
+    clear();
+    if (x.first_tile >= x.end_tile) return;
+    float s[32], share[2];
+    uint32_t weights[16];
+    start_scores(ring, s);
+    products_wait<0>();
+    pin(s);
+    give_back(ring.empty());
+    ring.next();
+    weigh(r, x, rows, scale, x.first_tile, s, share);
+    pack(s, weights);
+    const int32_t last = x.end_tile - 1;
+#pragma unroll 1
+    for (int32_t tile = x.first_tile; tile < last; ++tile) {
+      Ring ahead = ring;  // ring: V of this tile; behind it lies K of the next
+      ahead.next();
+      await_v(r, x, rows, tile);
+      start_scores(ahead, s);
+      start_update(weights);
+      products_wait<1>();
+      pin(s);
+      give_back(ahead.empty());
+      // The next tile's softmax, while this one's update runs.
+      const bool leaf_ends = tile % kLeafTiles == kLeafTiles - 1;
+      const float of_leaf[4] = {m[0], m[1], t[0], t[1]};
+      if (leaf_ends) begin_leaf();
+      weigh(r, x, rows, scale, tile + 1, s, share);
+      products_wait<0>();
+      settle();
+      if (leaf_ends) {
+        const float of_next[4] = {m[0], m[1], t[0], t[1]};
+        m[0] = of_leaf[0], m[1] = of_leaf[1], t[0] = of_leaf[2], t[1] = of_leaf[3];
+        end_leaf(tile / kLeafTiles, false);
+        m[0] = of_next[0], m[1] = of_next[1], t[0] = of_next[2], t[1] = of_next[3];
+        clear();
+      } else {
+#pragma unroll
+        for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+          for (int32_t e = 0; e < 32; ++e) o[panel][e] *= share[e / 2 % 2];
+        }
+      }
+      pack(s, weights);
+      ring = ahead;
+      ring.next();
+    }
+    await_v(r, x, rows, last);
+    start_update(weights);
+    products_wait<0>();
+    settle();
+    ring.next();
+    end_leaf(last / kLeafTiles, true);
+  }
+
+  // The tile's rows, by way of the place of q.
+  __device__ void store_rows(const Request& r, const Unit& u) {
+    const float v_scale = p.v_scale == nullptr ? 1.0f : *p.v_scale;
+    const int32_t lane = static_cast<int32_t>(lane_id());
+    group_sync();  // all products with q are done
+#pragma unroll
+    for (int32_t h = 0; h < 2; ++h) {
+      const Result result(m[h], t[h], v_scale);
+      const Row which(p, r, u, row(h));
+#pragma unroll
+      for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+        for (int32_t j = 0; j < 8; ++j) {
+          const uint32_t pair =
+              packed<Element>(result(o[panel][4 * j + 2 * h]), result(o[panel][4 * j + 2 * h + 1]));
+          *reinterpret_cast<uint32_t*>(sQ + place(row(h), panel * 8 + j) + 4 * (lane % 4)) = pair;
+        }
+      }
+      if (p.lse != nullptr && which.exists && lane % 4 == 0)
+        p.lse[which.row * p.lse_stride + which.head] = result.lse;
+    }
+    group_sync();
+    constexpr int32_t kPieces = kDim / 8;
+#pragma unroll 1
+    for (int32_t at = thread_of_group(); at < kTileRows * kPieces; at += kGroupThreads) {
+      const int32_t row = at / kPieces, piece = at % kPieces;
+      const Row which(p, r, u, row);
+      if (which.exists)
+        store_piece<Element>(p, which.row, which.head, piece, *reinterpret_cast<const uint4*>(sQ + place(row, piece)));
+    }
+  }
+
+  // This part of the tile's rows, for whoever joins the parts.
+  __device__ void store_part(const Request& r, const Unit& u) {
+    const int32_t lane = static_cast<int32_t>(lane_id());
+#pragma unroll
+    for (int32_t h = 0; h < 2; ++h) {
+      const Row which(p, r, u, row(h));
+      if (!which.exists) continue;
+      const int64_t at = (which.row * p.num_heads + which.head) * p.max_parts + u.part;
+      if (lane % 4 == 0) p.gMT[at] = make_float2(m[h], t[h]);
+      float* gO = p.gO + at * kDim + 2 * (lane % 4);
+#pragma unroll
+      for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+        for (int32_t j = 0; j < 8; ++j)
+          *reinterpret_cast<float2*>(gO + panel * 64 + 8 * j) =
+              make_float2(o[panel][4 * j + 2 * h], o[panel][4 * j + 2 * h + 1]);
+      }
+    }
+  }
+
+  // Are all parts of the tile stored? One CTA alone is told so.
+  __device__ bool comes_last(const Unit& u) {
+    group_sync();
+    if (thread_of_group() == 0) {
+      int32_t* word = p.flags + (int64_t{u.request} * p.row_tiles + u.row_tile) * p.num_kv_heads + u.kv_head;
+      const bool last = add_acquire_release(word, 1) == u.parts - 1;
+      if (last) *word = 0;  // nobody looks any more; the next launch comes after this one's end
+      *sLast = last;
+    }
+    group_sync();
+    return *sLast != 0;
+  }
+
+  __device__ void run() {
+    Schedule schedule(p);
+    Unit u;
+    while (schedule.next(p, u)) {
+      const Request r(p, u.request);
+      const Extent x(p, r, u, schedule.level);
+      load_q(r, u);
+      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))});
+      if (u.parts == 1) {
+        store_rows(r, u);
+      } else {
+        store_part(r, u);
+        if (comes_last(u)) join_parts<Element, kDim>(p, r, u, schedule.level);
+      }
+    }
+  }
+};
+
+template <class Element, int kDim>
+__global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_constant__ Params p) {
+  using S = Size<kDim>;
+  extern __shared__ __align__(1024) uint8_t sQ[];
+  uint8_t* sBlocks = sQ + S::kBlockBytes;
+  uint8_t* sStack = sBlocks + kBlocks * S::kBlockBytes;
+  uint8_t* sBarriers = sStack + kStackSlots * S::kStackBytes;
+  const Ring ring{shared_address(sBlocks), shared_address(sBarriers), S::kBlockBytes};
+  wait_for_previous_kernel();
+  if (threadIdx.x == 0) {
+    for (int32_t i = 0; i < kBlocks; ++i) {
+      barrier_init(ring.barriers + 16 * i, kGroupThreads);
+      barrier_init(ring.barriers + 16 * i + 8, kGroupThreads / 32);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroupThreads) {
+    Multiplier<Element, kDim>(p, sQ, sStack, reinterpret_cast<int32_t*>(sBarriers + kBarrierBytes), ring).run();
+  } else {
+    zero_padding<Element, kDim>(p);
+    produce<Element, kDim>(p, ring);
+  }
+}
+
+template <class Element>
+Kernel kernel_of(int32_t head_dim) {
+  return head_dim == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
+}
+constexpr int32_t bytes_of(int32_t head_dim) { return head_dim == 64 ? Size<64>::kBytes : Size<128>::kBytes; }
+
+}  // namespace idlm::attention

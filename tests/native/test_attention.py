@@ -1,0 +1,265 @@
+"""strided_attention on backend `cuda`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import idlm_kernels
+from idlm_kernels.native import attention
+from idlm_kernels.testing import Call, check_bits
+from tests.native.attention_support import (
+    MANY,
+    ONE,
+    attend,
+    check,
+    check_chain,
+    check_edges,
+    check_flags,
+    check_hidden,
+    check_max_query_len,
+    check_quadratic_row_bits,
+    check_row_bits,
+    check_same,
+    check_scales,
+    check_tail,
+    check_tree,
+    check_unseen,
+    check_window,
+    run,
+    with_ctas,
+)
+from tests.softgpu_support import SCHEDULES
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def on_device(device: torch.device) -> None:
+    """Tensors are made where the kernel runs."""
+    torch.set_default_device(device)
+    yield  # type: ignore[misc]
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("ctas", [MANY, ONE])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "heads, page_size",
+    [((16, 2, 128), 256), ((8, 2, 128), 16), ((9, 3, 64), 1), ((7, 1, 128), 3), ((70, 1, 64), 64), ((2, 2, 64), 24)],
+)
+def test_attention(heads: tuple[int, int, int], page_size: int, dtype: torch.dtype, ctas: int) -> None:
+    check(attend(heads=heads, page_size=page_size, dtype=dtype), ctas)
+
+
+def test_edges() -> None:
+    check_edges()
+
+
+def test_tree() -> None:
+    check_tree()
+
+
+def test_tail_masks() -> None:
+    check_tail()
+
+
+def test_window() -> None:
+    check_window()
+
+
+def test_scales() -> None:
+    check_scales()
+
+
+def test_prefill_chunk_of_many_rows() -> None:
+    for ctas in (MANY, ONE):
+        check(attend((300, 513), (200, 65), heads=(3, 1, 64)), ctas)
+
+
+def test_rows_beyond_max_query_len_are_padding() -> None:
+    check_max_query_len()
+
+
+def test_row_bits_depend_on_the_row_alone() -> None:
+    check_row_bits()
+
+
+def test_rows_of_a_step_have_the_bits_of_one_row() -> None:
+    check_quadratic_row_bits()
+
+
+def test_what_a_row_must_not_see_leaves_its_bits_alone() -> None:
+    check_hidden()
+
+
+UNSEEN = {
+    "causal": lambda: attend((270, 40), (9, 3)),
+    "causal, several tiles": lambda: attend((270,), (40,), heads=(4, 1, 128)),
+    "quadratic": lambda: attend((270, 20), (16, 4), heads=(4, 1, 128), tail="quadratic"),
+    "window": lambda: attend((270, 40), (9, 3), window=11),
+    "fp16": lambda: attend((270, 40), (9, 3), dtype=FP16, heads=(2, 1, 64)),
+}
+
+
+@pytest.mark.parametrize("ctas", [MANY, ONE])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_value_that_a_row_does_not_see_never_reaches_it(name: str, ctas: int) -> None:
+    check_unseen(UNSEEN[name](), ctas)
+
+
+def test_faulty_page_tables_and_lengths_read_no_foreign_memory() -> None:
+    call = attend((40, 40), (3, 3))
+    call["page_table"][0, 1], call["page_table"][0, 0], call["seq_lens"][1] = -5, 10**6, 10**6
+    run(call)
+    call["seq_lens"][0] = -7
+    assert (run(call).result[:3] == 0).all()
+    check_flags()
+
+
+def direct(call: Call, ctas: int = MANY, **changes: Any) -> torch.Tensor:
+    """The result, without the copies of arguments that `run` makes: their layout counts."""
+    with with_ctas(ctas):
+        return attention.strided_attention(**{**call.arguments, **changes})
+
+
+def odd_copy(x: torch.Tensor, columns: int = 0) -> torch.Tensor:
+    """x behind one element, and with more columns."""
+    dim = x.shape[-1]
+    room = torch.full((1 + x.numel() // dim * (dim + columns),), torch.nan, dtype=x.dtype)
+    copy = room[1:].view(*x.shape[:-1], dim + columns)[..., :dim]
+    return copy.copy_(x)
+
+
+def test_layouts() -> None:
+    """Strided q and out, and addresses and strides that are no multiples of 16 bytes."""
+    call = attend((600, 20), (7, 4))
+    wanted = run(call).result
+    rows, heads, dim = call["q"].shape
+    packed = torch.full((rows, heads + 5, dim), torch.nan, dtype=BF16)[:, 2 : heads + 2]
+    packed.copy_(call["q"])
+    for ctas in (MANY, ONE):
+        check_bits(direct(call, ctas, q=packed), wanted)
+        check_bits(direct(call, ctas, q=odd_copy(call["q"])), wanted)
+        check_bits(direct(call, ctas, q=odd_copy(call["q"], 1)), wanted)
+        for out in (odd_copy(wanted), odd_copy(wanted, 3), torch.empty(heads, rows, dim, dtype=BF16).transpose(0, 1)):
+            out.fill_(torch.nan)
+            assert direct(call, ctas, out=out) is out
+            check_bits(out, wanted)
+
+
+def test_nothing() -> None:
+    call = attend((40,), (3,))
+    assert run(call.changed(q=call["q"][:0], lse=None)).result.shape == (0, 8, 128)
+    empty = call.changed(
+        page_table=call["page_table"][:0], seq_lens=call["seq_lens"][:0], query_start_loc=call["query_start_loc"][:1]
+    )
+    assert (run(empty).result == 0).all()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Pages, slots and heads so far apart that products with their strides pass 2^31 elements."""
+    call = attend((40, 20), (3, 3), heads=(2, 2, 64), page_size=2, padding=0)
+    shape, wanted = call["k_cache"].shape, run(call).result
+    for far_apart in range(3):
+        strides = [128 * 2, 128, 64]
+        strides[far_apart] = (2**31 // (shape[far_apart] - 1) // 64 + 1) * 64
+        count = sum((n - 1) * stride for n, stride in zip(shape, (*strides, 1), strict=True)) + 1
+        far = torch.empty(count, dtype=BF16).as_strided(shape, (*strides, 1))  # untouched memory is free
+        far.copy_(call["k_cache"])
+        check_bits(direct(call, k_cache=far), wanted)
+        far.copy_(call["v_cache"])
+        check_bits(direct(call, v_cache=far), wanted)
+
+
+def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {
+        "it takes bf16 and fp16, not float32": attend(dtype=torch.float32),
+        "it takes head_dim 64 and 128, not 48": attend(heads=(4, 2, 48)),
+        "it takes a k_cache whose address and strides are multiples of 16 bytes": attend(),
+        "it takes a v_cache whose address and strides are multiples of 16 bytes": attend(),
+    }
+    *_, k, v = refused.values()
+    k.arguments["k_cache"], v.arguments["v_cache"] = odd_copy(k["k_cache"], 1), odd_copy(v["v_cache"])
+    for reason, call in refused.items():
+        assert attention.refusal(call["q"], call["k_cache"], call["v_cache"]) == reason
+        assert direct(call).isfinite().all()
+        monkeypatch.setattr("idlm_kernels.ops._dispatch.current_backend", lambda: "cuda")
+        with pytest.raises(ValueError, match=f"backend 'cuda' does not compute this: {reason}; use backend 'triton'"):
+            direct(call)
+        monkeypatch.undo()
+    fp8 = attend()["k_cache"].to(torch.float8_e4m3fn)
+    assert attention.refusal(attend()["q"], fp8, fp8) == "it takes a cache of q's dtype, not float8_e4m3fn"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> None:
+    with softgpu.configured(**SCHEDULES[schedule]):
+        for ctas in (MANY, ONE):
+            check(attend((600, 70, 0)), ctas)
+            check(attend((1300,), (7,), heads=(4, 1, 64)), ctas)
+            check(attend((90,), (16,), tail="quadratic"), ctas)
+        check_unseen(attend((90,), (9,), heads=(2, 1, 64)))
+
+
+def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = attend((600, 70, 0))
+    keep: list[torch.Tensor] = []
+
+    def registered(x: torch.Tensor) -> torch.Tensor:
+        softgpu.register(x)
+        keep.append(x)
+        return x
+
+    empty, flags = torch.empty, attention._flags
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: registered(empty(*shape, **options)))
+    monkeypatch.setattr(attention, "_flags", lambda *args: registered(flags(*args)))
+    arguments = {
+        name: registered(x.clone()) if isinstance(x, torch.Tensor) else x for name, x in call.arguments.items()
+    }
+    try:
+        for ctas in (MANY, ONE):
+            monkeypatch.setattr(attention, "max_ctas", ctas)
+            with softgpu.configured(strict=1):
+                got = attention.strided_attention(**arguments, out=registered(torch.zeros_like(call["q"])))
+            check_bits(got, run(call).result)
+    finally:
+        for x in keep:
+            softgpu.unregister(x)
+
+
+def test_launches_in_a_row_under_early_dependent_launch(softgpu: ModuleType, module: ModuleType) -> None:
+    check_chain(softgpu)
+
+
+@pytest.mark.slow
+def test_many_tiles() -> None:
+    """More tiles than a grid has blocks in a dimension other than x: one slot each, whose value is the output."""
+    call = attend([1] * 300, [1] * 300, heads=(220, 220, 64), page_size=1, padding=0)
+    value = call["v_cache"][call["page_table"][:, 0].long(), 0]
+    check_bits(run(call).result, torch.where(value == 0, 0, value))
+
+
+def test_kv_is_read_once(softgpu: ModuleType, module: ModuleType) -> None:
+    call = attend((1024, 512), (16, 7), heads=(8, 2, 128), padding=0)
+    run(call)
+    counted = softgpu.counters()
+    assert counted["cp_async_bytes"] == 1536 * 2 * 128 * 2 * 2
+
+
+def test_one_long_request_among_short_ones(softgpu: ModuleType, module: ModuleType) -> None:
+    """Its slots are shared by many CTAs: none has more than a few units."""
+    call = attend([6000, *[300] * 7], [1] * 8, heads=(2, 1, 64), padding=0)
+    with_many, with_one = run(call), run(call, ONE)
+    check_same(with_many, with_one)
+
+
+def test_the_op_finds_the_backend(module: ModuleType, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CPU tensors are not given to backend 'cuda'")
+    call = attend()
+    with idlm_kernels.use_backend("cuda"):
+        check_bits(call.run().result, run(call).result)
