@@ -340,7 +340,7 @@ int32_t idlm_cpu_use_isa(const char* name) {
 int32_t idlm_cpu_abi(void) {
   return (int32_t)(sizeof(idlm_cpu_linear) + 1000 * sizeof(idlm_cpu_layer) + 7 * sizeof(idlm_cpu_model) + 11 * sizeof(idlm_cpu_cache) +
                    13 * sizeof(idlm_cpu_rows) + 17 * sizeof(idlm_cpu_plan) + 19 * sizeof(idlm_cpu_decision) +
-                   23 * sizeof(idlm_cpu_reranking) + 29 * sizeof(idlm_cpu_move) + 31 * sizeof(idlm_cpu_state) + 37 * sizeof(idlm_cpu_commit));
+                   23 * sizeof(idlm_cpu_reranking) + 29 * sizeof(idlm_cpu_move) + 31 * sizeof(idlm_cpu_state) + 37 * sizeof(idlm_cpu_commit) + 41 * sizeof(idlm_cpu_drawing));
 }
 
 const char* idlm_cpu_source_hash(void) { return IDLM_CPU_SOURCE_HASH; }

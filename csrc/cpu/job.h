@@ -95,6 +95,8 @@ struct Isa {
   int64_t (*best)(const float* x, int64_t n, int64_t but);
   // The `most` best of n numbers, of ties the first ones, in order; NaN counts as -inf, which is never taken. How many.
   int (*best_few)(const float* x, int64_t n, int64_t but, int most, int64_t* ids, float* values);
+  int64_t (*draw)(const idlm_cpu_drawing&);
+  int64_t (*draw_among)(const idlm_cpu_drawing&, const int64_t* ids);
   // y_i = a_i . x for the rows first .. last - 1 of a matrix [..][n] of a dense kind.
   void (*times)(const void* a, int kind, const float* x, int64_t n, int64_t first, int64_t last, float* y);
   // y = x / rms(x), of a row of a dense kind.

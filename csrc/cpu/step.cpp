@@ -1,10 +1,11 @@
-// What a decode step does before and after its forward: rows and commit for all requests, verification and re-ranking
-// for those that all decode greedily.
+// What a decode step does before and after its forward: rows, commit and re-ranking for all requests, verification for
+// those that all decode greedily, and single draws for the others.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "job.h"
+#include "philox.h"
 #include "pool.h"
 
 using namespace idlm_cpu;
@@ -50,23 +51,11 @@ std::pair<int, int> last_occurrence(const int64_t* text, int length) {
   return {best, matched};
 }
 
-enum { kStreamAccept = 2, kStreamInput = 3 };
-
-// Word 0 of Philox4x32-10 with the counter (c0, c1, stream, 0), keyed by a request's seed.
-uint32_t philox(int64_t seed, uint32_t c0, uint32_t c1, uint32_t stream) {
-  uint32_t c[4] = {c0, c1, stream, 0}, key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
-  for (int round = 0; round < 10; round++) {
-    const uint64_t x = 0xD2511F53ull * c[0], y = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {(uint32_t)(y >> 32) ^ c[1] ^ key[0], (uint32_t)y, (uint32_t)(x >> 32) ^ c[3] ^ key[1], (uint32_t)x};
-    std::copy_n(next, 4, c);
-    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
-  }
-  return c[0];
-}
+enum { kStreamTarget = 0, kStreamAccept = 2, kStreamInput = 3 };
 
 // The acceptance uniform of a seed at a position.
 float uniform(int64_t seed, int64_t position) {
-  return std::min((float)philox(seed, 0, (uint32_t)position, kStreamAccept) * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
+  return std::min((float)philox(seed, 0, (uint32_t)position, kStreamAccept)[0] * 0x1p-32f + 0x1p-33f, 1.f - 0x1p-24f);
 }
 
 }  // namespace
@@ -89,7 +78,7 @@ void idlm_cpu_plan_rows(const idlm_cpu_state* state, const idlm_cpu_plan* plan) 
       const int64_t at = length - 1 + r;
       const int64_t position = length - 1 + (is_clean ? r : 1 + branch + j);
       int64_t mask_id = p.mask_id;
-      if (p.noise_below) mask_id = 1 + (int64_t)((uint64_t)philox(s.seed[b], (uint32_t)at, (uint32_t)position, kStreamInput) * (uint64_t)(p.noise_below - 1) >> 32);
+      if (p.noise_below) mask_id = 1 + (int64_t)((uint64_t)philox(s.seed[b], (uint32_t)at, (uint32_t)position, kStreamInput)[0] * (uint64_t)(p.noise_below - 1) >> 32);
       p.ids[t] = !is_clean ? mask_id : r == 0 ? s.text[b * s.text_stride + length - 1] : s.drafts[b * s.drafts_stride + r - 1];
       p.is_mask[t] = !is_clean;
       p.positions[t] = position;
@@ -140,6 +129,13 @@ int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision) {
     p.next_num_drafts[b] = p.num_k;
   }
   return 0;
+}
+
+int64_t idlm_cpu_draw(const idlm_cpu_drawing* drawing) {
+  const idlm_cpu_drawing& p = *drawing;
+  if (p.n <= 0 || !(p.temperature > 0)) return -1;
+  int64_t id = -1;
+  return guarded(1, [&] { id = isa().draw(p); }) ? -1 : id;
 }
 
 void idlm_cpu_advance(const idlm_cpu_move* move) {
@@ -197,7 +193,7 @@ void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* co
   }
 }
 
-static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
+static void rerank(const idlm_cpu_reranking& p, int threads) {
   constexpr int kCandidates = 32, kUnit = 64;
   const Isa& kernels = isa();
   const int units = (p.state + kUnit - 1) / kUnit, up = (p.width + kUnit - 1) / kUnit;
@@ -233,17 +229,23 @@ static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
   };
   auto choose = [&](int c, int j) {
     const Candidates& of = found[c * p.num_k + j];
-    int64_t best = p.mask_id == 0 ? 1 : 0;
-    float most = -INFINITY;
+    const int b = chosen[c];
+    float scores[kCandidates];
     std::vector<float> space;
     for (int i = 0; i < of.count; i++) {
-      float score;
       const Row row = row_at(p.head, p.head_kind, of.ids[i], space);
-      kernels.times(row.data, row.kind, &query[(size_t)c * p.width], p.width, 0, 1, &score);
-      score += of.values[i];
-      if (score > most) most = score, best = of.ids[i];
+      kernels.times(row.data, row.kind, &query[(size_t)c * p.width], p.width, 0, 1, &scores[i]);
+      scores[i] += of.values[i];
     }
-    p.out[chosen[c] * p.num_k + j] = best;
+    int64_t best = -1;
+    if (p.temperature[b] < p.greedy_below) {
+      float most = -INFINITY;
+      for (int i = 0; i < of.count; i++)
+        if (scores[i] > most) most = scores[i], best = of.ids[i];
+    } else {
+      best = kernels.draw_among({scores, of.count, -1, p.seed[b], p.positions[b] + 1 + j, p.temperature[b], p.top_p[b], p.min_p[b], p.top_k[b], kStreamTarget}, of.ids);
+    }
+    p.out[b * p.num_k + j] = best >= 0 ? best : p.mask_id == 0 ? 1 : 0;
   };
   // First every row's candidates and its part of the state; then draft after draft: previous embedding, state, query, choice.
   std::vector<Pool::Stage> stages = {{rows}, {rows * units}};
@@ -291,8 +293,8 @@ static void rerank_greedy(const idlm_cpu_reranking& p, int threads) {
   with_pool([&](Pool& pool) { pool.run(stages, threads, run); });
 }
 
-const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads) {
-  return guarded(threads, [&] { rerank_greedy(*reranking, threads); });
+const char* idlm_cpu_rerank(const idlm_cpu_reranking* reranking, int32_t threads) {
+  return guarded(threads, [&] { rerank(*reranking, threads); });
 }
 
 }  // extern "C"

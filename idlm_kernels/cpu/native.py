@@ -139,6 +139,15 @@ class Decision(Structure):
     )
 
 
+class Drawing(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        *((name, c_int64) for name in ("n", "mask_id", "seed", "position")),
+        *((name, c_float) for name in ("temperature", "top_p", "min_p")),
+        *((name, c_int32) for name in ("top_k", "stream")),
+    )
+
+
 class Move(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
@@ -157,14 +166,15 @@ class Reranking(Structure):
         *((name, c_int64) for name in ("logits_stride", "vocabulary", "id_limit", "mask_id")),
         *((name, c_int32) for name in ("batch", "num_k", "rows", "width", "state", "embedding_kind", "head_kind")),
         ("is_packed", c_int32),
-        ("out", c_void_p),
+        *((name, c_void_p) for name in ("out", "temperature", "top_p", "min_p", "top_k", "positions", "seed")),
+        ("greedy_below", c_float),
     )
 
 
 def _abi() -> int:
     sizes = zip(
-        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking, Move, State, Commit),
-        (1, 1000, 7, 11, 13, 17, 19, 23, 29, 31, 37),
+        (Linear, Layer, Model, Cache, Rows, Plan, Decision, Reranking, Move, State, Commit, Drawing),
+        (1, 1000, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41),
         strict=True,
     )
     return sum(factor * ctypes.sizeof(struct) for struct, factor in sizes)
@@ -214,8 +224,9 @@ def _load() -> ctypes.CDLL | str:
     library.idlm_cpu_advance.argtypes = (c_void_p,)
     library.idlm_cpu_advance.restype = None
     library.idlm_cpu_verify_greedy.argtypes = (c_void_p,)
-    library.idlm_cpu_rerank_greedy.argtypes = (c_void_p, c_int32)
-    library.idlm_cpu_rerank_greedy.restype = c_char_p
+    library.idlm_cpu_draw.argtypes, library.idlm_cpu_draw.restype = (c_void_p,), c_int64
+    library.idlm_cpu_rerank.argtypes = (c_void_p, c_int32)
+    library.idlm_cpu_rerank.restype = c_char_p
     library.idlm_cpu_isa.restype = c_char_p
     library.idlm_cpu_use_isa.argtypes = (c_char_p,)
     if (isa := os.environ.get("IDLM_CPU_ISA")) and library.idlm_cpu_use_isa(isa.encode()):

@@ -1,11 +1,11 @@
-"""Re-ranking on a CPU: the compiled kernels where all requests are greedy, the reference elsewhere."""
+"""Re-ranking on a CPU: the compiled kernels where there are some and the rule is `match`, the reference elsewhere."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.cpu.step import rerank_greedy
+from idlm_kernels.cpu.step import Sampling, rerank
 from python_ref import DraftDistributions
 
 
@@ -38,8 +38,9 @@ def rerank_drafts(
     """The drafts of requests with num_drafts > 0 chosen again, one after the other; see the reference."""
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
     if draft_dists is None:
-        found = rerank_greedy(
-            *(logits, hidden, first_mask, previous, drafts, num_drafts, temperature),
+        found = rerank(
+            *(logits, hidden, first_mask, previous, positions, drafts, num_drafts),
+            Sampling(temperature, top_k, top_p, min_p, seed),
             *(embedding, head_rows, (from_hidden, from_previous, from_state, to_query), id_limit, mask_id),
         )
         if found is not None:

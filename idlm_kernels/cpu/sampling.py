@@ -25,6 +25,7 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.cpu.noise import gumbel_at, gumbel_row
+from idlm_kernels.cpu.step import draw as native_draw
 from idlm_kernels.cpu.step import verify_greedy
 from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 from python_ref.noise import uniform
@@ -96,8 +97,16 @@ class _Rows:
             best = int(allowed.argmax())  # the first of equals; the first NaN, if there is one
             if best != self.mask_id and math.isfinite(allowed[best]):
                 return best, 0
+        elif (token := self.drawn(logits, params, position, stream)) is not None:
+            return token, 0
         z, status = self.transform(logits, params)
         return draw(z, params, params.cut(z) if params.truncates else -math.inf, position, stream), status
+
+    def drawn(self, logits: Tensor, params: _Params, position: int, stream: int) -> int | None:
+        """The token by the compiled kernels; None where they are absent or the row is out of the ordinary."""
+        limits = logits.detach(), self.id_limit, self.mask_id
+        cuts = params.top_k, params.top_p, params.min_p
+        return native_draw(*limits, params.temperature, *cuts, params.seed, position, stream)
 
 
 def draw(z: _Floats, params: _Params, cut: float, position: int, stream: int) -> int:

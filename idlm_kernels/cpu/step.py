@@ -1,4 +1,5 @@
-"""What a decode step does around its forward, by the compiled kernels, where every request decodes greedily.
+"""What a decode step does around its forward, by the compiled kernels: all of it where every request decodes greedily,
+row by row where one does not.
 
 Each function returns None where the kernels are absent or do not take the call; the general way then computes it.
 """
@@ -6,6 +7,7 @@ Each function returns None where the kernels are absent or do not take the call;
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +16,9 @@ from idlm_kernels.cpu import native
 from idlm_kernels.cpu.native import PackedWeight
 from python_ref.contract import GREEDY_BELOW
 
+_MASK32 = 0xFFFFFFFF
+
 Decided = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def all_greedy(temperature: Tensor) -> bool:
-    return bool((temperature < GREEDY_BELOW).all())
 
 
 def _rows_are_dense(*tensors: Tensor) -> bool:
@@ -74,14 +74,51 @@ def verify_greedy(
     return counts[0], tokens, next_drafts, counts[1]
 
 
-def rerank_greedy(
+def draw(
+    logits: Tensor,
+    id_limit: int,
+    mask_id: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    position: int,
+    stream: int,
+) -> int | None:
+    """The token of one row of logits fp32 [V] with temperature, truncation and noise; None too where the row holds
+    NaN, or its largest logit is not finite."""
+    library = native.library()
+    if library is None or logits.dtype != torch.float32 or not _rows_are_dense(logits):
+        return None
+    count = min(id_limit, logits.shape[0])
+    where = position & _MASK32  # as the reference counts: modulo 2^32
+    drawing = native.Drawing(
+        logits.data_ptr(), count, mask_id, seed, where, temperature, top_p, min_p, min(top_k, count), stream
+    )
+    found = int(library.idlm_cpu_draw(ctypes.byref(drawing)))
+    return None if found < 0 else found
+
+
+class Sampling(NamedTuple):
+    """What the requests of a step sample with, each [B]: top_k int32, seed int64, the others fp32."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
+def rerank(
     logits: Tensor,
     hidden: Tensor,
     first_mask: Tensor,
     previous: Tensor,
+    positions: Tensor,
     drafts: Tensor,
     num_drafts: Tensor,
-    temperature: Tensor,
+    sampling: Sampling,
     embedding: Tensor | PackedWeight,
     head: Tensor | PackedWeight,
     small: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -100,11 +137,16 @@ def rerank_greedy(
         return None
     if small[0].shape[0] % 16 or any(x.dtype != torch.float32 or not x.is_contiguous() for x in small):
         return None
-    if first_mask.dtype != torch.int32 or num_drafts.dtype != torch.int32 or not drafts.is_contiguous():
+    ints = (first_mask.dtype, num_drafts.dtype, positions.dtype, sampling.top_k.dtype)
+    if ints != (torch.int32,) * 4 or not drafts.is_contiguous():
         return None
-    if not (hidden.is_contiguous() and _rows_are_dense(logits)) or not all_greedy(temperature):
+    floats = (sampling.temperature.dtype, sampling.top_p.dtype, sampling.min_p.dtype)
+    if floats != (torch.float32,) * 3 or sampling.seed.dtype != torch.int64:
+        return None
+    if not (hidden.is_contiguous() and _rows_are_dense(logits)):
         return None
     first_mask, previous, num_drafts = first_mask.contiguous(), previous.contiguous(), num_drafts.contiguous()
+    positions, sampling = positions.contiguous(), Sampling(*(x.contiguous() for x in sampling))
     out = torch.empty_like(drafts)
     reranking = native.Reranking(
         logits.data_ptr(),
@@ -128,8 +170,15 @@ def rerank_greedy(
         head_kind,
         isinstance(head, PackedWeight),
         out.data_ptr(),
+        sampling.temperature.data_ptr(),
+        sampling.top_p.data_ptr(),
+        sampling.min_p.data_ptr(),
+        sampling.top_k.data_ptr(),
+        positions.data_ptr(),
+        sampling.seed.data_ptr(),
+        GREEDY_BELOW,
     )
-    fault = library.idlm_cpu_rerank_greedy(ctypes.byref(reranking), torch.get_num_threads())
+    fault = library.idlm_cpu_rerank(ctypes.byref(reranking), torch.get_num_threads())
     if fault is not None:
         raise RuntimeError(f"rerank_drafts: {fault.decode()}")
     return out

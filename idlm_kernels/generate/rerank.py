@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels import ops
-from idlm_kernels.cpu.step import rerank_greedy
+from idlm_kernels.cpu.step import Sampling, rerank
 from idlm_kernels.generate.state import DecodeState
 from idlm_kernels.model.transformer import Transformer
 from python_ref import DraftDistributions
@@ -34,10 +34,12 @@ def rerank_drafts(
     head = model.rerank_head
     assert head is not None
     previous = tokens.gather(1, num_accepted.long().unsqueeze(1)).squeeze(1)
+    positions = torch.add(state.lengths, num_accepted)
     if model.stack is not None and draft_dists is None:  # on the weights as they are packed
         small = (head.from_hidden, head.from_previous, head.from_state, head.to_query)
-        found = rerank_greedy(
-            *(logits, hidden, first_mask, previous, next_drafts, next_num_drafts, state.temperature),
+        found = rerank(
+            *(logits, hidden, first_mask, previous, positions, next_drafts, next_num_drafts),
+            Sampling(state.temperature, state.top_k, state.top_p, state.min_p, state.seed),
             *(model.stack.embedding, model.stack.head, small, state.id_limit, state.sampled_mask_id),
         )
         if found is not None:
@@ -47,7 +49,7 @@ def rerank_drafts(
         hidden,
         first_mask,
         previous,
-        torch.add(state.lengths, num_accepted),
+        positions,
         next_drafts,
         next_num_drafts,
         state.temperature,

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 WIDE = tiny_config(hidden_size=64, intermediate_size=96, head_dim=32, num_heads=4, num_kv_heads=2)
-ISAS = native._sets(native.library()) if native.library() is not None else []  # type: ignore[arg-type]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native.library()
-    assert library is not None
-    assert library.idlm_cpu_use_isa(request.param.encode()) == 0
-    yield request.param
-    library.idlm_cpu_use_isa(ISAS[0].encode())
 
 
 class BlockCheckpoint(MemoryCheckpoint):
@@ -632,7 +622,7 @@ def test_logits_out_of_the_ordinary_take_the_general_way(value: float, isa: str)
 
 
 def rerank_problem(
-    dtype: torch.dtype, is_packed: bool = False, ties: bool = False
+    dtype: torch.dtype, is_packed: bool = False, ties: bool = False, sampling: step.Sampling | None = None
 ) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor]]:
     """A problem by the kernels and by the reference. The embedding has more rows than the head."""
     random = torch.Generator().manual_seed(3)
@@ -661,8 +651,8 @@ def rerank_problem(
         matrix(small, small),
         matrix(width, small),
     )
-    zeros = torch.zeros(3)
-    sampling = (zeros, zeros.int(), zeros + 1, zeros, torch.arange(3))
+    zeros, is_greedy = torch.zeros(3), sampling is None
+    sampling = sampling or step.Sampling(zeros, zeros.int(), zeros + 1, zeros, torch.arange(3))
     positions = torch.arange(3, dtype=torch.int32)
     request = (logits, hidden, first_mask, previous)
     tables: list[Any] = list(weights[:2])
@@ -671,9 +661,9 @@ def rerank_problem(
         for table, weight in zip(tables, weights, strict=False):
             table.put(weight)
     return (
-        lambda: step.rerank_greedy(*request, drafts, num_drafts, zeros, *tables, weights[2:], 590, 7),
+        lambda: step.rerank(*request, positions, drafts, num_drafts, sampling, *tables, weights[2:], 590, 7),
         lambda: python_ref.rerank_drafts(
-            *request, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=True
+            *request, positions, drafts, num_drafts, *sampling, *weights, 590, 7, greedy=is_greedy
         ),
     )
 
@@ -683,6 +673,22 @@ def rerank_problem(
 @pytest.mark.parametrize("ties", [False, True])
 def test_greedy_re_ranking(is_packed: bool, ties: bool, dtype: torch.dtype, isa: str) -> None:
     kernels, reference = rerank_problem(dtype, is_packed, ties)
+    got = kernels()
+    assert got is not None and torch.equal(got, reference())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sampled_re_ranking(seed: int, isa: str) -> None:
+    """A greedy request among sampled ones, with each way to truncate."""
+    random = torch.Generator().manual_seed(seed)
+    sampling = step.Sampling(
+        torch.tensor([(0.0, 0.6, 1.5)[(seed + b) % 3] for b in range(3)]),
+        torch.tensor([(0, 4, 40)[(seed // 2 + b) % 3] for b in range(3)], dtype=torch.int32),
+        torch.tensor([1.0, 0.7, 0.3])[torch.randperm(3, generator=random)],
+        torch.tensor([0.0, 0.2, 0.0])[torch.randperm(3, generator=random)],
+        torch.randint(-(1 << 62), 1 << 62, (3,), generator=random),
+    )
+    kernels, reference = rerank_problem(torch.float32, is_packed=bool(seed % 2), sampling=sampling)
     got = kernels()
     assert got is not None and torch.equal(got, reference())
 

@@ -24,6 +24,13 @@ def _nothing_kept():
     noise._kept.clear()
 
 
+@pytest.fixture(params=["compiled", "numpy"])
+def draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are drawn by the compiled kernels, where they are, and without them."""
+    if request.param == "numpy":
+        monkeypatch.setattr(sampling, "native_draw", lambda *_: None)
+
+
 # Noise
 
 
@@ -122,7 +129,7 @@ def random_logits(rng: random.Random, rows: int, vocab_size: int, faults: bool) 
 
 @pytest.mark.parametrize("faults", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_sample_rows(seed: int, faults: bool) -> None:
+def test_sample_rows(seed: int, faults: bool, draws: None) -> None:
     rng = random.Random(seed)
     rows, vocab_size = rng.randint(1, 20), rng.choice([7, 50, 1000])
     logits, params = random_logits(rng, rows, vocab_size, faults), parameters(rng, rows, vocab_size)
@@ -210,7 +217,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("faults", [False, True])
 @pytest.mark.parametrize("rule", ["match", "rejection"])
 @pytest.mark.parametrize("seed", range(60))
-def test_verify_accept(seed: int, rule: str, faults: bool, one_by_one: None) -> None:
+def test_verify_accept(seed: int, rule: str, faults: bool, one_by_one: None, draws: None) -> None:
     check_verify_accept(Problem(seed, rule, faults))
 
 
@@ -254,7 +261,7 @@ def test_the_random_problems_cover_what_they_should() -> None:
     assert flags == 15
 
 
-def test_large_vocabulary() -> None:
+def test_large_vocabulary(draws: None) -> None:
     """Dense and sparse noise, long truncation lists."""
     vocab_size = 20_011
     logits = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(0)) * 2

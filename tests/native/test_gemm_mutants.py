@@ -6,10 +6,6 @@ the objects of the build.
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +26,7 @@ from tests.native.gemm_support import (
     check_linear,
     check_slices,
 )
+from tests.native.mutants import mutant
 from tests.native.support import ROOT, Toolkit
 
 SOURCE = """#include "gemm/kernel.cuh"
@@ -174,31 +171,9 @@ def build_mutant(
     module: ModuleType, softgpu: ModuleType, toolkit: Toolkit, tmp_path: Path
 ) -> Callable[[str, str, int], ModuleType]:
     def build(old: str, new: str, token_tiles: int) -> ModuleType:
-        sources = tmp_path / "csrc"
-        shutil.copytree(ROOT / "csrc", sources)
-        texts = {file: file.read_text() for file in (sources / "gemm").glob("*.cuh")}
-        count = sum(text.count(old) for text in texts.values())
-        assert count == 1, f"{old!r} occurs {count} times"
-        for file, text in texts.items():
-            file.write_text(text.replace(old, new))
-        (tmp_path / "mutant.cu").write_text(SOURCE.replace("TOKENS", str(token_tiles)))
-        flags = ["-std=c++17", f"-I{sources}", f"-I{sources / 'include'}", "-Xcompiler=-fPIC", "-c", "-gencode"]
-        flags += ["arch=compute_90a,code=compute_90a", str(tmp_path / "mutant.cu"), "-o", str(tmp_path / "mutant.o")]
-        done = subprocess.run([str(toolkit.toolchain.nvcc), *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        built = ROOT / "build" / "native"
-        library = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        # The mutant comes before the archive that holds the original.
-        objects = [tmp_path / "mutant.o", built / "CMakeFiles/_native.dir/csrc/bindings.cpp.o", built / "libidlm.a"]
-        link = ["c++", "-shared", *map(str, objects), str(softgpu.library_path()), "-o", str(library)]
-        done = subprocess.run(link, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        # A name of its own: Python keeps one module per name.
-        spec = importlib.util.spec_from_file_location(f"{tmp_path.name}._native", library)
-        assert spec is not None and spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-        return found
+        source, files = SOURCE.replace("TOKENS", str(token_tiles)), ("gemm/kernel.cuh", "gemm/ring.cuh")
+        changed = next((file for file in files if old in (ROOT / "csrc" / file).read_text()), files[0])
+        return mutant(changed, old, new, source, softgpu, toolkit, tmp_path)
 
     return build
 

@@ -143,6 +143,17 @@ typedef struct {
 IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
 
 typedef struct {
+  const float* logits;             // [n]: of the ids 0 .. n - 1, which alone may be sampled
+  int64_t n, mask_id;              // mask_id is never sampled; -1: there is none
+  int64_t seed, position;          // of the request; of the token that is predicted
+  float temperature, top_p, min_p;
+  int32_t top_k, stream;
+} idlm_cpu_drawing;
+// The token that a row gives a request with temperature, truncation and noise (docs/step.md, section 4). -1 where a number
+// is NaN, the largest is not finite, or the request is greedy: the general way then finds the token and the status bits.
+IDLM_CPU_API int64_t idlm_cpu_draw(const idlm_cpu_drawing* drawing);
+
+typedef struct {
   const int32_t* num_accepted;     // [batch]
   const int64_t* tokens;           // [batch][width]
   const int64_t* next_drafts;      // [batch][num_k]
@@ -181,9 +192,13 @@ typedef struct {
   int64_t logits_stride, vocabulary, id_limit, mask_id;
   int32_t batch, num_k, rows, width, state, embedding_kind, head_kind, is_packed;
   int64_t* out;                     // [batch][num_k]
+  const float *temperature, *top_p, *min_p;  // [batch], as the next three; below greedy_below a request is greedy
+  const int32_t *top_k, *positions;          // positions: of the token that the first draft follows
+  const int64_t* seed;
+  float greedy_below;
 } idlm_cpu_reranking;
-// rerank_drafts where every request is greedy. Returns null or a sentence.
-IDLM_CPU_API const char* idlm_cpu_rerank_greedy(const idlm_cpu_reranking* reranking, int32_t threads);
+// rerank_drafts of the rule `match`. Returns null or a sentence.
+IDLM_CPU_API const char* idlm_cpu_rerank(const idlm_cpu_reranking* reranking, int32_t threads);
 
 // The instruction sets that this build has and this CPU runs, best first, by name; null past the last one.
 IDLM_CPU_API const char* idlm_cpu_isa(int32_t index);
