@@ -218,6 +218,7 @@ void define_structs(py::module_& m) {
 void define_attention(py::module_& m) {
   Struct<AttentionParams>(m, "AttentionParams")
       .field("dtype", &AttentionParams::dtype)
+      .field("cache_is_fp8", &AttentionParams::cache_is_fp8)
       .field("q", &AttentionParams::q)
       .field("q_stride_row", &AttentionParams::q_stride_row)
       .field("q_stride_head", &AttentionParams::q_stride_head)

@@ -19,13 +19,12 @@
 #pragma once
 
 #include "attention/combine.cuh"
+#include "attention/copy.cuh"
 #include "common/hopper.cuh"
 #include "common/scalar.cuh"
 
 namespace idlm::attention {
 
-constexpr int32_t kBlocks = 6;      // of the ring: K and V in turn
-constexpr int32_t kPanelBytes = kTileSlots * kSwizzleBytes;  // 64 slots or rows of 64 columns
 constexpr int32_t kStackSlots = kTreeLevels + 1;
 constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
 
@@ -40,7 +39,6 @@ struct Size {
   static_assert(kBytes <= 227 * 1024);
 };
 
-__device__ __forceinline__ int32_t thread_of_group() { return static_cast<int32_t>(threadIdx.x) % kGroupThreads; }
 // Of the multiplying warps.
 __device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads) : "memory"); }
 __device__ __forceinline__ bool group_any(bool x) {
@@ -54,76 +52,6 @@ __device__ __forceinline__ bool group_any(bool x) {
       : "r"(uint32_t{x}), "n"(kGroupThreads)
       : "memory");
   return any != 0;
-}
-
-// Where piece `piece` (16 bytes) of a row lies in a block: panels of 128-byte rows, with the swizzle of wgmma.
-__device__ __forceinline__ int32_t place(int32_t row, int32_t piece) {
-  return piece / 8 * kPanelBytes + row * kSwizzleBytes + ((piece % 8) ^ (row % 8)) * 16;
-}
-
-struct Ring {
-  uint32_t blocks, barriers;  // addresses
-  int32_t block_bytes;
-  int32_t index = 0;
-  uint32_t parity = 0;
-
-  __device__ uint32_t block() const { return blocks + index * block_bytes; }
-  __device__ uint32_t full() const { return barriers + 16 * index; }
-  __device__ uint32_t empty() const { return full() + 8; }
-  __device__ void next() {
-    if (++index == kBlocks) index = 0, parity ^= 1;
-  }
-};
-
-// ---- the copying warps
-
-template <class Element, int kDim>
-__device__ __forceinline__ void produce(const Params& p, Ring ring) {
-  constexpr int32_t kPieces = kDim / 8;                      // of a slot
-  constexpr int32_t kStep = kGroupThreads / kPieces;         // slots between those of a thread
-  constexpr int32_t kCount = kTileSlots / kStep;
-  const int32_t piece = thread_of_group() % kPieces, first = thread_of_group() / kPieces;
-  Schedule schedule(p);
-  Unit u;
-  while (schedule.next(p, u)) {
-    const Request r(p, u.request);
-    const Extent x(p, r, u, schedule.level);
-    const int32_t* table = p.page_table + u.request * p.page_table_stride;
-    const auto* k = static_cast<const Element*>(p.k_cache) + u.kv_head * p.k_stride_head + piece * 8;
-    const auto* v = static_cast<const Element*>(p.v_cache) + u.kv_head * p.v_stride_head + piece * 8;
-    int32_t page[kCount];
-    const auto look_up = [&](int32_t tile) {
-#pragma unroll
-      for (int32_t j = 0; j < kCount; ++j) {
-        const int32_t slot = tile * kTileSlots + first + j * kStep;
-        page[j] = slot >= x.low && slot < x.end ? min(max(table[slot / p.page_size], 0), p.num_pages - 1) : -1;
-      }
-    };
-    const auto copy = [&](const int32_t (&pages)[kCount], const Element* cache, int64_t stride_page, int64_t stride_slot,
-                          int32_t tile) {
-      barrier_wait(ring.empty(), ring.parity ^ 1);
-#pragma unroll
-      for (int32_t j = 0; j < kCount; ++j) {
-        const int32_t row = first + j * kStep, slot = (tile * kTileSlots + row) % p.page_size;
-        const bool none = pages[j] < 0;
-        const Element* from = none ? cache : cache + pages[j] * stride_page + slot * stride_slot;
-        copy_16_bytes(ring.block() + place(row, piece), from, none);
-      }
-      barrier_arrive_with_copies(ring.full());
-      ring.next();
-    };
-    if (x.first_tile < x.end_tile) look_up(x.first_tile);
-    for (int32_t tile = x.first_tile; tile < x.end_tile; ++tile) {
-      int32_t pages[kCount];
-#pragma unroll
-      for (int32_t j = 0; j < kCount; ++j) pages[j] = page[j];
-      if (tile + 1 < x.end_tile) look_up(tile + 1);  // on the way while this tile is copied
-      copy(pages, k, p.k_stride_page, p.k_stride_slot, tile);
-      copy(pages, v, p.v_stride_page, p.v_stride_slot, tile);
-    }
-  }
-  let_next_kernel_start();
-  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // ---- the multiplying warpgroup
@@ -528,7 +456,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     Multiplier<Element, kDim>(p, sQ, sStack, reinterpret_cast<int32_t*>(sBarriers + kBarrierBytes), ring).run();
   } else {
     zero_padding<Element, kDim>(p);
-    produce<Element, kDim>(p, ring);
+    if (p.cache_is_fp8) produce_from_fp8<Element, kDim>(p, ring);
+    else produce<Element, kDim>(p, ring);
   }
 }
 

@@ -35,13 +35,14 @@ Status check(const AttentionParams& p) {
     return invalid("num_pages, page_size and max_query_len must be positive, other sizes must not be negative");
   if (p.tail_mask != nullptr && (p.window >= 0 || p.max_query_len > 64))
     return invalid("a tail_mask takes no window, and at most 64 rows of a request");
-  const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
+  const auto aligned = [](const void* data, int64_t vector, std::initializer_list<int64_t> strides) {
     return data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-           std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s % 8 == 0; });
+           std::all_of(strides.begin(), strides.end(), [vector](int64_t s) { return s % vector == 0; });
   };
-  if (!aligned(p.q, {p.q_stride_row, p.q_stride_head}) ||
-      !aligned(p.k_cache, {p.k_stride_page, p.k_stride_slot, p.k_stride_head}) ||
-      !aligned(p.v_cache, {p.v_stride_page, p.v_stride_slot, p.v_stride_head}))
+  const int64_t of_cache = p.cache_is_fp8 ? 16 : 8;
+  if (!aligned(p.q, 8, {p.q_stride_row, p.q_stride_head}) ||
+      !aligned(p.k_cache, of_cache, {p.k_stride_page, p.k_stride_slot, p.k_stride_head}) ||
+      !aligned(p.v_cache, of_cache, {p.v_stride_page, p.v_stride_slot, p.v_stride_head}))
     return invalid("addresses and strides of q, k_cache and v_cache must be multiples of 16 bytes");
   if (p.query_start_loc == nullptr || p.out == nullptr || p.flags == nullptr ||
       (p.batch > 0 && (p.seq_lens == nullptr || (p.max_pages > 0 && p.page_table == nullptr))))

@@ -62,6 +62,10 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
 // Orders accesses of this thread and what it has acquired against accesses through the async proxy, to global memory.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+__device__ __forceinline__ void store_16_bytes(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // ---- asynchronous copies by threads
 
 // 16 bytes, or zeros; nothing is read then.

@@ -1,8 +1,8 @@
 """strided_attention of backend `cuda`. The kernel: csrc/attention/kernel.cuh.
 
-It takes bf16 and fp16, head_dim 64 and 128, and caches whose rows are whole vectors of 16 bytes (`refusal`). Every
-other problem goes to the next backend in line, or is refused where backend `cuda` is forced. The rule looks at what a
-model's calls have in common alone, so the rows of a layer never change between the two.
+It takes bf16 and fp16, head_dim 64 and 128, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
+bytes (`refusal`). Every other problem goes to the next backend in line, or is refused where backend `cuda` is forced.
+The rule looks at what a model's calls have in common alone, so the rows of a layer never change between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEAD_DIMS = (64, 128)
 _VECTOR = 8  # values of 16 bits in 16 bytes
 _MIN_FLAGS = 4096  # one for each tile of 64 packed rows
 
-LIMITS = {"strided_attention": "bf16 and fp16, head_dim 64 and 128, strides of the cache in multiples of 16 bytes"}
+LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim 64 and 128, strides in multiples of 16 bytes"}
 
 # CTAs of a launch (0: one on every SM), for tests and tuning. No result depends on it.
 max_ctas = 0
@@ -31,12 +31,12 @@ def refusal(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why the CUDA kernel does not compute attention over these caches; None if it does."""
     if q.dtype not in _DTYPES:
         return f"it takes bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
-    if k_cache.dtype != q.dtype:
-        return f"it takes a cache of q's dtype, not {str(k_cache.dtype).removeprefix('torch.')}"
+    if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        return f"it takes a cache of q's dtype or of float8_e4m3fn, not {str(k_cache.dtype).removeprefix('torch.')}"
     if q.shape[2] not in _HEAD_DIMS:
         return f"it takes head_dim 64 and 128, not {q.shape[2]}"
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.data_ptr() % 16 or any(stride % _VECTOR for stride in cache.stride()[:3]):
+        if cache.data_ptr() % 16 or any(stride * cache.element_size() % 16 for stride in cache.stride()[:3]):
             return f"it takes a {name} whose address and strides are multiples of 16 bytes"
     return None
 
@@ -86,6 +86,7 @@ def strided_attention(
     module = load()
     params = module.AttentionParams(
         dtype=_DTYPES[q.dtype],
+        cache_is_fp8=k_cache.dtype != q.dtype,
         q=q.data_ptr(),
         q_stride_row=q.stride(0),
         q_stride_head=q.stride(1),

@@ -35,6 +35,7 @@ from idlm_kernels.testing.problems import (
     SampleRows,
     SiluAndMul,
     StridedAttention,
+    TopLogprobs,
     VerifyAccept,
 )
 from idlm_kernels.testing.timing import microseconds
@@ -59,6 +60,7 @@ __all__ = [
     "SampleRows",
     "SiluAndMul",
     "StridedAttention",
+    "TopLogprobs",
     "VerifyAccept",
     "Wrong",
     "bits",

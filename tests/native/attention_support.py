@@ -66,22 +66,22 @@ def check_same(got: Ran, wanted: Ran, which: Any = slice(None), among: Any = sli
 
 def check_values(softgpu: ModuleType | None = None) -> None:
     check(attend())
-    check(attend(heads=(9, 3, 64), page_size=1))
-    check(attend((300, 70), (40, 4), heads=(3, 1, 64), page_size=3), ONE)
+    check(attend(heads=(9, 3, 128), page_size=1))
+    check(attend((300, 70), (40, 4), heads=(3, 1, 128), page_size=3), ONE)
 
 
 def check_edges(softgpu: ModuleType | None = None, ctas: Sequence[int] = (MANY, ONE)) -> None:
     """Lengths around the edges of tiles, leaves, supers and pages, and very unequal ones; more rows than slots."""
     lengths = [1, 31, 63, 64, 65, 255, 256, 257, 0, 513, 600, 1023, 1024, 1025, 2049, 3]
     rows = [1, 7, 1, 4, 5, 7, 1, 7, 2, 3, 16, 1, 16, 1, 2, 3]
-    call = attend(lengths, rows, heads=(4, 1, 64), page_size=48)
+    call = attend(lengths, rows, heads=(4, 1, 128), page_size=48)
     for count in ctas:
         check(call, count)
 
 
 def check_tree(softgpu: ModuleType | None = None) -> None:
     """Every way to cut a tile into parts has the same bits: whole, 1024, 512 and 256 slots."""
-    call = attend((2900,), (5,), heads=(2, 2, 64))
+    call = attend((2900,), (5,), heads=(2, 2, 128))
     counts = (1, 5, 12, 132)  # of 2 tiles of 12 leaves
     found = [run(call, count) for count in counts]
     for other in found[1:]:
@@ -91,20 +91,26 @@ def check_tree(softgpu: ModuleType | None = None) -> None:
 
 def check_tail(softgpu: ModuleType | None = None) -> None:
     for ctas in (MANY, ONE):
-        check(attend((270, 64, 40, 4), (64, 64, 9, 1), heads=(4, 2, 64), tail="random"), ctas)
+        check(attend((270, 64, 40, 4), (64, 64, 9, 1), heads=(4, 2, 128), tail="random"), ctas)
         check(attend((261, 16, 0), (16, 16, 0), tail="quadratic"), ctas)
 
 
 def check_window(softgpu: ModuleType | None = None) -> None:
     for window in (0, 5, 300):
         for ctas in (MANY, ONE):
-            check(attend((1500, 70), (7, 40), heads=(4, 1, 64), window=window), ctas)
+            check(attend((1500, 70), (7, 40), heads=(4, 1, 128), window=window), ctas)
 
 
 def check_scales(softgpu: ModuleType | None = None) -> None:
     scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0)}
     for ctas in (MANY, ONE):
         check(attend((600, 70), (7, 4)).changed(**scales, sm_scale=0.3), ctas)
+        check(of_fp8(attend((600, 70), (7, 4))).changed(**scales), ctas)
+
+
+def of_fp8(call: Call) -> Call:
+    """The call over caches of e4m3."""
+    return call.changed(**{name: call[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")})
 
 
 def check_max_query_len(softgpu: ModuleType | None = None) -> None:
@@ -120,7 +126,11 @@ def check_max_query_len(softgpu: ModuleType | None = None) -> None:
 
 def check_row_bits(softgpu: ModuleType | None = None) -> None:
     """A row has the same bits in any company, on any pages, by any number of CTAs."""
-    call = attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, 128))
+    for window in (-1, 700):
+        check_row_bits_of(attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, 128), window=window))
+
+
+def check_row_bits_of(call: Call) -> None:
     whole = run(call)
     for ctas in (MANY, ONE, 3):
         for page_size, head_major in ((16, False), (3, False), (1, True), (256, False)):
@@ -191,18 +201,19 @@ def check_spoilt(softgpu: ModuleType | None = None) -> None:
     check_unseen(attend((270, 40), (9, 3)))
     check_unseen(attend((270, 40), (9, 3), window=11))
     check_unseen(attend((270, 20), (16, 4), heads=(4, 1, 128), tail="quadratic"), ONE)
-    check_unseen(attend((270,), (40,), heads=(4, 1, 64), dtype=torch.float16))
+    check_unseen(attend((270,), (40,), heads=(4, 1, 128)))
 
 
 def check_order(softgpu: ModuleType) -> None:
     """Asynchrony and schedules varied; units so many that every block of the ring is filled often."""
-    call, tail = attend((1300, 70, 0), (7, 4, 0), heads=(4, 1, 64)), attend((90,), (16,), tail="quadratic")
-    for options in ({"async_": "late"}, {"async_": "war"}, {"async_": "random", "sched": "random", "quantum": 40}):
-        for seed in range(2):
-            with softgpu.configured(seed=seed, **options):
-                for ctas in (MANY, ONE):
-                    check(call, ctas)
-                    check(tail, ctas)
+    call, tail = attend((1300, 70, 0), (7, 4, 0), heads=(4, 1, 128)), attend((90,), (16,), tail="quadratic")
+    random = {"async_": "random", "sched": "random", "quantum": 40}
+    checks = {"race": 1, "uninit": 1, "proxy": 1}
+    for options in ({"async_": "late"}, {"async_": "war"}, random, {**random, "seed": 1}, checks):
+        with softgpu.configured(**options):
+            for ctas in (MANY, ONE):
+                check(call, ctas)
+                check(tail, ctas)
 
 
 def check_chain(softgpu: ModuleType) -> None:

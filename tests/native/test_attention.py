@@ -29,6 +29,7 @@ from tests.native.attention_support import (
     check_tree,
     check_unseen,
     check_window,
+    of_fp8,
     run,
     with_ctas,
 )
@@ -73,6 +74,20 @@ def test_window() -> None:
 
 def test_scales() -> None:
     check_scales()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("heads", [(8, 2, 128), (9, 3, 64)])
+def test_fp8_caches(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Right, and with the bits of the same numbers in q's dtype, which holds them exactly."""
+    for call in (
+        attend((600, 70, 0), heads=heads, dtype=dtype, page_size=3),
+        attend((90,), (16,), heads=heads, dtype=dtype, tail="quadratic"),
+    ):
+        narrow = of_fp8(call)
+        wide = narrow.changed(**{name: narrow[name].to(dtype) for name in ("k_cache", "v_cache")})
+        for ctas in (MANY, ONE):
+            check_same(check(narrow, ctas), run(wide, ctas))
 
 
 def test_prefill_chunk_of_many_rows() -> None:
@@ -191,8 +206,9 @@ def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: py
         with pytest.raises(ValueError, match=f"backend 'cuda' does not compute this: {reason}; use backend 'triton'"):
             direct(call)
         monkeypatch.undo()
-    fp8 = attend()["k_cache"].to(torch.float8_e4m3fn)
-    assert attention.refusal(attend()["q"], fp8, fp8) == "it takes a cache of q's dtype, not float8_e4m3fn"
+    other = attend()["k_cache"].half()
+    reason = "it takes a cache of q's dtype or of float8_e4m3fn, not float16"
+    assert attention.refusal(attend()["q"], other, other) == reason
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -202,6 +218,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
             check(attend((600, 70, 0)), ctas)
             check(attend((1300,), (7,), heads=(4, 1, 64)), ctas)
             check(attend((90,), (16,), tail="quadratic"), ctas)
+            check(of_fp8(attend((600, 70, 0))), ctas)
         check_unseen(attend((90,), (9,), heads=(2, 1, 64)))
 
 
@@ -250,11 +267,39 @@ def test_kv_is_read_once(softgpu: ModuleType, module: ModuleType) -> None:
     assert counted["cp_async_bytes"] == 1536 * 2 * 128 * 2 * 2
 
 
-def test_one_long_request_among_short_ones(softgpu: ModuleType, module: ModuleType) -> None:
-    """Its slots are shared by many CTAs: none has more than a few units."""
-    call = attend([6000, *[300] * 7], [1] * 8, heads=(2, 1, 64), padding=0)
-    with_many, with_one = run(call), run(call, ONE)
-    check_same(with_many, with_one)
+@pytest.mark.parametrize(
+    "lengths, heads, ctas, parts",
+    [
+        ([1024], (8, 8, 64), MANY, 32),  # 8 tiles by 4 leaves
+        ([1024] * 8, (8, 8, 64), MANY, 128),  # 64 tiles by 2 leaves each, twice
+        ([1024] * 5, (4, 4, 64), 20, 0),  # a tile for each CTA
+        ([8192, 1024, 1024, 1024, 1024], (1, 1, 64), 16, 8),  # the long one in units of 1024, the others whole
+    ],
+)
+def test_work_is_cut_by_length(
+    lengths: list[int], heads: tuple[int, int, int], ctas: int, parts: int, softgpu: ModuleType, module: ModuleType
+) -> None:
+    """Each part of a shared tile counts itself once."""
+    call = attend(lengths, [1] * len(lengths), heads=heads, padding=0)
+    whole = run(call, ONE)
+    check_same(run(call, ctas), whole)
+    direct(call, ctas)
+    assert softgpu.counters()["atomics"] == parts
+
+
+def test_room_for_parts(module: ModuleType) -> None:
+    """At most 256 MiB, with coarser units if need be, and none where whole tiles fill the machine."""
+
+    def scratch(batch: int, rows: int, slots: int) -> int:
+        fields = {"num_rows": batch * rows, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "batch": batch}
+        params = module.AttentionParams(**fields, page_size=64, max_pages=slots // 64, max_query_len=rows)
+        return module.attention_scratch_bytes(params)
+
+    assert scratch(1, 1, 4096) == 32 * 16 * 520
+    assert scratch(8, 16, 4096) == 8 * 16 * 32 * 16 * 520
+    assert scratch(8, 16, 32768) == 8 * 16 * 32 * 64 * 520  # units of 512 slots
+    assert scratch(1, 8192, 32768) == 0
+    assert all(scratch(b, r, s) <= 256 << 20 for b in (1, 64) for r in (1, 7, 16, 64) for s in (1, 4096, 131072))
 
 
 def test_the_op_finds_the_backend(module: ModuleType, device: torch.device) -> None:

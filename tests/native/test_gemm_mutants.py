@@ -6,10 +6,6 @@ of the build.
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +24,8 @@ from tests.native.gemm_support import (
     check_linear,
     check_slices,
 )
-from tests.native.support import ROOT, Toolkit
+from tests.native.mutants import mutant
+from tests.native.support import Toolkit
 
 SOURCE = """#include "gemm/kernel.cuh"
 namespace idlm::gemm {
@@ -140,33 +137,7 @@ BREADTH = {
 def build_mutant(
     module: ModuleType, softgpu: ModuleType, toolkit: Toolkit, tmp_path: Path
 ) -> Callable[[str, str], ModuleType]:
-    def build(old: str, new: str) -> ModuleType:
-        sources = tmp_path / "csrc"
-        shutil.copytree(ROOT / "csrc", sources)
-        changed = sources / "gemm" / "kernel.cuh"
-        text = changed.read_text()
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-        changed.write_text(text.replace(old, new))
-        (tmp_path / "mutant.cu").write_text(SOURCE)
-        flags = ["-std=c++17", f"-I{sources}", f"-I{sources / 'include'}", "-Xcompiler=-fPIC", "-c", "-gencode"]
-        flags += ["arch=compute_90a,code=compute_90a", str(tmp_path / "mutant.cu"), "-o", str(tmp_path / "mutant.o")]
-        done = subprocess.run([str(toolkit.toolchain.nvcc), *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        built = ROOT / "build" / "native"
-        library = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        # The mutant comes before the archive that holds the original.
-        objects = [tmp_path / "mutant.o", built / "CMakeFiles/_native.dir/csrc/bindings.cpp.o", built / "libidlm.a"]
-        link = ["c++", "-shared", *map(str, objects), str(softgpu.library_path()), "-o", str(library)]
-        done = subprocess.run(link, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        # A name of its own: Python keeps one module per name.
-        spec = importlib.util.spec_from_file_location(f"{tmp_path.name}._native", library)
-        assert spec is not None and spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-        return found
-
-    return build
+    return lambda old, new: mutant("gemm/kernel.cuh", old, new, SOURCE, softgpu, toolkit, tmp_path)
 
 
 @pytest.fixture

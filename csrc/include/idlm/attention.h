@@ -16,6 +16,7 @@ namespace idlm {
 // are read in pieces of 16 bytes: their addresses and strides are multiples of that, and so are those of q.
 struct AttentionParams {
   DType dtype = DType::kBFloat16;  // of q, K, V and out: bf16 or fp16
+  bool cache_is_fp8 = false;       // K and V are e4m3 instead
   const void* q = nullptr;         // [num_rows, num_heads, head_dim]
   int64_t q_stride_row = 0;
   int64_t q_stride_head = 0;

@@ -1,0 +1,242 @@
+"""Planted faults in attention: each must be caught by the checks that the kernel passes.
+
+A mutant is the bf16 kernel for head_dim 128, compiled (PTX only) from a changed file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from idlm_kernels import _semaphores
+from idlm_kernels.native import attention
+from tests.native.attention_support import (
+    check_chain,
+    check_edges,
+    check_max_query_len,
+    check_order,
+    check_row_bits,
+    check_scales,
+    check_spoilt,
+    check_tail,
+    check_tree,
+    check_values,
+    check_window,
+)
+from tests.native.mutants import mutant
+from tests.native.support import Toolkit
+
+SOURCE = """#include "attention/kernel.cuh"
+namespace idlm::attention {
+Kernel kernel_bf16(int32_t) { return attention_kernel<__nv_bfloat16, 128>; }
+int32_t shared_bytes(int32_t head_dim) { return bytes_of(head_dim); }
+}
+"""
+
+Check = Callable[[ModuleType], None]
+MUTANTS: dict[str, tuple[Check, str, str, str]] = {
+    "causal edge off by one": (
+        check_values,
+        "softmax.cuh",
+        "bits = below(step + i + 1);",
+        "bits = below(step + i);",
+    ),
+    "the slot of the next row is seen": (
+        check_row_bits,
+        "softmax.cuh",
+        "bits = below(step + i + 1);",
+        "bits = below(step + i + 2);",
+    ),
+    "window edge off by one": (
+        check_window,
+        "softmax.cuh",
+        "below(step + i - p.window)",
+        "below(step + i + 1 - p.window)",
+    ),
+    "a tile is whole though its window begins in it": (
+        check_window,
+        "softmax.cuh",
+        "(p.window < 0 || first_slot >= int64_t{r.first} + x.last_row - p.window)",
+        "true",
+    ),
+    "tail bit of the neighbour": (check_tail, "softmax.cuh", "tail << step :", "tail << step << 1 :"),
+    "a tail mask hides nothing from a tile": (
+        check_tail,
+        "softmax.cuh",
+        "if (p.tail_mask != nullptr) return end <= r.first;",
+        "if (p.tail_mask != nullptr) return end <= r.length;",
+    ),
+    "sum not rescaled": (check_values, "kernel.cuh", "t[h] = __fmaf_rn(t[h], share[h], sum);", "t[h] += sum;"),
+    "o not rescaled": (check_values, "kernel.cuh", "o[panel][e] *= share[e / 2 % 2];", "o[panel][e] *= 1.0f;"),
+    "a join forgets a rescaling": (
+        check_tree,
+        "softmax.cuh",
+        "__fmaf_rn(x, earlier, __fmul_rn(y, later))",
+        "__fmaf_rn(x, earlier, y)",
+    ),
+    "leaves begin where the row's window does": (
+        check_row_bits,
+        "kernel.cuh",
+        "const bool leaf_ends = tile % kLeafTiles == kLeafTiles - 1;",
+        "const bool leaf_ends = (tile - x.first_tile) % kLeafTiles == kLeafTiles - 1;",
+    ),
+    "the tree is a chain": (
+        check_tree,
+        "kernel.cuh",
+        "if (!last) push(super ? kTreeLevels : leaf & 1);",
+        "if (!last) push(2);",
+    ),
+    "the last super is not joined": (
+        check_tree,
+        "kernel.cuh",
+        "if (super) pop(kTreeLevels);",
+        "if (super && !last) pop(kTreeLevels);",
+    ),
+    "parts are joined in another order": (
+        check_tree,
+        "combine.cuh",
+        "nodes[i] = Node::joined(nodes[i], nodes[i + step]);",
+        "nodes[0] = Node::joined(nodes[0], nodes[i + step]);",
+    ),
+    "the first to come joins the parts": (check_values, "kernel.cuh", "== u.parts - 1;", "== 0;"),
+    "the counter is not set back": (check_values, "kernel.cuh", "if (last) *word = 0;", ""),
+    "a part is left out": (
+        check_edges,
+        "combine.cuh",
+        "part < first || part >= end)",
+        "part < first || part + 1 >= end)",
+    ),
+    "a V that is not finite is multiplied": (
+        check_spoilt,
+        "kernel.cuh",
+        "if (!all_see(p, r, x, tile * kTileSlots))\n      take_out",
+        "if (p.batch < 0)\n      take_out",
+    ),
+    "a V that is not finite reaches every row": (
+        check_spoilt,
+        "kernel.cuh",
+        "if (seen[h] && !isfinite(v))",
+        "if (!isfinite(v))",
+    ),
+    "the last padding row is left as it was": (
+        check_values,
+        "combine.cuh",
+        "zero(p.query_start_loc[p.batch], p.num_rows);",
+        "zero(p.query_start_loc[p.batch], p.num_rows - 1);",
+    ),
+    "rows beyond max_query_len are left as they were": (
+        check_max_query_len,
+        "combine.cuh",
+        "end - start > p.max_query_len);",
+        "end - start > p.max_query_len + 100);",
+    ),
+    "page table by physical page": (
+        check_values,
+        "kernel.cuh",
+        "max(table[slot / p.page_size], 0)",
+        "max(slot / p.page_size, 0)",
+    ),
+    "head of the wrong group": (
+        check_values,
+        "softmax.cuh",
+        "head = u.kv_head * p.group + static_cast<int32_t>(packed_row % p.group);",
+        "head = u.kv_head + static_cast<int32_t>(packed_row % p.group) * p.num_kv_heads;",
+    ),
+    "scale of V forgotten": (check_scales, "softmax.cuh", "factor = __fdiv_rn(v_scale,", "factor = __fdiv_rn(1.0f,"),
+    "units of a tile begin half a leaf late": (
+        check_edges,
+        "schedule.cuh",
+        "begin = static_cast<int32_t>(max(int64_t{low}, first_slot));",
+        "begin = static_cast<int32_t>(max(int64_t{low}, first_slot + (first_slot > 0 ? 128 : 0)));",
+    ),
+    "a block is filled while it is read": (
+        check_order,
+        "kernel.cuh",
+        "      barrier_wait(ring.empty(), ring.parity ^ 1);\n",
+        "",
+    ),
+    "K is given back before its products are done": (
+        check_order,
+        "kernel.cuh",
+        "      products_wait<1>();\n      pin(s);\n      give_back(ahead.empty());",
+        "      give_back(ahead.empty());\n      products_wait<1>();\n      pin(s);",
+    ),
+    "V is read before it is there": (
+        check_order,
+        "kernel.cuh",
+        "    barrier_wait(ring.full(), ring.parity);\n    fence_async_shared();\n    if (!all_see",
+        "    fence_async_shared();\n    if (!all_see",
+    ),
+    "q is not fenced": (
+        check_order,
+        "kernel.cuh",
+        "    fence_async_shared();\n    group_sync();\n  }\n\n  // s = q K^T",
+        "    group_sync();\n  }\n\n  // s = q K^T",
+    ),
+    "the output takes the place of q too early": (
+        check_order,
+        "kernel.cuh",
+        "    group_sync();  // the output of the unit before has been read from there\n",
+        "",
+    ),
+    "the tile is joined before all threads know": (
+        check_order,
+        "kernel.cuh",
+        "    group_sync();\n    return *sLast != 0;",
+        "    return *sLast != 0;",
+    ),
+    "q is read before it is written": (check_chain, "kernel.cuh", "  wait_for_previous_kernel();\n", ""),
+}
+
+# The others take as long, and show what many tests see.
+FIRST = {
+    "the slot of the next row is seen",
+    "a tail mask hides nothing from a tile",
+    "leaves begin where the row's window does",
+    "the tree is a chain",
+    "parts are joined in another order",
+    "the counter is not set back",
+    "a V that is not finite is multiplied",
+    "a V that is not finite reaches every row",
+    "K is given back before its products are done",
+    "a block is filled while it is read",
+    "q is not fenced",
+    "the output takes the place of q too early",
+    "q is read before it is written",
+}
+
+
+@pytest.fixture
+def fresh_flags(monkeypatch: pytest.MonkeyPatch, softgpu: ModuleType) -> Iterator[None]:
+    """Flags of its own, and a short patience with CTAs that wait for one another."""
+    monkeypatch.setattr(_semaphores, "_words", {})
+    with softgpu.configured(livelock=200_000):
+        yield
+
+
+@pytest.mark.usefixtures("fresh_flags")
+@pytest.mark.parametrize("check", [check_values, check_spoilt, check_order, check_chain])
+def test_the_kernel_passes(check: Check, module: ModuleType, softgpu: ModuleType) -> None:
+    check(softgpu)
+
+
+@pytest.mark.usefixtures("clean_runtime", "fresh_flags")
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m not in FIRST)) for m in MUTANTS])
+def test_mutants_are_caught(
+    name: str,
+    module: ModuleType,
+    softgpu: ModuleType,
+    toolkit: Toolkit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check, file, old, new = MUTANTS[name]
+    changed = mutant(f"attention/{file}", old, new, SOURCE, softgpu, toolkit, tmp_path)
+    monkeypatch.setattr(attention, "load", lambda: changed)
+    torch.manual_seed(0)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(softgpu)
