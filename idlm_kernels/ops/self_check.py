@@ -39,6 +39,7 @@ from idlm_kernels.testing import (
     SampleRows,
     SiluAndMul,
     StridedAttention,
+    TopLogprobs,
     VerifyAccept,
     Wrong,
     check,
@@ -244,6 +245,11 @@ def _verify_accept(case: Case) -> None:
         _check(case, VerifyAccept(quadratic=quadratic, rule=rule).call(CPU))
 
 
+def _top_logprobs(case: Case) -> None:
+    for problem in (TopLogprobs(), TopLogprobs(count=1), TopLogprobs(vocab_size=900, count=32)):
+        _check(case, problem.call(CPU))
+
+
 def _rerank_drafts(case: Case) -> None:
     for rejection in (False, True):
         _check(case, RerankDrafts(rejection=rejection).call(CPU))
@@ -287,6 +293,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "sample_rows": _sample_rows,
     "apply_penalties": _apply_penalties,
     "verify_accept": _verify_accept,
+    "top_logprobs": _top_logprobs,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,
     "plan_rows": _plan_rows,
