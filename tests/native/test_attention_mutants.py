@@ -136,9 +136,9 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     ),
     "page table by physical page": (
         check_values,
-        "kernel.cuh",
-        "max(table[slot / p.page_size], 0)",
-        "max(slot / p.page_size, 0)",
+        "copy.cuh",
+        "slot < x.end ? min(max(table[slot / p.page_size], 0)",
+        "slot < x.end ? min(max(slot / p.page_size, 0)",
     ),
     "head of the wrong group": (
         check_values,
@@ -155,9 +155,9 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     ),
     "a block is filled while it is read": (
         check_order,
-        "kernel.cuh",
-        "      barrier_wait(ring.empty(), ring.parity ^ 1);\n",
-        "",
+        "copy.cuh",
+        "int32_t tile) {\n      barrier_wait(ring.empty(), ring.parity ^ 1);\n",
+        "int32_t tile) {\n",
     ),
     "K is given back before its products are done": (
         check_order,
