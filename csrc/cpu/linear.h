@@ -33,11 +33,16 @@ struct RowTile {
   bool fetches;  // the weights that follow; the first tile does, for all of them
 };
 
-constexpr int kAhead = 10240;  // bytes from what is computed to what is fetched: less than the nearest cache, more than memory takes
+// Bytes from what is computed to what is fetched: far ahead into the second cache, which has more requests under way, and from
+// there into the nearest.
+constexpr int kFar = 20480, kNear = 2048;
 template <int Lines>
 IDLM_INLINE void fetch(const uint8_t* at) {
 #pragma GCC unroll 32
-  for (int i = 0; i < Lines; i++) __builtin_prefetch(at + kAhead + 64 * i);
+  for (int i = 0; i < Lines; i++) {
+    __builtin_prefetch(at + kFar + 64 * i, 0, 2);
+    __builtin_prefetch(at + kNear + 64 * i);
+  }
 }
 
 IDLM_INLINE int32_t word_at(const void* p) {
@@ -266,9 +271,9 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
   const uint8_t* weight = (const uint8_t*)w.weight;
   const int lora_size = w.lora_kind == IDLM_CPU_F32 ? 4 : w.lora_kind == IDLM_CPU_I8 ? 1 : 2;
   const bool in_bytes = is_quantised(w.kind);
-  constexpr int kNear = 2;  // groups that the first tile leaves in the nearest cache for the others
-  for (int near = first; near < last; near += kNear) {
-    const int end = near + kNear < last ? near + kNear : last;
+  constexpr int kTogether = 2;  // groups that the first tile leaves in the nearest cache for the others
+  for (int near = first; near < last; near += kTogether) {
+    const int end = near + kTogether < last ? near + kTogether : last;
     for (const Tile& tile : plan.tiles) {
       const int count = in_bytes ? tile.bytes : tile.count, at_once = groups_for(count);
       const int64_t at = tile.first_byte * blocks;
@@ -289,7 +294,7 @@ IDLM_INLINE void linear(const Job& job, const RowPlan& plan, const idlm_cpu_line
             low.pool->wait(low.stage);
             const int64_t bytes = (int64_t)w.rank * kLanes * lora_size;
             const uint8_t* b = (const uint8_t*)w.lora_b + g * bytes;
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(b + kNear * bytes + i);
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(b + kTogether * bytes + i);
             add_b_for(w.lora_kind, tile.count - tile.clean)(b, w, g, job.in, tile.first + tile.clean, (int64_t)w.part[g] * w.rank, y + tile.clean);
           }
           for (int r = 0; r < tile.count; r++) write(g, plan.row[tile.first + r], y[r]);

@@ -7,10 +7,13 @@ IDLM_CPU_ISA chooses one of the instruction sets that `idlm doctor` names.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
+import threading
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +261,41 @@ def status() -> str:
     return f"{chosen}{' (at hand: ' + ', '.join(others) + ')' if others else ''}"
 
 
+_HUGE = 2 << 20
+_CHUNK = 8 * _HUGE
+_room_lock = threading.Lock()
+_chunk, _chunk_used = torch.empty(0, dtype=torch.uint8), 0
+
+
+def room(size: int) -> Tensor:
+    """Zeros uint8 [size] on a multiple of 64 bytes, for what every forward reads: in huge pages where there are any.
+
+    A model's weights are some 25,000 pages of 4 KB, more than a core keeps the places of: on a virtual machine a
+    forward then waits for them as long as for the weights. Weights lie side by side in chunks, since few are as large
+    as a huge page; a chunk is freed with the last tensor that lies in it.
+    """
+    global _chunk, _chunk_used
+    with _room_lock:
+        start = -(-_chunk_used // 64) * 64
+        if start + size > len(_chunk):
+            if size > _CHUNK // 2:
+                return _zeros(size)
+            _chunk, start = _zeros(_CHUNK), 0
+        _chunk_used = start + size
+        return _chunk[start : start + size]
+
+
+def _zeros(size: int) -> Tensor:
+    """Zeros uint8 [size] of their own, from the start of a huge page on; memory is taken as it is written."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, size + _HUGE, **private)
+    with contextlib.suppress(AttributeError, OSError):  # other systems, and those without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE
+    return whole[start : start + size]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A weight [n, k] as a GGUF stores it: kind Q4_0, Q4_1 or Q8_0; data uint8 [n, bytes of a row]; order int32 [n] or
@@ -279,9 +317,8 @@ class PackedWeight:
         found = library()
         assert found is not None
         self.kind, self.n, self.k, self._library = kind, n, k, found
-        # Zeros: what pads the last group.
-        self.data = torch.zeros(found.idlm_cpu_packed_bytes(kind, n, k) + 64, dtype=torch.uint8)
-        self.address = -(-self.data.data_ptr() // 64) * 64
+        self.data = room(found.idlm_cpu_packed_bytes(kind, n, k))  # zeros: what pads the last group
+        self.address = self.data.data_ptr()
 
     def put(self, weight: Tensor | Blocks, first_group: int = 0, step: int = 1) -> None:
         """Pack a weight as the groups first_group, first_group + step, .. ValueError where a scale is not finite."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from idlm_kernels.model.transformer import Rows
+from idlm_kernels.model.rows import Rows
 
 _LANES = 16
 _ROWS_AT_ONCE = 4096
@@ -221,7 +219,7 @@ class CpuStack:
             packed_b = packed_b.unflatten(2, (-1, 4))
         else:
             a = a.view(-1, _LANES, linear.k).transpose(1, 2)
-        linear.lora_a, linear.lora_b = (self._keep(x.contiguous()) for x in (a, packed_b.transpose(1, 2)))
+        linear.lora_a, linear.lora_b = (self._keep(_in_room(x)) for x in (a, packed_b.transpose(1, 2)))
         linear.part = self._keep(part)
         linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
         linear.scale = adapter.scale
@@ -283,6 +281,11 @@ class CpuStack:
         if fault is not None:
             raise ValueError(f"forward: {fault.decode()}")
         return logits, hidden
+
+
+def _in_room(x: Tensor) -> Tensor:
+    """A copy without gaps where the weights lie."""
+    return native.room(x.numel() * x.element_size()).view(x.dtype).view(x.shape).copy_(x)
 
 
 def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -691,6 +693,40 @@ def test_sampled_re_ranking(seed: int, isa: str) -> None:
     kernels, reference = rerank_problem(torch.float32, is_packed=bool(seed % 2), sampling=sampling)
     got = kernels()
     assert got is not None and torch.equal(got, reference())
+
+
+def test_weights_lie_side_by_side_and_apart() -> None:
+    """Rooms of many threads: zeros, on multiples of 64 bytes, none over another; a large one begins a huge page."""
+    sizes = [1, 64, 65, 0, 4097, 1 << 20, 3 << 20] * 12
+    with ThreadPoolExecutor(8) as pool:
+        rooms = list(pool.map(native.room, sizes))
+    for i, (tensor, size) in enumerate(zip(rooms, sizes, strict=True)):
+        assert len(tensor) == size and tensor.data_ptr() % 64 == 0 and not tensor.any()
+        tensor.fill_(i + 1)
+    assert all((tensor == i + 1).all() for i, tensor in enumerate(rooms))
+    large = native.room(20 << 20)
+    assert len(large) == 20 << 20 and large.data_ptr() % (2 << 20) == 0
+
+
+def test_weights_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert not native.room(20 << 20).any()
+
+
+def test_a_chunk_goes_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[weakref.ref[mmap.mmap]] = []
+    real = mmap.mmap
+
+    def recorded(*args: Any, **how: Any) -> mmap.mmap:
+        chunk = real(*args, **how)
+        chunks.append(weakref.ref(chunk))
+        return chunk
+
+    monkeypatch.setattr(mmap, "mmap", recorded)
+    rooms = [native.room(7 << 20) for _ in range(6)]
+    assert len(chunks) >= 2 and all(chunk() is not None for chunk in chunks)
+    rooms.clear()
+    assert sum(chunk() is not None for chunk in chunks) == 1  # the one that the next weights go into
 
 
 # The library
