@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         set_backend,
         silu_and_mul,
         strided_attention,
+        top_logprobs,
         use_backend,
         verify_accept,
     )
@@ -63,6 +64,7 @@ __all__ = [
     "set_backend",
     "silu_and_mul",
     "strided_attention",
+    "top_logprobs",
     "use_backend",
     "verify_accept",
 ]

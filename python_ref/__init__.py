@@ -18,6 +18,7 @@ from python_ref.contract import (
 )
 from python_ref.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from python_ref.layers import embed, qk_norm_rope_append, rms_norm, rotary_table, silu_and_mul
+from python_ref.logprobs import top_logprobs
 from python_ref.noise import gumbel, philox4x32, uniform
 from python_ref.penalties import Penalties, apply_penalties
 from python_ref.rerank import rerank_drafts
@@ -55,6 +56,7 @@ __all__ = [
     "sample_rows",
     "silu_and_mul",
     "strided_attention",
+    "top_logprobs",
     "uniform",
     "verify_accept",
 ]

@@ -7,6 +7,7 @@ So does it for fp64, which serves to judge the other dtypes. No function support
 from idlm_kernels.cpu.attention import strided_attention
 from idlm_kernels.cpu.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight, strategy_of
 from idlm_kernels.cpu.layers import qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.cpu.logprobs import top_logprobs
 from idlm_kernels.cpu.penalties import apply_penalties
 from idlm_kernels.cpu.rerank import rerank_drafts
 from idlm_kernels.cpu.sampling import sample_rows, verify_accept
@@ -28,5 +29,6 @@ __all__ = [
     "silu_and_mul",
     "strategy_of",
     "strided_attention",
+    "top_logprobs",
     "verify_accept",
 ]

@@ -31,7 +31,7 @@ from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, 
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool, page_size_for
-from idlm_kernels.generate.params import SamplingParams, checked_seed
+from idlm_kernels.generate.params import MAX_TOP_LOGPROBS, SamplingParams, checked_seed
 from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
@@ -296,7 +296,14 @@ class Engine:
             r.params.temperature < GREEDY_BELOW for r in (*self._active, *self._waiting)
         )
         penalties = any(r.params.penalises for r in (*self._active, *self._waiting))
-        self._decoder = dataclasses.replace(self._decoder, plan=plan, greedy=greedy, penalties=penalties)
+        lists = any(r.params.logprobs for r in (*self._active, *self._waiting))
+        self._decoder = dataclasses.replace(
+            self._decoder,
+            plan=plan,
+            greedy=greedy,
+            penalties=penalties,
+            top_logprobs=min(MAX_TOP_LOGPROBS, self._id_limit) if lists else 0,
+        )
         steps = self._window_length()
         self._reserve(steps)
         self._admit(steps)

@@ -1,4 +1,4 @@
-"""Steps recorded once per (batch bucket, plan, penalties or not) and replayed: CUDA graphs. Not yet run on hardware."""
+"""Steps recorded once per bucket, plan and what is asked for, and replayed: CUDA graphs. Not yet run on hardware."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class CudaRecorder:
         return graph.replay, outcome
 
 
+def _key(decoder: Decoder, state: DecodeState) -> tuple[int, StepPlan, bool, int]:
+    return state.batch, decoder.plan, decoder.penalties, decoder.top_logprobs
+
+
 class RecordedSteps:
     """Runs decode_step, from a recording where there is a recorder and memory for it, else eagerly: the same results.
 
@@ -47,21 +51,21 @@ class RecordedSteps:
 
     def __init__(self, step: StepFunction = decode_step, recorder: Recorder | None = None):
         self._step, self._recorder = step, recorder
-        self._recordings: dict[tuple[int, StepPlan, bool], tuple[Callable[[], None], Tensor]] = {}
+        self._recordings: dict[tuple[int, StepPlan, bool, int], tuple[Callable[[], None], Tensor]] = {}
 
     def run(self, decoder: Decoder, state: DecodeState) -> Tensor:
         """The outcome of the step; the next one of this bucket and plan may overwrite it."""
         if not self.record(decoder, state):
             return self._step(decoder, state)
-        replay, outcome = self._recordings[state.batch, decoder.plan, decoder.penalties]
+        replay, outcome = self._recordings[_key(decoder, state)]
         replay()
         return outcome
 
     def record(self, decoder: Decoder, state: DecodeState) -> bool:
-        """Make sure of a recording for this bucket and plan, with or without penalties; False where there is none."""
+        """Make sure of a recording for this bucket, plan and what is asked; False where there is none."""
         if self._recorder is None:
             return False
-        key = (state.batch, decoder.plan, decoder.penalties)
+        key = _key(decoder, state)
         if key not in self._recordings:
             # On idle requests, so that neither warming up nor recording moves a request.
             finish = state.finish.clone()

@@ -43,7 +43,9 @@ class GenerationResult:
     "suffix" drafts. tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop
     string), "length", "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. status:
     bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution
-    (before temperature and truncation), if DecodeOptions.logprobs asks for them. prompt_token_ids, prompt: what was
+    (before penalties, temperature and truncation), if DecodeOptions.logprobs asks for them. top_logprobs: of each
+    token the likeliest ids with theirs, if SamplingParams.logprobs asks for some, and the token itself.
+    prompt_token_ids, prompt: what was
     answered, the text if it was given as text.
     """
 
@@ -63,6 +65,7 @@ class GenerationResult:
     acceptance_by_source: dict[str, float]
     logprobs: list[float] | None
     error: str | None
+    top_logprobs: list[dict[int, float]] | None = None
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt: str | None = None
 
@@ -100,6 +103,7 @@ class RequestOutput:
         self.error: str | None = None
         self.fault: Exception | None = None  # what ended the request, where that was not the request's own
         self.logprobs: list[float] | None = [] if logprobs else None
+        self.top_logprobs: list[dict[int, float]] | None = [] if logprobs and params.logprobs else None
         self.status = 0
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._text: list[str] = []
@@ -116,9 +120,18 @@ class RequestOutput:
         self.status |= status
         event = self.take(rest[:emitted], num_drafts, num_accepted, finish, source)
         if self.logprobs is not None:
-            bits = rest[stride : stride + len(event.token_ids)]
-            self.logprobs += [_LOGPROB.unpack(b.to_bytes(8, sys.byteorder, signed=True))[0] for b in bits]
+            self.logprobs += map(_logprob, rest[stride : stride + len(event.token_ids)])
+        if self.top_logprobs is not None:
+            self._take_lists(event.token_ids, rest[2 * stride :], stride)
         return event
+
+    def _take_lists(self, tokens: Sequence[int], columns: Sequence[int], stride: int) -> None:
+        """Of each token `count` ids, and then of each the bits of their logprobs."""
+        assert self.top_logprobs is not None and self.logprobs is not None and self.params.logprobs is not None
+        count = len(columns) // (2 * stride)
+        for i, (token, own) in enumerate(zip(tokens, self.logprobs[len(self.top_logprobs) :], strict=True)):
+            ids, bits = (columns[(part * stride + i) * count :][: min(count, self.params.logprobs)] for part in (0, 1))
+            self.top_logprobs.append({**dict(zip(ids, map(_logprob, bits), strict=True)), token: own})
 
     def take(
         self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish: int, source: int = 0
@@ -205,8 +218,15 @@ class RequestOutput:
             status=self.status,
             acceptance_by_source={SOURCES[s]: a / v for s, (v, a) in self._by_source.items() if v},
             logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
             error=self.error,
         )
+
+
+def _logprob(bits: int) -> float:
+    """The number whose bits an outcome holds."""
+    value: float = _LOGPROB.unpack(bits.to_bytes(8, sys.byteorder, signed=True))[0]
+    return value
 
 
 def _overlap(text: str, stop: str) -> int:

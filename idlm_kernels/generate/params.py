@@ -15,6 +15,7 @@ _UNSUPPORTED = {
     "min_tokens": 0,
     "skip_special_tokens": True,
 }
+MAX_TOP_LOGPROBS = 20  # listed for each token
 MAX_LOGIT_BIAS = 300  # tokens of a request, as OpenAI has it
 _LARGEST_INT32 = 2**31 - 1
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127  # what the state of a decode holds of a number
@@ -28,8 +29,8 @@ class SamplingParams:
     The defaults are greedy decoding of at most 256 tokens (vLLM: temperature 1, 16 tokens). seed: 0 .. 2^64 - 1, or
     None to have one drawn (the result tells which). max_tokens: the most new tokens, None for as many as the context
     holds. stop: strings that end the text before them; stop_token_ids: ids that end it, beside the tokenizer's
-    end-of-text ids (which `ignore_eos` turns off). logprobs: 0 has those of the tokens reported; there are none of
-    other tokens.
+    end-of-text ids (which `ignore_eos` turns off). logprobs: 0 has those of the tokens reported, k > 0 those
+    of the k likeliest at each place too; of the model itself, before penalties and temperature.
 
     presence_penalty, frequency_penalty: taken off the logit of a token that is in the output, once, and for each time;
     -2 .. 2, 0 is off. repetition_penalty: divides the logit of a token that is in prompt or output (multiplies one
@@ -70,7 +71,7 @@ class SamplingParams:
         if self.max_tokens is None:
             object.__setattr__(self, "max_tokens", _LARGEST_INT32)
         if self.logprobs is not None:
-            _int("logprobs", self.logprobs, 0, 0, "None or 0 (those of the tokens themselves)")
+            _int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS, f"None, or 0 to {MAX_TOP_LOGPROBS} of the likeliest")
         for name, low, high, wanted in (
             ("temperature", 0.0, LARGEST_FP32, "a number >= 0 that fits fp32"),
             ("top_p", 0.0, 1.0, "a number above 0, in fp32 too, and at most 1 (1 is off)"),

@@ -27,7 +27,7 @@ class Decoder:
     rule: "match" or "rejection", which has a draft_dists with the batch of the state. rerank: choose drafts by the
     adapter's re-ranking head, which the model must have. greedy: the host knows that no request samples. suffix: draft
     from the request's own text too (`match` only). logprobs: report those of the emitted tokens. penalties: some
-    request has penalties or biases.
+    request has penalties or biases. top_logprobs: list so many of the likeliest ids at each token, with logprobs.
     synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed without an
     adapter; the text is noise.
     """
@@ -42,13 +42,15 @@ class Decoder:
     suffix: bool = False
     logprobs: bool = False
     penalties: bool = False
+    top_logprobs: int = 0
     synthetic_acceptance: float | None = None
 
 
 def decode_step(decoder: Decoder, state: DecodeState) -> Tensor:
     """Run one step of every running request and leave `state` ready for the next.
 
-    Returns the outcome, int64 [B, 6 + N or 6 + 2N], as `commit_step` has it: all that the host reads of a step.
+    Returns the outcome, int64 [B, 6 + N or 6 + 2N], as `commit_step` has it: all that the host reads of a step. Behind
+    it lie the columns of `top_logprobs`, N * 2 * count, where they are asked for.
     """
     rows = plan_rows(decoder.plan, state, decoder.cache.page_size)
     logits, hidden = decoder.model.forward(rows, decoder.cache)
@@ -120,7 +122,10 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
             decoder.draft_dists,
             greedy=decoder.greedy,
         )
-    return ops.commit_step(
+    listed = None
+    if decoder.logprobs and decoder.top_logprobs:
+        listed = ops.top_logprobs(raw, query_start_loc, tokens, decoder.top_logprobs, state.id_limit)
+    outcome = ops.commit_step(
         num_accepted,
         tokens,
         next_drafts,
@@ -132,6 +137,12 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         logits=raw if decoder.logprobs else None,
         query_start_loc=query_start_loc if decoder.logprobs else None,
     )
+    return outcome if listed is None else torch.cat([outcome, listed[0].flatten(1), _bits(listed[1]).flatten(1)], dim=1)
+
+
+def _bits(logprobs: Tensor) -> Tensor:
+    """As `commit_step` packs them."""
+    return logprobs.double().view(torch.int64)
 
 
 def _first_mask(plan: StepPlan, state: DecodeState, query_start_loc: Tensor, num_accepted: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from idlm_kernels.ops._dispatch import (
 from idlm_kernels.ops.attention import strided_attention
 from idlm_kernels.ops.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.ops.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
+from idlm_kernels.ops.logprobs import top_logprobs
 from idlm_kernels.ops.penalties import apply_penalties
 from idlm_kernels.ops.rerank import rerank_drafts
 from idlm_kernels.ops.sampling import sample_rows, verify_accept
@@ -26,6 +27,7 @@ OPS = (
     "apply_penalties",
     "verify_accept",
     "sample_rows",
+    "top_logprobs",
     "rerank_drafts",
     "advance",
     "plan_rows",
@@ -63,6 +65,7 @@ __all__ = [
     "set_backend",
     "silu_and_mul",
     "strided_attention",
+    "top_logprobs",
     "use_backend",
     "verify_accept",
 ]

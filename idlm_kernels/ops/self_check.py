@@ -39,6 +39,7 @@ from idlm_kernels.testing import (
     SampleRows,
     SiluAndMul,
     StridedAttention,
+    TopLogprobs,
     VerifyAccept,
     Wrong,
     check,
@@ -119,7 +120,7 @@ BATCHES = slice(1), slice(1, 8), slice(3, 68)  # rows of a prefill of 130, as st
 
 def _linear(case: Case) -> None:
     """Odd sizes: a prefill and steps of 1, 7, 65 rows, of which each fills the machine in its way; then an LM head."""
-    _check(case, Linear(rows=130, n=6404, k=776).call(CPU), slice(1), slice(7), slice(3, 68))
+    _check(case, Linear(rows=130, n=8516, k=520).call(CPU), slice(1), slice(7), slice(3, 68))
     _check(case, Linear(rows=5, n=16390, k=136, bias=False).call(CPU), slice(3, 4))
 
 
@@ -146,7 +147,7 @@ def _gated_lora_linear(case: Case) -> None:
     nan = {name: torch.full_like(call[name], torch.nan) for name in ("lora_a", "lora_b")}
     got = _run(case, call.changed(**nan))
     check_bits(got[clean], base, "a row without the adapter beside an adapter of NaN")
-    _check(case, GatedLoraLinear(rows=130, k=200, output_sizes=(52, 150)).call(CPU), *BATCHES)
+    _check(case, GatedLoraLinear(rows=130, k=520, output_sizes=(52, 8464)).call(CPU), *BATCHES)
 
 
 def _linear_silu_and_mul(case: Case) -> None:
@@ -244,6 +245,11 @@ def _verify_accept(case: Case) -> None:
         _check(case, VerifyAccept(quadratic=quadratic, rule=rule).call(CPU))
 
 
+def _top_logprobs(case: Case) -> None:
+    for problem in (TopLogprobs(), TopLogprobs(count=1), TopLogprobs(vocab_size=900, count=32)):
+        _check(case, problem.call(CPU))
+
+
 def _rerank_drafts(case: Case) -> None:
     for rejection in (False, True):
         _check(case, RerankDrafts(rejection=rejection).call(CPU))
@@ -287,6 +293,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "sample_rows": _sample_rows,
     "apply_penalties": _apply_penalties,
     "verify_accept": _verify_accept,
+    "top_logprobs": _top_logprobs,
     "rerank_drafts": _rerank_drafts,
     "advance": _advance,
     "plan_rows": _plan_rows,

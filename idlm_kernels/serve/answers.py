@@ -37,7 +37,8 @@ class _Text:
 class Answer:
     """Makes the objects that answer a call.
 
-    seed: the one in use; choice i mixes it with i. logprobs: report those of the tokens. stream: what chunks hold
+    seed: the one in use; choice i mixes it with i. logprobs: report those of the tokens, and of so
+    many of the likeliest. stream: what chunks hold
     besides. copies: how many choices each prompt has, whose tokens are counted once in `usage`.
     """
 
@@ -49,11 +50,12 @@ class Answer:
         tokenizer: Tokenizer,
         *,
         seed: int,
-        logprobs: bool,
+        logprobs: int | None,
         stream: StreamOptions | None = None,
         copies: int = 1,
     ):
-        self.call, self._kind, self._tokenizer, self._wants_logprobs = call, kind, tokenizer, logprobs
+        self.call, self._kind, self._tokenizer, self._wants_logprobs = call, kind, tokenizer, logprobs is not None
+        self._num_listed = logprobs or 0
         self._stream, self._copies = stream or StreamOptions(), copies
         self._head = {"id": _PREFIX[kind] + uuid4().hex, "created": int(time.time()), "model": model, "seed": seed}
         self._results: dict[int, GenerationResult] = {}
@@ -138,38 +140,41 @@ class Answer:
     def _logprobs(self, update: Update) -> list[dict[str, Any]]:
         """One entry for each token of an update."""
         entries = []
-        for token, logprob in zip(update.event.token_ids, update.logprobs, strict=True):
-            if self._tokenizer.is_byte_level:
-                spelled: bytes | None = self._tokenizer.token_bytes(token, skip_special_tokens=False)
-                text = spelled.decode("utf-8", "replace") if spelled is not None else ""
-            else:
-                text, spelled = self._tokenizer.decode([token], skip_special_tokens=False), None
+        for i, (token, logprob) in enumerate(zip(update.event.token_ids, update.logprobs, strict=True)):
+            entry = self._spelled(token, logprob)
+            text = entry["token"]
             before = self._offsets[update.choice]
             after = before + len(self._shown[update.choice].push([token]))
             self._offsets[update.choice] = after
             # What a token makes certain may begin with characters that earlier tokens left open.
             offset = max(before, after - len(text))
-            entries.append(
-                {
-                    "token": text,
-                    "logprob": logprob,
-                    "bytes": None if spelled is None else list(spelled),
-                    "offset": offset,
-                }
-            )
+            listed = [self._spelled(*one) for one in list(update.top_logprobs[i].items())] if self._num_listed else []
+            entries.append({**entry, "offset": offset, "listed": listed})
         return entries
+
+    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token as OpenAI's clients know it."""
+        text, spelled = "", None
+        if not self._tokenizer.is_byte_level:
+            text = self._tokenizer.decode([token], skip_special_tokens=False)
+        elif (spelled := self._tokenizer.token_bytes(token, skip_special_tokens=False)) is not None:
+            text = spelled.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob, "bytes": None if spelled is None else list(spelled)}
 
     def _logprobs_object(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self._kind == "chat.completion":
             fields = ("token", "logprob", "bytes")
             return {
-                "content": [{**{name: entry[name] for name in fields}, "top_logprobs": []} for entry in entries],
+                "content": [
+                    {**{name: entry[name] for name in fields}, "top_logprobs": entry["listed"][: self._num_listed]}
+                    for entry in entries
+                ],
                 "refusal": None,
             }
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": None,
+            "top_logprobs": _by_text(entries) if self._num_listed else None,
             "text_offset": [entry["offset"] for entry in entries],
         }
 
@@ -186,6 +191,11 @@ class Answer:
             "tokens_per_forward": tokens / forwards if forwards else None,
             "acceptance": [result.acceptance for result in results],
         }
+
+
+def _by_text(entries: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Logprobs by the text of their tokens; of tokens with one text, as halves of a character are, the likeliest."""
+    return [{one["token"]: one["logprob"] for one in reversed(entry["listed"])} for entry in entries]
 
 
 def _forward(event: StreamEvent) -> dict[str, Any]:

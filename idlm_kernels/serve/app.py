@@ -151,7 +151,7 @@ class Server:
             ]
 
         prompts = await self._encoded(encode)
-        return await self._answer("text_completion", request, body, prompts, params, body.logprobs is not None)
+        return await self._answer("text_completion", request, body, prompts, params)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -161,7 +161,7 @@ class Server:
         prompt = await self._encoded(
             lambda: self._conversation(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
         )
-        return await self._answer("chat.completion", request, body, [prompt], params, bool(body.logprobs))
+        return await self._answer("chat.completion", request, body, [prompt], params)
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self._check_model(body.model)
@@ -221,8 +221,8 @@ class Server:
         body: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        logprobs: bool,
     ) -> Response:
+        logprobs = params.logprobs is not None
         if logprobs and not self.engine.options.logprobs:
             raise BadRequest("logprobs is not supported by this server: start it with --logprobs")
         copies, seed = body.n or 1, draw_seed() if params.seed is None else params.seed
@@ -240,7 +240,7 @@ class Server:
             call,
             self.tokenizer,
             seed=seed,
-            logprobs=logprobs,
+            logprobs=params.logprobs,
             stream=body.stream_options,
             copies=copies,
         )

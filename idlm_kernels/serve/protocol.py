@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from idlm_kernels.generate.params import LARGEST_FP32, MAX_LOGIT_BIAS, SamplingParams
+from idlm_kernels.generate.params import LARGEST_FP32, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
 _T = TypeVar("_T")
 MAX_DEPTH = 32  # of lists and objects in a body
@@ -53,7 +53,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": _NOTHING,
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
-    "top_logprobs": (None, 0),
 }
 _Integer = Annotated[int, Field(strict=True)]
 _Number = Annotated[float, Field(strict=True)]
@@ -131,6 +130,11 @@ class _Generation(_Body):
             raise ValueError("stream_options is for stream: true alone")
         return self
 
+    @property
+    def listed(self) -> int | None:
+        """How many of the likeliest tokens are listed with logprobs; None without logprobs."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int | None) -> SamplingParams:
         """The parameters, with OpenAI's defaults. ValueError, TypeError naming the field."""
         return SamplingParams(
@@ -147,6 +151,7 @@ class _Generation(_Body):
             stop=self.stop or (),
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
+            logprobs=self.listed,
         )
 
 
@@ -155,10 +160,14 @@ class CompletionRequest(_Generation):
 
     prompt: _Text | _Some[list[_Text]] | _Some[list[_Integer]] | _Some[list[_Some[list[_Integer]]]]
     max_tokens: _Limit = 16
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=0)] | None = Field(
-        None, description="0 reports those of the tokens; there are none of others."
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="0 reports those of the tokens, k those of the k likeliest too."
     )
     add_special_tokens: _Flag = True
+
+    @property
+    def listed(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -215,8 +224,19 @@ class ChatRequest(_Generation):
     max_completion_tokens: _Limit = None
     max_tokens: _Limit = Field(None, description="The older name of max_completion_tokens.")
     logprobs: _Flag | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: _Flag = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def listed(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _lists_of_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs: true alone")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:

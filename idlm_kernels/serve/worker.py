@@ -61,6 +61,7 @@ class Update:
     choice: int
     event: StreamEvent
     logprobs: Sequence[float] = ()
+    top_logprobs: Sequence[dict[int, float]] = ()
     result: GenerationResult | None = None
 
 
@@ -76,9 +77,11 @@ class _Choice:
 
     def update(self, event: StreamEvent, result: GenerationResult | None) -> Update:
         assert self.request is not None
-        logprobs = self.request.output.logprobs
+        logprobs, listed = self.request.output.logprobs, self.request.output.top_logprobs
         start, self.reported = self.reported, self.reported + len(event.token_ids)
-        return Update(self.index, event, () if logprobs is None else logprobs[start : self.reported], result)
+        own = () if logprobs is None else logprobs[start : self.reported]
+        others = () if listed is None else listed[start : self.reported]
+        return Update(self.index, event, own, others, result)
 
 
 @dataclass(eq=False)

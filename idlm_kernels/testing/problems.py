@@ -388,6 +388,30 @@ class VerifyAccept(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TopLogprobs(Problem):
+    """Tokens of four requests, not all places taken: rows with ties, all alike, with NaN, with few finite logits."""
+
+    op = "top_logprobs"
+    vocab_size: int = 2103
+    count: int = 20
+
+    def arguments(self, draw: Draw) -> Arguments:
+        logits = draw.normal(10, self.vocab_size, scale=3.0, dtype=self.dtype)
+        logits[0, 100:140] = 30.0
+        logits[1] = 2.0
+        logits[2, 5::2], logits[2, 6] = torch.nan, 50.0
+        logits[4, 7:] = -torch.inf
+        logits[5, -1:] = 99.0  # not listed
+        return {
+            "logits": logits,
+            "query_start_loc": draw.tensor([0, 3, 3, 7, 9]),
+            "tokens": draw.tensor([[3, 0, -1], [-1, -1, -1], [2, 4, 7], [9, 9, 1]], torch.int64),
+            "count": self.count,
+            "id_limit": self.vocab_size - 13,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class RerankDrafts(Problem):
     """K drafts for requests of every kind, the fourth of which has none; draft_dists in fp32: no rounding decides."""
 
@@ -517,6 +541,6 @@ PROBLEMS: dict[str, type[Problem]] = {
     kind.op: kind
     for kind in (
         Linear, GatedLoraLinear, LinearSiluAndMul, StridedAttention, RmsNorm, SiluAndMul, Embed, QkNormRopeAppend,
-        SampleRows, ApplyPenalties, VerifyAccept, RerankDrafts, Advance, PlanRows, CommitStep,
+        SampleRows, ApplyPenalties, VerifyAccept, TopLogprobs, RerankDrafts, Advance, PlanRows, CommitStep,
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ from idlm_kernels.triton.attention import strided_attention
 from idlm_kernels.triton.gemm import gated_lora_linear, linear, linear_silu_and_mul, prepare_weight
 from idlm_kernels.triton.layers import embed, qk_norm_rope_append, rms_norm, silu_and_mul
 from idlm_kernels.triton.loaded import settle_cache_keys, spills
+from idlm_kernels.triton.logprobs import top_logprobs
 from idlm_kernels.triton.penalties import apply_penalties
 from idlm_kernels.triton.rerank import rerank_drafts
 from idlm_kernels.triton.sampling import sample_rows, verify_accept
@@ -30,6 +31,7 @@ __all__ = [
     "silu_and_mul",
     "spills",
     "strided_attention",
+    "top_logprobs",
     "verify_accept",
 ]
 

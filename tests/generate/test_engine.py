@@ -356,6 +356,22 @@ def test_suffix_drafts_are_taken_and_told_apart(models: list[Generator]) -> None
         generator.generate([loop], rule="rejection", suffix_drafts=True)
 
 
+def test_lists_of_the_likeliest(models: list[Generator]) -> None:
+    """The same in every plan, each token among its list or behind it; and only for requests that ask."""
+    each = [SamplingParams(temperature=1.2, seed=3, max_tokens=12, logprobs=n) for n in (3, 0, 20)]
+    ar, strided = (
+        models[0].generate([[1, 2, 3]] * 3, each, plan=plan, logprobs=True)  # type: ignore[arg-type]
+        for plan in ("ar", "quadratic")
+    )
+    assert [r.top_logprobs for r in ar] == [r.top_logprobs for r in strided] and ar[1].top_logprobs is None
+    for result, count in ((ar[0], 3), (ar[2], 20)):
+        assert result.top_logprobs is not None and len(result.top_logprobs) == len(result.token_ids)
+        for token, own, listed in zip(result.token_ids, result.logprobs or [], result.top_logprobs, strict=True):
+            assert listed[token] == own and count <= len(listed) <= count + 1
+            best = list(listed.values())[:count]
+            assert best == sorted(best, reverse=True) and (own <= best[-1] or len(listed) == count)
+
+
 def test_logprobs_are_those_of_the_model(models: list[Generator]) -> None:
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=12)
     ar = models[0].generate([[1, 2, 3]], params, plan="ar", logprobs=True)[0]

@@ -159,7 +159,7 @@ def test_parameters_out_of_range_are_named(changes: dict[str, Any], error: type[
         {"n": 2},
         {"min_tokens": 1},
         {"skip_special_tokens": False},
-        {"logprobs": 1},
+        {"logprobs": 21},
     ],
 )
 def test_what_a_decode_lacks_is_refused_by_name(changes: dict[str, Any]) -> None:

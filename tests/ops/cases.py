@@ -105,6 +105,18 @@ def _verify_accept(variant: str) -> Arguments:
     return args
 
 
+def _top_logprobs(variant: str) -> Arguments:
+    """Requests with two tokens, none, and three. `other`: the other way round."""
+    other = variant == "other"
+    return {
+        "logits": _randn(9, 9),
+        "query_start_loc": _int32(0, 3, 5, 9) if other else _int32(0, 5, 5, 9),
+        "tokens": torch.tensor([[-1] * 3, [1, 2, 3], [4, -1, -1]] if other else [[1, 2, -1], [-1] * 3, [4, 5, 6]]),
+        "count": 3,
+        "id_limit": 8,
+    }
+
+
 def _apply_penalties(variant: str) -> Arguments:
     """K = 2: requests with 2 drafts, none, and no rows. `other`: other texts and drafts."""
     other = variant == "other"
@@ -281,6 +293,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
     "strided_attention": (_attention, ("plain", "tail_mask", "window")),
     "sample_rows": (_sample_rows, ("plain", "full")),
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
+    "top_logprobs": (_top_logprobs, ("plain",)),
     "apply_penalties": (_apply_penalties, ("plain", "chain")),
     "rerank_drafts": (_rerank_drafts, ("plain", "greedy", "rejection")),
     "advance": (_advance, ("plain",)),

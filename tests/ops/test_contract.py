@@ -55,6 +55,7 @@ def leads(op: str, name: str) -> bool:
             "sample_rows": ("logits",),
             "verify_accept": ("logits", "drafts"),
             "apply_penalties": ("logits", "drafts", "penalties.bias_ids"),
+            "top_logprobs": ("logits", "tokens"),
             "rerank_drafts": ("logits", "hidden", "drafts", "from_hidden"),
             "advance": ("tokens",),
             "plan_rows": ("state.lengths", "state.drafts"),
@@ -74,6 +75,8 @@ def leads(op: str, name: str) -> bool:
 # (op, argument, dimension) whose size nothing else fixes
 FREE_SIZES = {
     ("strided_attention", "page_table", 1),
+    ("top_logprobs", "logits", 0),
+    ("top_logprobs", "logits", 1),
     ("apply_penalties", "drafts", 1),
     ("apply_penalties", "text", 1),
     ("rerank_drafts", "embedding", 0),
@@ -325,6 +328,11 @@ BAD_OPTIONS = [
     ("verify_accept", "quadratic", (1, None, "chain", torch.tensor(True)), TypeError),
     ("verify_accept", "rule", ("greedy", None, 0), ValueError),
     ("verify_accept", "draft_dists", ((1, 2, 3), "q"), TypeError),
+    ("top_logprobs", "out", ((torch.zeros(3, 3, 3, dtype=torch.int64),),), ValueError),
+    ("top_logprobs", "count", NOT_INTS, TypeError),
+    ("top_logprobs", "count", (0, 9, 33), ValueError),
+    ("top_logprobs", "id_limit", NOT_INTS, TypeError),
+    ("top_logprobs", "id_limit", (0, 10), ValueError),
     ("apply_penalties", "penalties", (None, (1, 2), "s"), TypeError),
     ("apply_penalties", "quadratic", (1, None, torch.tensor(True)), TypeError),
     ("rerank_drafts", "id_limit", NOT_INTS, TypeError),
@@ -502,6 +510,7 @@ def no_rows(op: str) -> dict[str, Any]:
             *("temperature", "top_k", "top_p", "min_p", "seed"),
         ),
         "apply_penalties": ("logits",),
+        "top_logprobs": ("logits", "tokens"),
         "advance": tuple(args),
         "commit_step": tuple(args),
         "linear": ("x",),
@@ -513,6 +522,8 @@ def no_rows(op: str) -> dict[str, Any]:
         "qk_norm_rope_append": ("qkv", "positions", "slot_mapping"),
     }[op]
     args |= {name: mapped(lambda x: x[:0], args[name]) for name in per_row}
+    if op == "top_logprobs":
+        args["query_start_loc"] = args["query_start_loc"][:1]
     if op == "apply_penalties":
         args["query_start_loc"] = torch.zeros_like(args["query_start_loc"])
     if op == "strided_attention":
@@ -526,8 +537,8 @@ def test_no_rows(op):
     args = no_rows(op)
     caches = [args[name].clone() for name in ("k_cache",) if name in args]
     result = public(op)(**args)
-    assert result.shape[0] == 0
-    out = torch.empty_like(result)
+    assert all(x.shape[0] == 0 for x in (result if isinstance(result, tuple) else (result,)))
+    out = mapped(torch.empty_like, result)
     assert public(op)(**args, out=out) is out
     for before in caches:
         assert torch.equal(args["k_cache"], before)

@@ -108,7 +108,8 @@ def test_references_run_without_values(op, variant):
 
 
 STATEFUL = ("advance", "plan_rows", "commit_step")
-OPS_WITH_DATA = ("strided_attention", "sample_rows", "verify_accept", "apply_penalties", "rerank_drafts", *STATEFUL)
+OF_LOGITS = ("sample_rows", "apply_penalties", "verify_accept", "top_logprobs", "rerank_drafts")
+OPS_WITH_DATA = ("strided_attention", *OF_LOGITS, *STATEFUL)
 
 
 @pytest.mark.parametrize("op", [*OPS_WITH_DATA, "gated_lora_linear", "embed", "qk_norm_rope_append"])

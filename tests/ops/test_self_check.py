@@ -204,6 +204,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         after("verify_accept", first_cut),
         "a distribution of a next draft is off by",
     ),
+    "the highest of ties": (
+        "top_logprobs",
+        after("top_logprobs", lambda y, _: (y[0].sort(-1, descending=True).values, y[1])),
+        r"the result\[0\] differs",
+    ),
     "the prompt is output": (
         "apply_penalties",
         changed("apply_penalties", penalties=lambda p: dataclasses.replace(p, prompt_lengths=p.prompt_lengths * 0)),

@@ -272,6 +272,41 @@ def test_no_delta_splits_a_character(spelling: Generator) -> None:
         assert stopped.choices[0].text == "né"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_top_logprobs_belong_to_the_tokens(served: Running, generator: Generator, stream: bool) -> None:
+    """They are the model's own, sorted, and every token has its list, whole or in pieces, beside others without."""
+    assert generator.tokenizer is not None
+    prompt = generator.tokenizer.encode(AS_TEXT)
+    bias = {"40": 5}
+    wanted = generator.generate(
+        [prompt], SamplingParams(1.0, seed=1, logprobs=4, logit_bias={40: 5.0}, max_tokens=16), plan="ar", logprobs=True
+    )[0]
+    chat: dict[str, Any] = {"model": "tiny", "messages": HELLO, "seed": 1, "logprobs": True, "max_tokens": 16}
+    asked = {**chat, "top_logprobs": 4, "logit_bias": bias, "stream": stream}
+    answer = served.client().chat.completions.create(**asked)
+    parts = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+    entries = [e for part in parts if part.logprobs for e in part.logprobs.content or []]
+    assert len(entries) == wanted.tokens and wanted.top_logprobs is not None
+    for entry, listed, own in zip(entries, wanted.top_logprobs, wanted.logprobs or [], strict=True):
+        values = [one.logprob for one in entry.top_logprobs]
+        assert len(values) == 4 and values == sorted(values, reverse=True) and entry.logprob == pytest.approx(own)
+        assert values == pytest.approx(list(listed.values())[:4])
+        assert [one.bytes for one in entry.top_logprobs] == [
+            list(generator.tokenizer.token_bytes(token, skip_special_tokens=False) or b"") for token in list(listed)[:4]
+        ]
+
+
+def test_top_logprobs_of_a_completion(served: Running) -> None:
+    answer = served.client().completions.create(model="tiny", prompt="Once", seed=1, logprobs=2)
+    told = answer.choices[0].logprobs
+    assert told is not None and told.tokens and told.top_logprobs and len(told.top_logprobs) == len(told.tokens)
+    for token, own, listed in zip(told.tokens, told.token_logprobs or [], told.top_logprobs, strict=True):
+        assert 1 <= len(listed) <= 3 and listed[token] >= own - 1e-6
+    body = {"messages": HELLO, "top_logprobs": 2}
+    refused = served.web.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400 and "top_logprobs" in refused.json()["error"]["message"]
+
+
 def test_logprobs_of_a_server_without_them(make_engine: Callable[..., Engine]) -> None:
     with running(make_engine(logprobs=False)) as server:
         refused = server.web.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
