@@ -26,6 +26,7 @@ FLOP_PER_CLOCK = 4096  # of an SM's tensor cores
 SHARED_BYTES_PER_CLOCK = 128  # of an SM
 LOADED_BYTES_PER_CLOCK = 64  # from L2 into an SM
 PRODUCT_FLOP, PRODUCT_BYTES = 2 * 64 * 64 * 16, 2 * 64 * 16 * 2  # of an instruction: its work, its operands
+TFLOP_PER_S = NUM_SMS * FLOP_PER_CLOCK * GHZ / 1e3 * 8 / 11  # of tiles of 128 x 256: 1024 clocks of products in 1408
 START_US = 2.0  # launch after launch in a graph, with the first weights asked for ahead of time
 END_US = 1.0  # last stage, epilogue, stores
 PARTS_US = 0.8  # two cluster barriers and a round trip through distributed shared memory
