@@ -1,6 +1,6 @@
 """The default model on this machine's CPU: plans against AR, prefill, batches, memory, and llama.cpp where installed.
 
-    python -m bench.cpu [--threads 2] [--tokens 96] [--prompts 12] [--rounds 3] [--load] [--json]
+    python -m bench.cpu [--threads 2] [--tokens 96] [--prompts 12] [--rounds 3] [--temperature 0] [--load] [--json]
 
 One run: everything takes turns, so that what else the machine does slows all of it. A plan's figure is the median over
 prompts, each by its best round; others are the median of the rounds. llama.cpp reads the same GGUF file through
@@ -53,10 +53,10 @@ def prompts_of(generator: Generator, count: int) -> list[list[int]]:
 
 
 def decode(
-    generator: Generator, prompt: list[int], tokens: int, plan: tuple[str, Any]
+    generator: Generator, prompt: list[int], tokens: int, plan: tuple[str, Any], temperature: float
 ) -> tuple[float, float, list[int]]:
     """Tokens per second from the first token on, tokens per forward, and the tokens."""
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=temperature, seed=0)
     stream = generator.stream(prompt, params, plan=plan[0], stride=plan[1])  # type: ignore[arg-type]
     next(stream)
     have, start = len(stream._request.output.token_ids), time.perf_counter()
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the plans; llama.cpp is greedy (default 0)")
     parser.add_argument("--load", action="store_true", help="measure beside a program on every core")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         for i, prompt in enumerate(prompts):
             want: list[int] = []
             for name, plan in zip(names, PLANS, strict=True):
-                speed, share, tokens = decode(generator, prompt, args.tokens, plan)
+                speed, share, tokens = decode(generator, prompt, args.tokens, plan, args.temperature)
                 want = want or tokens
                 speeds[name][i].append(speed)
                 if number == 0:
@@ -175,6 +176,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "kernels": native.status(),
         "threads": args.threads,
         "load": args.load,
+        "temperature": args.temperature,
         "plans": {
             name: {
                 "tokens_per_second": median(each),
@@ -193,7 +195,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     print(f"{report['machine']}; CPU kernels: {report['kernels']}; {report['threads']} threads", end="")
-    print(", beside a program on every core\n" if report["load"] else "\n")
+    sampled = f", temperature {report['temperature']:g}" if report["temperature"] else ""
+    print(sampled + (", beside a program on every core\n" if report["load"] else "\n"))
     print("| plan | tokens/s | TPF | of AR | least of AR on a prompt | texts equal to AR |")
     print("|---|---|---|---|---|---|")
     for name, plan in report["plans"].items():

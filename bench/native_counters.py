@@ -130,7 +130,7 @@ def cases(full_vocabulary: bool) -> dict[str, dict[str, dict[str, float]]]:
 
     softgpu = load_softgpu()
     from idlm_kernels.native import backend
-    from tests.native.support import Mix, Rows
+    from idlm_kernels.testing.decided import Mix, Rows
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,7 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
 
     from idlm_kernels import native
     from idlm_kernels.native import backend
-    from tests.native.support import Mix, Step
+    from idlm_kernels.testing.decided import Mix, Step
 
     num_k = 3
     # Drafts that all stand in `match`, so that all MASK rows are sampled; some that do not in `rejection`. There all

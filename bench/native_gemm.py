@@ -3,7 +3,7 @@
     SOFTGPU_DIR=... python -m bench.counters --family gemm --backend cuda [--write]
 
 For each launch: CTAs, cluster, stages of the ring and KB of weights that they keep in flight on an SM; bytes of W, A
-and B over their floor (each once per 256 rows); bytes of x and h, which come out of L2, over that floor; sectors stored
+and B over their floor (each once per 256 rows); bytes of x and h that reach the SMs out of L2, over it; sectors stored
 over the floor; shared-memory waves over the conflict-free count; warp instructions. --write records them in
 bench/budgets/native_gemm.json, which a test holds.
 """
@@ -29,6 +29,27 @@ LAYERS = {  # n, k, output_sizes, with the activation
     "gate_up": (24576, 4096, (12288, 12288), True),
     "down": (4096, 12288, (4096,), False),
 }
+SPLITS = {"qkv": 2, "o": 4, "gate_up": 1, "down": 4}  # parts of K
+
+
+def tile(rows: int, adapter: bool) -> tuple[int, int, int]:
+    """Weight rows and tokens of a CTA, in tiles of 64, and how many CTAs an SM has registers for: `Tile` of
+    csrc/gemm/heuristics.h."""
+    if rows <= 64:
+        return 1, 1, 4
+    if rows <= 128:
+        return (1, 2, 3) if adapter else (2, 2, 2)
+    return 2, 4, 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """cluster: CTAs of one. weight_ctas, ctas: those that compute y, and all. resident: how many run at once."""
+
+    cluster: int
+    weight_ctas: int
+    ctas: int
+    resident: int
 
 
 @dataclass(frozen=True)
@@ -59,15 +80,31 @@ class Case:
             return lambda: gemm.linear_silu_and_mul(x, weight, **adapter)
         return lambda: gemm.gated_lora_linear(x, weight, a, b, lora_mask, 1.0, output_sizes=output_sizes)
 
+    def launch(self) -> Launch:
+        """How csrc/gemm/heuristics.h cuts it."""
+        n, _, output_sizes, _ = LAYERS[self.layer]
+        row_tiles, token_tiles, most = tile(self.rows, self.rank > 0)
+        splits, groups = SPLITS[self.layer], -(-self.rows // (64 * token_tiles))
+        cluster = 2 * splits if self.rank or self.rows > 32 else splits
+        main = n // (64 * row_tiles) * splits * groups
+        h_tiles = -(-self.rank // (64 * row_tiles))
+        ctas = main + len(output_sizes) * h_tiles * groups * cluster
+
+        def resident(per_sm: int) -> int:  # GPCs of 16 SMs or more; two SMs side by side are a pair everywhere
+            return NUM_SMS * per_sm if cluster <= 2 else 8 * (16 * per_sm // cluster) * cluster
+
+        return Launch(cluster, main, ctas, resident(most))
+
     def floor(self) -> int:
         """Bytes of W, A and B, each once per 256 rows."""
         n, k, output_sizes, _ = LAYERS[self.layer]
         return -(-self.rows // 256) * 2 * (n * k + self.rank * (len(output_sizes) * k + n))
 
     def model(self) -> int:
-        """Bytes of x and h: x once per CTA tile of the weight and of A, h once per tile and slice in it."""
+        """Bytes of x and h that reach the SMs: x once per CTA tile of the weight and of A, h once per tile and slice in
+        it. Above 32 rows two tiles of the weight share what is read of x."""
         n, k, output_sizes, activation = LAYERS[self.layer]
-        tile_rows = 64 if self.rows <= 64 else 128
+        tile_rows = 64 * tile(self.rows, self.rank > 0)[0]
         tiles, h_tiles = n // tile_rows, len(output_sizes) * -(-self.rank // tile_rows)
         return 2 * self.rows * ((tiles + h_tiles) * k + tiles * self.rank * (2 if activation else 1))
 
@@ -90,10 +127,9 @@ def measure(case: Case, softgpu: ModuleType) -> dict[str, Any]:
     case.call()()
     c, profile = softgpu.counters(), softgpu.profile()
     n, _, _, activation = LAYERS[case.layer]
-    row_tiles, token_tiles = (1, 1) if case.rows <= 64 else (2, 2) if case.rows <= 128 else (2, 4)
+    row_tiles, token_tiles, most = tile(case.rows, case.rank > 0)
     stage_bytes = 8192 * (row_tiles + token_tiles)
     stages = c["shared_bytes"] // stage_bytes
-    most = 4 if case.rows <= 64 else 2 if case.rows <= 128 and not case.rank else 1  # by registers
     per_sm = min(most, 228 * 1024 // (c["shared_bytes"] + 1024))
     resident = min(c["ctas"], NUM_SMS * per_sm)
     stored = case.rows * n * 2 // (2 if activation else 1)

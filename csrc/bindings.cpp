@@ -302,6 +302,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("flag_words", &flag_words, py::arg("num_rows"));
   m.attr("MAX_SLICES") = kMaxSlices;
   m.def("gemm_shape", [](int n, int k) { return std::pair{gemm::shape(n, k).splits, gemm::shape(n, k).h_splits}; });
-  m.def("gemm_stages", &gemm::fit, py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"),
-        py::arg("adapter"));
+  m.def("gemm_tile", [](int num_rows, bool adapter) {
+    const gemm::Tile tile = gemm::tile_for(num_rows, adapter);
+    return std::tuple{tile.rows, tile.tokens, tile.max_ctas_per_sm()};
+  });
+  m.def(
+      "gemm_stages",
+      [](int64_t clusters, int cluster, int token_tiles, bool adapter) {
+        return gemm::fit(clusters, cluster, gemm::tile_of(token_tiles, adapter));
+      },
+      py::arg("clusters"), py::arg("cluster"), py::arg("token_tiles"), py::arg("adapter"));
 }

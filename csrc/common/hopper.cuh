@@ -29,6 +29,15 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// At the barrier that CTA `rank` of the cluster has at this address.
+__device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 // Returns once the phase with this parity has ended. On a fresh barrier parity 1 has.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -57,6 +66,18 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(plane), "l"(keep)
+      : "memory");
+}
+// The same into several CTAs of the cluster: to the same place, with news at the same barrier.
+struct Ctas {
+  uint32_t bits;
+};
+__device__ __forceinline__ void load_box(Ctas ctas, uint32_t to, const CUtensorMap* map, uint32_t barrier, int32_t column,
+                                         int32_t row, int32_t plane, uint64_t keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %7, %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(plane), "l"(keep), "h"(static_cast<uint16_t>(ctas.bits))
       : "memory");
 }
 // Orders accesses of this thread and what it has acquired against accesses through the async proxy, to global memory.

@@ -13,9 +13,11 @@
 // their own, and adds them to its sums where a row is gated: selected, never multiplied by 0. It waits for h behind its
 // last block of K, and h comes from the CTAs with the lowest indices, which have all started. No gated row: none of this.
 //
-// From 65 tokens on a CTA has two tiles of W, one per warpgroup, and 128 or 256 tokens.
+// From 65 tokens on a CTA has 128 or 256 tokens, and two tiles of W, one per warpgroup (one beside an adapter at up to
+// 128). From 33 on two CTAs of a cluster with neighbouring tiles load half of x each, for both, and give stages back to
+// both.
 //
-//   bytes   W, A and B once per 64, 128 or 256 tokens; x once per CTA tile of W, out of L2
+//   bytes   W, A and B once per 64, 128 or 256 tokens; x once per two CTA tiles of W (up to 32 tokens per one), out of L2
 //   bound   qkv of Qwen3-8B: 50.3 MB, 15.0 us at 3.35 TB/s; 64 padded tokens cost a fifth of the tensor cores at that rate
 #pragma once
 
@@ -25,24 +27,26 @@
 #include "gemm/activation.cuh"
 #include "gemm/heuristics.h"
 #include "gemm/params.h"
+#include "gemm/ring.cuh"
 
 namespace idlm::gemm {
 
+constexpr int kGroupThreads = 128;  // a warpgroup multiplies a tile of weight rows
 constexpr int kPartStride = kTileRows + 4;  // floats between tokens of a part: no bank conflicts, 16-byte alignment
 constexpr int kBlockBytes = kTileRows * kBlockK * 2;
 constexpr int kTileFloats = kTileTokens * kPartStride;
 
-// What depends on the tokens of a CTA.
-template <int kTokenTiles>
+// What depends on the tile of a CTA.
+template <int kTokenTiles, bool kAdapter>
 struct Size {
-  static constexpr int kRowTiles = row_tiles_for(kTokenTiles);
-  static constexpr int kThreads = num_threads(kTokenTiles);
-  static constexpr bool kMovesRegisters = kTokenTiles == 4;  // 168 each; 128 sums, 32 of an update and the rest need more
+  static constexpr Tile kTile = tile_of(kTokenTiles, kAdapter);
+  static constexpr int kRowTiles = kTile.rows;
+  static constexpr bool kHasAdapter = kAdapter;
+  static constexpr bool kMovesRegisters = kTile.moves_registers();
   static constexpr int kTokens = kTokenTiles * kTileTokens;
   static constexpr int kPartFloats = kTokenTiles * kTileFloats;  // of a warpgroup
-  static constexpr uint32_t kRowBytes = kRowTiles * kBlockBytes;
-  static constexpr uint32_t kStageBytes = kRowBytes + kTokenTiles * kBlockBytes;
-  static_assert(kStageBytes == stage_bytes(kTokenTiles));
+  static constexpr uint32_t kRowBytes = kRowTiles * kBlockBytes, kTokenBytes = kTokenTiles * kBlockBytes;
+  static constexpr uint32_t kStageBytes = kTile.stage_bytes();
   static_assert(kRowTiles * kPartFloats * 4 <= 3 * kStageBytes, "parts take the place of the stages");
 };
 
@@ -54,47 +58,7 @@ __device__ __forceinline__ void multipliers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kGroupThreads * kRowTiles) : "memory");
 }
 
-// ---- the ring
-
-struct Ring {
-  uint32_t tiles, barriers;  // addresses
-  int32_t stages;
-  uint32_t bytes, row_bytes;  // of a stage, and of the rows in it; the tokens come behind them
-
-  __device__ uint32_t rows(int32_t stage) const { return tiles + stage * bytes; }
-  __device__ uint32_t tokens(int32_t stage) const { return rows(stage) + row_bytes; }
-  __device__ uint32_t full(int32_t stage) const { return barriers + 16 * stage; }
-  __device__ uint32_t empty(int32_t stage) const { return barriers + 16 * stage + 8; }
-};
-
-struct Cursor {
-  int32_t stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(const Ring& ring) {
-    if (++stage == ring.stages) stage = 0, parity ^= 1;
-  }
-};
-
-// Loads `count` blocks. The rows of the first ones are asked for before ready() returns, the tokens of all after it.
-template <class Rows, class Ready, class Tokens>
-__device__ __forceinline__ void fill(const Ring& ring, Cursor& at, int32_t count, const Rows& rows, const Ready& ready,
-                                     const Tokens& tokens) {
-  const auto take = [&](int32_t block) {
-    barrier_wait(ring.empty(at.stage), at.parity ^ 1);
-    barrier_arrive_expecting(ring.full(at.stage), ring.bytes);
-    rows(block, at.stage);
-  };
-  const int32_t early = min(count, ring.stages);
-  Cursor behind = at;
-  for (int32_t block = 0; block < early; ++block, at.next(ring)) take(block);
-  ready();
-  for (int32_t block = 0; block < early; ++block, behind.next(ring)) tokens(block, behind.stage);
-  for (int32_t block = early; block < count; ++block, at.next(ring)) {
-    take(block);
-    tokens(block, at.stage);
-  }
-}
+// ---- products
 
 // d += rows tokens^T over the 64 columns of a stage; rows, tokens: addresses of tiles.
 template <class Element, int kTokenTiles>
@@ -122,15 +86,20 @@ struct Work {
   int32_t slice;        // of h
   int32_t part, parts;  // which part of K, of how many; a cluster holds the parts of a tile side by side
   int32_t first_block, num_blocks;
+  // CTAs that load tokens for one another: this one and the one with the same part of the cluster's other tile, or itself.
+  int32_t sharers;
+  int32_t half;      // of the tokens, that it loads
+  uint32_t partner;  // rank in the cluster
 
-  __device__ Work(const Params& p, bool adapter, int32_t row_tiles, int32_t tokens) {
+  template <class S>
+  __device__ Work(const Params& p, S) {
     const int32_t size = static_cast<int32_t>(cluster_size()), rank = static_cast<int32_t>(cluster_rank());
     const int32_t cluster = static_cast<int32_t>(blockIdx.x) / size;
     // Groups of one tile follow each other, so that they find its rows in L2.
-    const int32_t h_clusters = adapter ? p.num_slices * p.h_tiles * p.groups : 0;
+    const int32_t h_clusters = S::kHasAdapter ? p.num_slices * p.h_tiles * p.groups : 0;
     is_h = cluster < h_clusters;
     group = (is_h ? cluster : cluster - h_clusters) % p.groups;
-    first_token = group * tokens;
+    first_token = group * S::kTokens;
     const int32_t index = (is_h ? cluster : cluster - h_clusters) / p.groups;
     parts = is_h ? size : p.splits;
     part = rank % parts;
@@ -138,10 +107,13 @@ struct Work {
     next_tile = is_h ? kTileRows : p.rows_per_tile;
     second_half = is_h ? kHalfRows : p.second_half;
     const int32_t tile = is_h ? index % p.h_tiles : index * (size / p.splits) + rank / p.splits;
-    first_row = tile * row_tiles * next_tile;
+    first_row = tile * S::kRowTiles * next_tile;
     const bool idle = !is_h && tile >= p.tiles;  // fills the last cluster
     first_block = p.blocks * part / parts;
     num_blocks = idle ? 0 : p.blocks * (part + 1) / parts - first_block;
+    half = rank / p.splits;
+    partner = static_cast<uint32_t>(half == 0 ? rank + p.splits : rank - p.splits);
+    sharers = p.shares_tokens && !is_h && tile - half + 1 < p.tiles ? 2 : 1;
   }
 };
 
@@ -227,7 +199,8 @@ __device__ __forceinline__ void wait_for_h(const Params& p, int32_t group, bool 
 
 template <int kTokenTiles, bool kAdapter>
 __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const Work& w) {
-  constexpr int kRowTiles = Size<kTokenTiles>::kRowTiles;
+  using S = Size<kTokenTiles, kAdapter>;
+  constexpr int kRowTiles = S::kRowTiles;
   const bool leader = lane_id() == 0;
   Cursor at;
   // A weight that another kernel may have written waits for that kernel like everything else.
@@ -248,8 +221,18 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
         },
         wait_for_previous_kernel,
         [&](int32_t block, int32_t stage) {
-          load_box(ring.tokens(stage), &p.x, ring.full(stage), (w.first_block + block) * kBlockK, w.first_token, 0,
-                   kEvictLast);
+          const int32_t k = (w.first_block + block) * kBlockK;
+          const auto to = static_cast<uint16_t>(1u << cluster_rank() | 1u << w.partner);
+#pragma unroll
+          for (int32_t half = 0; half < 2; ++half) {
+            const uint32_t place = ring.tokens(stage) + half * (S::kTokenBytes / 2);
+            const int32_t token = w.first_token + half * (S::kTokens / 2);
+            if (w.sharers == 1) {
+              load_box(place, &p.x, ring.full(stage), k, token, 0, kEvictLast);
+            } else if (w.half == half) {
+              load_box(Ctas{to}, place, &p.x, ring.full(stage), k, token, 0, kEvictLast);
+            }
+          }
         });
   }
   __syncwarp();
@@ -284,7 +267,7 @@ __device__ __forceinline__ void produce(const Params& p, const Ring& ring, const
 template <class Element, int kTokenTiles>
 __device__ __forceinline__ void add_updates(const Params& p, const Ring& ring, const Work& w, Cursor& at,
                                             const Gated<kTokenTiles>& gated, float (&sums)[kTokenTiles][32]) {
-  const Updates updates(p, w, Size<kTokenTiles>::kRowTiles);
+  const Updates updates(p, w, Size<kTokenTiles, true>::kRowTiles);
   const int32_t lane = static_cast<int32_t>(lane_id());
   const int32_t row = thread_of_group() / 32 * 16 + lane / 4;  // in the tile; the other one is 8 further on
   const int32_t n = w.first_row + warpgroup() * w.next_tile + row / kHalfRows * w.second_half + row % kHalfRows;
@@ -306,14 +289,21 @@ __device__ __forceinline__ void add_updates(const Params& p, const Ring& ring, c
         sums[tile][e] = wanted ? __fmaf_rn(p.scale, update[0][e], sums[tile][e]) : sums[tile][e];
       }
     }
-    if (lane == 0) barrier_arrive(ring.empty(at.stage));
+    if (lane < w.sharers) barrier_arrive(ring.empty(at.stage));  // for the partner too, who has blocks of his own
   }
+}
+
+// Gives a stage back to all who load into it. Whole warps call it.
+__device__ __forceinline__ void give_back(const Ring& ring, int32_t stage, const Work& w) {
+  const int32_t lane = static_cast<int32_t>(lane_id());
+  if (lane < w.sharers) barrier_arrive_in(ring.empty(stage), lane == 0 ? cluster_rank() : w.partner);
 }
 
 // The sums of this warpgroup's tile and part, to sPart[token][row].
 template <class Element, int kTokenTiles, bool kAdapter>
 __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const Work& w, int32_t num_tokens,
                                         float* sPart) {
+  using S = Size<kTokenTiles, kAdapter>;
   const int32_t lane = static_cast<int32_t>(lane_id()), warp = thread_of_group() / 32;
   float sums[kTokenTiles][32] = {};
   Cursor at;
@@ -322,14 +312,14 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
     barrier_wait(ring.full(at.stage), at.parity);
     multiply<Element>(ring.rows(at.stage) + warpgroup() * kBlockBytes, ring.tokens(at.stage), sums);
     products_wait<1>();  // those of the block before
-    if (block > 0 && lane == 0) barrier_arrive(ring.empty(last));
+    if (block > 0) give_back(ring, last, w);
     last = at.stage;
   }
   products_wait<0>();
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; ++tile) pin(sums[tile]);
   if (w.num_blocks == 0) return;
-  if (lane == 0) barrier_arrive(ring.empty(last));
+  give_back(ring, last, w);
   if constexpr (kAdapter) {
     if (!w.is_h) {
       wait_for_previous_kernel();
@@ -337,7 +327,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring& ring, const
       if (gated.any()) add_updates<Element>(p, ring, w, at, gated, sums);
     }
   }
-  multipliers_sync<Size<kTokenTiles>::kRowTiles>();  // nobody reads the stages any more
+  multipliers_sync<S::kRowTiles>();  // nobody reads the stages any more
 #pragma unroll
   for (int tile = 0; tile < kTokenTiles; ++tile) {
 #pragma unroll
@@ -435,7 +425,7 @@ __device__ __forceinline__ void finish_h(const Params& p, const Work& w, int32_t
     store_four(gH + (w.first_token + token) * p.h_stride + r, h, p.rank - r, true);
   }
   fence_async_global();  // TMA of other CTAs reads it
-  multipliers_sync<Size<kTokenTiles>::kRowTiles>();
+  multipliers_sync<Size<kTokenTiles, true>::kRowTiles>();
   if (threadIdx.x == 0) add_release(p.flags + 2 * w.group, 1);
 }
 
@@ -448,22 +438,23 @@ __device__ __forceinline__ void meet(const Work& w) {
     cluster_wait();
   }
 }
-// Returns once nobody reads this CTA's parts any more.
+// Returns once nobody reads this CTA's parts any more, or gives stages back to it.
 __device__ __forceinline__ void leave(const Work& w) {
-  if (w.parts == 1) return;
+  if (w.parts == 1 && w.sharers == 1) return;
   __syncwarp();
   cluster_arrive();
   cluster_wait();
 }
 
 template <class Element, int kTokenTiles, bool kAdapter>
-__global__ void __launch_bounds__(Size<kTokenTiles>::kThreads, max_ctas_per_sm(kTokenTiles, kAdapter))
+__global__ void __launch_bounds__(tile_of(kTokenTiles, kAdapter).threads(),
+                                   tile_of(kTokenTiles, kAdapter).max_ctas_per_sm())
     linear_kernel(const __grid_constant__ Params p) {
-  using S = Size<kTokenTiles>;
+  using S = Size<kTokenTiles, kAdapter>;
   extern __shared__ __align__(1024) uint8_t sStages[];
   const uint32_t stages = shared_address(sStages);
   const Ring ring{stages, stages + p.stages * S::kStageBytes, p.stages, S::kStageBytes, S::kRowBytes};
-  const Work w(p, kAdapter, S::kRowTiles, S::kTokens);
+  const Work w(p, S{});
   const int32_t num_tokens = min(p.num_rows - w.first_token, S::kTokens);
   if constexpr (kAdapter) {
     if (w.is_h) {
@@ -474,11 +465,17 @@ __global__ void __launch_bounds__(Size<kTokenTiles>::kThreads, max_ctas_per_sm(k
   if (threadIdx.x == 0) {
     for (int32_t stage = 0; stage < p.stages; ++stage) {
       barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), S::kRowTiles * kGroupThreads / 32);
+      barrier_init(ring.empty(stage), w.sharers * S::kRowTiles * kGroupThreads / 32);
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  if (p.shares_tokens) {  // the partner's are ready too
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
 
   if (warpgroup() == S::kRowTiles) {
     if constexpr (S::kMovesRegisters) lower_registers_to<40>();
@@ -507,11 +504,11 @@ Kernel kernel_of(bool adapter) {
   return adapter ? linear_kernel<Element, kTokenTiles, true> : linear_kernel<Element, kTokenTiles, false>;
 }
 template <class Element>
-Kernel kernel_of(int32_t token_tiles, bool adapter) {
-  switch (token_tiles) {
-    case 1: return kernel_of<Element, 1>(adapter);
-    case 2: return kernel_of<Element, 2>(adapter);
-    default: return kernel_of<Element, 4>(adapter);
+Kernel kernel_of(const Tile& tile) {
+  switch (tile.tokens) {
+    case 1: return kernel_of<Element, 1>(tile.adapter);
+    case 2: return kernel_of<Element, 2>(tile.adapter);
+    default: return kernel_of<Element, 4>(tile.adapter);
   }
 }
 

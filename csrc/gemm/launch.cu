@@ -96,7 +96,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   if (encode_function() == nullptr) return failure(Code::kCuda, "linear: the driver has no cuTensorMapEncodeTiled");
 
   const Shape cut = shape(l.n, l.k);
-  const int32_t token_tiles = token_tiles_for(l.num_rows), row_tiles = row_tiles_for(token_tiles);
+  const Tile tile = tile_for(l.num_rows, adapter != nullptr);
   Params p = {};
   p.num_rows = l.num_rows;
   p.n = l.n;
@@ -104,10 +104,11 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   p.width = l.silu_and_mul ? l.n / 2 : l.n;
   p.rows_per_tile = l.silu_and_mul ? kHalfRows : kTileRows;
   p.second_half = l.silu_and_mul ? p.width : kHalfRows;
-  p.tiles = ceil_div(p.width, p.rows_per_tile * row_tiles);
-  p.groups = ceil_div(l.num_rows, token_tiles * kTileTokens);
+  p.tiles = ceil_div(p.width, p.rows_per_tile * tile.rows);
+  p.groups = ceil_div(l.num_rows, tile.tokens * kTileTokens);
   p.splits = cut.splits;
   p.weight_is_constant = l.weight_is_constant;
+  p.shares_tokens = shares_tokens(l.num_rows, cut);
   p.bias = l.bias;
   p.bias_dtype = l.bias_dtype;
   p.out = l.out;
@@ -117,17 +118,17 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
   const auto map = [&](CUtensorMap* to, const gemm::Tensor& t, uint32_t box_rows) {
     if (status.ok()) status = encode(to, t, l.dtype, box_rows);
   };
-  const uint32_t box_tokens = static_cast<uint32_t>(token_tiles * kTileTokens);
-  map(&p.x, {"x", l.x, 1, l.num_rows, l.k, l.x_stride * l.num_rows, l.x_stride}, box_tokens);
+  const uint32_t tokens = static_cast<uint32_t>(tile.tokens * kTileTokens);
+  map(&p.x, {"x", l.x, 1, l.num_rows, l.k, l.x_stride * l.num_rows, l.x_stride}, tokens / 2);
   map(&p.weight, {"weight", l.weight, 1, l.n, l.k, l.weight_stride * l.n, l.weight_stride}, kHalfRows);
 
-  const int32_t cluster = adapter == nullptr ? cut.splits : cut.h_splits;
+  const int32_t cluster = adapter != nullptr || p.shares_tokens ? cut.h_splits : cut.splits;
   int64_t clusters = int64_t{ceil_div(p.tiles, cluster / cut.splits)} * p.groups;
   if (adapter != nullptr) {
     const AdapterParams& a = *adapter;
     p.rank = a.rank;
     p.rank_blocks = ceil_div(a.rank, kTileRows);
-    p.h_tiles = ceil_div(p.rank_blocks, row_tiles);
+    p.h_tiles = ceil_div(p.rank_blocks, tile.rows);
     p.num_slices = a.num_slices;
     std::copy(a.slice_ends, a.slice_ends + a.num_slices, p.slice_ends);
     p.lora_mask = a.lora_mask;
@@ -139,16 +140,15 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     p.flags = a.flags;
     map(&p.lora_a, {"lora_a", a.lora_a, a.num_slices, a.rank, l.k, a.lora_a_stride * a.rank, a.lora_a_stride}, kHalfRows);
     map(&p.lora_b, {"lora_b", a.lora_b, 1, l.n, a.rank, a.lora_b_stride * l.n, a.lora_b_stride}, kHalfRows);
-    map(&p.h, {"h", a.h, a.num_slices, l.num_rows, a.rank, p.h_slice_stride, p.h_stride}, box_tokens);
+    map(&p.h, {"h", a.h, a.num_slices, l.num_rows, a.rank, p.h_slice_stride, p.h_stride}, tokens);
     clusters += int64_t{p.num_slices} * p.h_tiles * p.groups;
   }
   if (!status.ok()) return status;
   if (clusters * cluster > 0x7fffffff) return failure(Code::kInvalidArgument, "linear: too many rows for one launch");
-  p.stages = fit(clusters, cluster, token_tiles, adapter != nullptr);
-  const int64_t bytes = shared_bytes(p.stages, token_tiles);
+  p.stages = fit(clusters, cluster, tile);
+  const int64_t bytes = tile.shared_bytes(p.stages);
 
-  const auto kernel_of = l.dtype == DType::kBFloat16 ? kernel_bf16 : kernel_fp16;
-  const Kernel kernel = kernel_of(token_tiles, adapter != nullptr);
+  const Kernel kernel = l.dtype == DType::kBFloat16 ? kernel_bf16(tile) : kernel_fp16(tile);
   cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytesPerCta));
   if (error == cudaSuccess) {
@@ -160,7 +160,7 @@ Status linear(const LinearParams& l, const AdapterParams* adapter, cudaStream_t 
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-    config.blockDim = dim3(num_threads(token_tiles));
+    config.blockDim = dim3(static_cast<unsigned>(tile.threads()));
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream;
     config.attrs = attributes;

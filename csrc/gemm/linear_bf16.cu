@@ -2,6 +2,6 @@
 
 namespace idlm::gemm {
 
-Kernel kernel_bf16(int32_t token_tiles, bool adapter) { return kernel_of<__nv_bfloat16>(token_tiles, adapter); }
+Kernel kernel_bf16(const Tile& tile) { return kernel_of<__nv_bfloat16>(tile); }
 
 }  // namespace idlm::gemm

@@ -2,6 +2,6 @@
 
 namespace idlm::gemm {
 
-Kernel kernel_fp16(int32_t token_tiles, bool adapter) { return kernel_of<__half>(token_tiles, adapter); }
+Kernel kernel_fp16(const Tile& tile) { return kernel_of<__half>(tile); }
 
 }  // namespace idlm::gemm

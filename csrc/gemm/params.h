@@ -3,13 +3,10 @@
 
 #include <cuda.h>
 
+#include "gemm/heuristics.h"
 #include "idlm/gemm.h"
 
 namespace idlm::gemm {
-
-constexpr int kGroupThreads = 128;  // a warpgroup multiplies a tile of weight rows
-// The producer is a warp, or a warpgroup where registers are moved from it to those that multiply.
-constexpr int num_threads(int token_tiles) { return token_tiles == 1 ? 160 : token_tiles == 2 ? 288 : 384; }
 
 struct Params {
   // Tensors [planes, rows, columns] as TMA sees them.
@@ -29,6 +26,7 @@ struct Params {
   int32_t second_half;    // the second 32 rows of a tile lie this far behind the first
   int32_t width;          // of out
   bool weight_is_constant;
+  bool shares_tokens;
 
   const void* bias;
   DType bias_dtype;
@@ -50,7 +48,7 @@ struct Params {
 };
 
 using Kernel = void (*)(Params);
-Kernel kernel_bf16(int32_t token_tiles, bool adapter);
-Kernel kernel_fp16(int32_t token_tiles, bool adapter);
+Kernel kernel_bf16(const Tile& tile);
+Kernel kernel_fp16(const Tile& tile);
 
 }  // namespace idlm::gemm

@@ -16,7 +16,7 @@ from torch import Tensor
 from idlm_kernels import ops
 from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.state import DecodeState
-from idlm_kernels.model.transformer import Rows
+from idlm_kernels.model.rows import Rows
 from python_ref.noise import noise_ids
 
 PlanKind = Literal["ar", "chain", "quadratic"]

@@ -17,7 +17,8 @@ from torch import Tensor
 from idlm_kernels import ops
 from idlm_kernels.generate.plan import slot_of
 from idlm_kernels.model.cpu_stack import CpuCache
-from idlm_kernels.model.transformer import KVCache, Rows, Transformer
+from idlm_kernels.model.rows import Rows
+from idlm_kernels.model.transformer import KVCache, Transformer
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from idlm_kernels.model.adapter import Adapter, load_adapter
 from idlm_kernels.model.checkpoint import Checkpoint, load_checkpoint
 from idlm_kernels.model.config import ModelConfig, RopeScaling
 from idlm_kernels.model.errors import CheckpointError, DownloadError
+from idlm_kernels.model.rows import Rows
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
-from idlm_kernels.model.transformer import KVCache, Rows, Transformer
+from idlm_kernels.model.transformer import KVCache, Transformer
 
 __all__ = [
     "Adapter",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from idlm_kernels.model.transformer import Rows
+from idlm_kernels.model.rows import Rows
 
 _LANES = 16
 _ROWS_AT_ONCE = 4096

@@ -4,6 +4,7 @@
   bits of rows alone and among others.
 - `problems`: one for each op.
 - `numerics`: the judgement itself: bits, errors against fp64, distances in ulps.
+- `decided`: sampled ids one by one: which of them the contract decides whatever the rounding, and mixes to try them on.
 - `timing`: the time of a call, on a CPU or a GPU.
 """
 

@@ -10,7 +10,7 @@ import torch
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.score import Scorer
 from idlm_kernels.model import Transformer
-from idlm_kernels.model.transformer import Rows
+from idlm_kernels.model.rows import Rows
 from tests.tiny import MemoryCheckpoint, tiny_config
 
 MakeGenerator = Callable[..., Generator]

@@ -209,7 +209,13 @@ def check_order(softgpu: ModuleType) -> None:
     call, tail = attend((1300, 70, 0), (7, 4, 0), heads=(4, 1, 128)), attend((90,), (16,), tail="quadratic")
     random = {"async_": "random", "sched": "random", "quantum": 40}
     checks = {"race": 1, "uninit": 1, "proxy": 1}
-    for options in ({"async_": "late"}, {"async_": "war"}, random, {**random, "seed": 1}, checks):
+    for options in (
+        {"async_": "late"},
+        {"async_": "war"},
+        random,
+        {**random, "seed": 1},
+        checks,
+    ):
         with softgpu.configured(**options):
             for ctas in (MANY, ONE):
                 check(call, ctas)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from idlm_kernels import native
-from tests.native.support import REPORT, ROOT, Toolkit
+from idlm_kernels.testing.decided import REPORT
+from tests.native.support import ROOT, Toolkit
 from tests.softgpu_support import load_softgpu, missing
 
 ON_GPU = torch.cuda.is_available()

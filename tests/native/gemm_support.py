@@ -59,6 +59,12 @@ class Problem:
         options = {"bias": self.bias.double().cpu(), "output_sizes": self.output_sizes}
         return python_ref.gated_lora_linear(*inputs, self.lora_mask.cpu(), self.scale, **options)
 
+    def exact_linear(self) -> Tensor:
+        return python_ref.linear(self.x.double().cpu(), self.weight.double().cpu(), bias=self.bias.double().cpu())
+
+    def peer_linear(self) -> Tensor:
+        return python_ref.linear(self.x.cpu(), self.weight.cpu(), bias=self.bias.cpu())
+
     def peer(self) -> Tensor:
         """What PyTorch computes in this dtype, each product rounded."""
         x, weight, bias, a, b = (t.cpu() for t in (self.x, self.weight, self.bias, self.a, self.b))
@@ -71,14 +77,14 @@ class Problem:
 def check_linear(problem: Problem) -> None:
     """Values, with and without a bias, twice into the same place: what one launch leaves behind suits the next."""
     p = problem
-    x, weight, bias = p.x.cpu(), p.weight.cpu(), p.bias.cpu()
-    exact = python_ref.linear(x.double(), weight.double(), bias=bias.double())
-    out = p.x.new_empty(x.shape[0], weight.shape[0] + 3)[:, :-3]
+    exact = p.exact_linear()
+    out = p.x.new_empty(p.x.shape[0], p.weight.shape[0] + 3)[:, :-3]
     for launch in range(2):
         out.fill_(torch.nan)
         assert p.linear(out=out) is out
-        check_close(out.cpu(), exact, python_ref.linear(x, weight, bias=bias), f"launch {launch}")
-    check_close(gemm.linear(p.x, p.weight).cpu(), exact - bias.double(), python_ref.linear(x, weight))
+        check_close(out.cpu(), exact, p.peer_linear(), f"launch {launch}")
+    plain = python_ref.linear(p.x.cpu(), p.weight.cpu())
+    check_close(gemm.linear(p.x, p.weight).cpu(), exact - p.bias.double().cpu(), plain)
 
 
 def check_adapter(problem: Problem) -> None:

@@ -111,7 +111,7 @@ def test_faults_of_order_are_seen(name: str, kernels: dict[str, str]) -> None:
             check(changed)
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
 def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> None:
     """K and V are read once, sectors are full, shared memory has no conflicts; the rest is as recorded."""
     found, recorded = measure(case, softgpu), RECORDED[case.name]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import python_ref
 from idlm_kernels.native import backend
+from idlm_kernels.testing.decided import Mix, parameters
 from python_ref import STREAM_DRAFT, STREAM_TARGET, DraftDistributions
-from tests.native.support import Mix, parameters
 from tests.ref.distributions import (
     DETECT_BELOW,
     assert_follows,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import python_ref
+from bench.native_gemm import tile
 from idlm_kernels.native import gemm
-from idlm_kernels.testing.numerics import same_bits
+from idlm_kernels.testing.numerics import check_close, same_bits
 from tests.native.gemm_support import (
     Problem,
     check_activation,
@@ -145,15 +146,51 @@ def test_what_the_kernel_does_not_take_the_next_backend_computes(device: torch.d
         assert same_bits(problem.activated(), gemm.silu_and_mul(problem.gated()))
 
 
+# The parts of K of a tile are 1, 2, 4, and beside them there is room in a cluster for a second tile, which shares x.
+SHARING = [(512, (8500,)), (1024, (2100, 2200)), (2048, (2200,))]
+
+
+@pytest.mark.parametrize("k, output_sizes", SHARING, ids=["1 part", "2 parts", "4 parts"])
+def test_tiles_that_share_tokens(k: int, output_sizes: Sequence[int], softgpu: ModuleType, module: ModuleType) -> None:
+    """Above 32 rows; the last tile may have no neighbour. Updates of the rank fill the ring more than once."""
+    splits, h_splits = module.gemm_shape(sum(output_sizes), k)
+    assert h_splits == 2 * splits
+    for rows, rank in ((66, 264), (130, 72)):
+        problem = Problem(rows, k, output_sizes, rank)
+        plain, got, activated = problem.linear(), problem.gated(), problem.activated()
+        check_close(plain, problem.exact_linear(), problem.peer_linear())
+        check_close(got, problem.exact(), problem.peer())
+        assert same_bits(got[~problem.lora_mask], plain[~problem.lora_mask])
+        assert same_bits(activated, gemm.silu_and_mul(got))
+        for few in (slice(3, 4), slice(2, 66)):
+            assert same_bits(problem.linear(few), plain[few]) and same_bits(problem.gated(few), got[few])
+        check_flags()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_of_tiles_that_share_tokens(schedule: str, softgpu: ModuleType, module: ModuleType) -> None:
+    problem = Problem(66, *SHARING[2], 136)
+    wanted = problem.gated()
+    with softgpu.configured(**SCHEDULES[schedule]):
+        for rows in (slice(66), slice(1, 41)):
+            assert same_bits(problem.gated(rows), wanted[rows])
+        assert same_bits(problem.linear()[~problem.lora_mask], wanted[~problem.lora_mask])
+    check_flags()
+
+
 @pytest.mark.parametrize("rows", [7, 70, 200])
 def test_no_adapter_work_without_a_gated_row(rows: int, softgpu: ModuleType, module: ModuleType) -> None:
-    problem = Problem(rows, 1024, (64, 128), 128)
+    k, output_sizes = 1024, (64, 192)
+    problem = Problem(rows, k, output_sizes, 128)
     problem.lora_mask[:] = False
     problem.linear()
     plain = softgpu.counters()
     got = problem.gated()
     gated = softgpu.counters()
-    assert gated["wgmma_flops"] == plain["wgmma_flops"] and gated["tma_load_bytes"] == plain["tma_load_bytes"]
+    assert gated["wgmma_flops"] == plain["wgmma_flops"]
+    tiles = [sum(output_sizes) // (64 * tile(rows, adapter)[0]) for adapter in (False, True)]  # each reads x
+    more = (tiles[1] - tiles[0]) * rows * k * 2
+    assert gated["tma_load_bytes"] == plain["tma_load_bytes"] + more
     assert same_bits(got, problem.linear())
     check_flags()
 
@@ -213,16 +250,22 @@ def test_shapes(module: ModuleType) -> None:
     assert {name: module.gemm_shape(*shape) for name, shape in shapes.items()} == {
         "qkv": (2, 4),
         "o": (4, 8),
-        "gate_up": (1, 4),
+        "gate_up": (1, 2),
         "down": (4, 8),
     }
     for n in (1, 64, 576, 1536, 4096, 5120, 25600, 151936):
         for k in (8, 64, 256, 576, 4096, 25600):
             splits, h_splits = module.gemm_shape(n, k)
             blocks = -(-k // 64)
-            assert splits in (1, 2, 4, 8) and h_splits in (1, 2, 4, 8) and h_splits % splits == 0
+            assert splits in (1, 2, 4, 8) and h_splits in (splits, 2 * splits) and h_splits <= 8
             assert h_splits == 1 or blocks >= 4 * h_splits
             assert splits == 1 or splits * -(-n // 64) <= 264
+
+
+def test_tiles(module: ModuleType) -> None:
+    for rows in (1, 64, 65, 128, 129, 256, 2048):
+        for adapter in (False, True):
+            assert module.gemm_tile(rows, adapter) == tile(rows, adapter)
 
 
 def test_stages(module: ModuleType) -> None:
@@ -230,17 +273,45 @@ def test_stages(module: ModuleType) -> None:
     assert module.gemm_stages(96, 2, 1, False) == 7  # qkv
     assert module.gemm_stages(48 + 6, 4, 1, True) == 7  # with an adapter of rank 128 in three slices
     assert module.gemm_stages(64, 4, 1, False) == 7 and module.gemm_stages(32 + 2, 8, 1, True) == 4  # o
-    assert module.gemm_stages(384, 1, 1, False) == 4 and module.gemm_stages(96 + 4, 4, 1, True) == 3  # gate_up
-    assert module.gemm_stages(32, 4, 2, False) == 7 and module.gemm_stages(192, 1, 2, False) == 3  # 128 rows
-    assert module.gemm_stages(32, 4, 4, True) == 4  # 256 rows
+    assert module.gemm_stages(384, 1, 1, False) == 4 and module.gemm_stages(192 + 4, 2, 1, True) == 4  # gate_up
+    assert module.gemm_stages(16, 8, 2, False) == 7 and module.gemm_stages(96, 2, 2, False) == 3  # 128 rows
+    assert module.gemm_stages(32 + 2, 8, 2, True) == 3 and module.gemm_stages(192 + 4, 2, 2, True) == 3
+    assert module.gemm_stages(16, 8, 4, True) == 4  # 256 rows
     assert module.gemm_stages(10**6, 1, 1, False) == 4
     assert module.gemm_stages(1, 1, 1, False) == 8
 
 
 @pytest.mark.parametrize(
     "rows, k, output_sizes, rank",
-    [(7, 576, (576, 192, 192), 16), (7, 1536, (576,), 64), (7, 4096, (4096,), 128), (5, 5120, (1024, 128, 128), 256)],
-    ids=["qkv of SmolLM2", "down of SmolLM2", "o of Qwen3-8B", "a part of qkv of Qwen3-32B"],
+    [
+        (7, 576, (576, 192, 192), 16),
+        (7, 1536, (576,), 64),
+        (7, 4096, (4096,), 128),
+        (5, 5120, (1024, 128, 128), 256),
+        # The whole width of Qwen3-32B, or as many tiles as a wave has, and enough of K for its parts.
+        (7, 1024, (5120,), 128),
+        (7, 512, (8192, 1024, 1024), 128),
+        (300, 576, (200,), 16),
+        (448, 520, (70, 130), 24),
+        (2048, 264, (130, 70), 40),
+        pytest.param(7, 8192, (5120,), 128, marks=pytest.mark.slow),
+        pytest.param(112, 5120, (8192, 1024, 1024), 128, marks=pytest.mark.slow),
+        pytest.param(1024, 512, (8500,), 72, marks=pytest.mark.slow),
+    ],
+    ids=[
+        "qkv of SmolLM2",
+        "down of SmolLM2",
+        "o of Qwen3-8B",
+        "a part of qkv of Qwen3-32B",
+        "o of Qwen3-32B, cut down",
+        "qkv of Qwen3-32B, cut down",
+        "300 rows",
+        "448 rows",
+        "2048 rows",
+        "o of Qwen3-32B",
+        "qkv of Qwen3-32B",
+        "1024 rows of tiles that share tokens",
+    ],
 )
 def test_model_shapes(rows: int, k: int, output_sizes: Sequence[int], rank: int, device: torch.device) -> None:
     check_adapter(Problem(rows, k, output_sizes, rank, device=device))

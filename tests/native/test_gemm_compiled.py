@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from bench import gemm_prediction
-from bench.native_gemm import Case, measure
+from bench.native_gemm import LAYERS, SPLITS, Case, cases, measure
 from tests.native.support import ROOT, Toolkit
 
 BUDGET = json.loads((ROOT / "bench" / "budgets" / "native_gemm.json").read_text())
@@ -54,7 +54,7 @@ def test_products_run_side_by_side(module: ModuleType, toolkit: Toolkit, tmp_pat
         registers = re.findall(kernel, report, re.S)
         assert len(registers) == 6
         for token_tiles, adapter, count in registers:
-            warps, ctas = {"10": (5, 4), "11": (5, 4), "20": (9, 2), "21": (9, 1)}.get(token_tiles + adapter, (12, 1))
+            warps, ctas = {"10": (5, 4), "11": (5, 4), "20": (9, 2), "21": (5, 3)}.get(token_tiles + adapter, (12, 1))
             per_quarter = -(-warps * ctas // 4)
             assert -(-int(count) // 8) * 8 * per_quarter <= 512, (token_tiles, adapter, count)
 
@@ -160,7 +160,7 @@ def test_faults_of_order_are_seen(name: str, kernels: dict[str, str]) -> None:
             check(changed)
 
 
-COUNTED = [Case("o", 7), Case("o", 7, 128), Case("qkv", 16, 128), Case("o", 128)]
+COUNTED = [Case("o", 7), Case("o", 7, 128), Case("qkv", 16, 128), Case("o", 128), Case("o", 128, 128)]
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
@@ -171,6 +171,8 @@ def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> 
     assert found["shared_waves_over_ideal"] <= 1.05
     assert found.get("stored_sectors_over_floor", 1) <= 1.05
     assert found["weight_kb_in_flight_per_sm"] >= (64 if case.rows <= 64 else 48)
+    launch = case.launch()
+    assert (found["ctas"], found["cluster"]) == (launch.ctas, launch.cluster)
     recorded = BUDGET[case.name]
     for key in ("ctas", "cluster", "stages", "activation_bytes_over_weights"):
         assert found[key] == recorded[key], key
@@ -178,4 +180,13 @@ def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> 
 
 
 def test_the_document_has_the_prediction_of_these_counts() -> None:
-    assert gemm_prediction.table() in (ROOT / "docs" / "gemm.md").read_text()
+    text = (ROOT / "docs" / "gemm.md").read_text()
+    assert gemm_prediction.table() in text
+    assert gemm_prediction.prefill() in text.replace("\n", " ")
+
+
+def test_launches_are_cut_as_the_prediction_counts_them(module: ModuleType) -> None:
+    for layer, (n, k, _, _) in LAYERS.items():
+        assert module.gemm_shape(n, k) == (SPLITS[layer], 2 * SPLITS[layer])
+    for case in cases():
+        assert (BUDGET[case.name]["ctas"], BUDGET[case.name]["cluster"]) == (case.launch().ctas, case.launch().cluster)

@@ -1,7 +1,7 @@
 """Planted faults in the linear layers: each must be caught by the checks that the kernel passes.
 
-A mutant is the bf16 kernels of up to 64 rows, compiled (PTX only) from a changed kernel.cuh, linked with the objects
-of the build.
+A mutant is the bf16 kernels of up to 64 rows, or of 65 to 128, compiled (PTX only) from a changed source, linked with
+the objects of the build.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ import torch
 
 from idlm_kernels import _semaphores
 from idlm_kernels.native import gemm
+from idlm_kernels.testing.numerics import check_close
 from tests.native.gemm_support import (
     Problem,
     check_activation,
     check_adapter,
     check_chain,
+    check_flags,
     check_isolation,
     check_linear,
     check_slices,
 )
 from tests.native.mutants import mutant
-from tests.native.support import Toolkit
+from tests.native.support import ROOT, Toolkit
 
 SOURCE = """#include "gemm/kernel.cuh"
 namespace idlm::gemm {
-Kernel kernel_bf16(int32_t, bool adapter) {
-  return adapter ? linear_kernel<__nv_bfloat16, 1, true> : linear_kernel<__nv_bfloat16, 1, false>;
+Kernel kernel_bf16(const Tile& tile) {
+  return tile.adapter ? linear_kernel<__nv_bfloat16, TOKENS, true> : linear_kernel<__nv_bfloat16, TOKENS, false>;
 }
 }
 """
@@ -63,6 +65,18 @@ def asynchrony(softgpu: ModuleType) -> None:
         with softgpu.configured(async_=mode):
             check_linear(Problem(7, 8192, (60,), 8))
             check_adapter(Problem(9, 8192, (30, 34), 72))
+
+
+def sharing(softgpu: ModuleType) -> None:
+    """Tiles that load tokens for one another, with one part of K and with four."""
+    for seed, k, n in ((0, 512, 8500), (1, 2048, 2200)):
+        problem = Problem(66, k, (n,), 264, seed=seed)
+        with softgpu.configured(sched="random", seed=seed, async_="war" if seed == 1 else "random", race=1):
+            plain, got = problem.linear(), problem.gated()
+            softgpu.synchronize()
+        check_close(plain, problem.exact_linear(), problem.peer_linear())
+        check_close(got, problem.exact(), problem.peer())
+        check_flags()
 
 
 MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
@@ -119,11 +133,30 @@ MUTANTS: dict[str, tuple[Callable[[ModuleType], None], str, str]] = {
         "",
     ),
     "a stage is given back before its products are done": (asynchrony, "    products_wait<1>();", "    //"),
+    "a stage is given back to one of two who load into it": (
+        sharing,
+        "lane == 0 ? cluster_rank() : w.partner",
+        "cluster_rank()",
+    ),
+    "tokens are sent to a partner who is not ready": (
+        sharing,
+        "    __syncwarp();\n    cluster_arrive();\n    cluster_wait();\n  } else {\n    __syncthreads();\n  }\n\n  if",
+        "  }\n  __syncthreads();\n\n  if",
+    ),
+    "both partners load the same half of the tokens": (sharing, "w.half == half", "half == 0"),
+    "stages of updates are given back to one of two": (
+        sharing,
+        "if (lane < w.sharers) barrier_arrive(ring",
+        "if (lane == 0) barrier_arrive(ring",
+    ),
+    "a tile without a neighbour shares its tokens": (sharing, " && tile - half + 1 < p.tiles", ""),
 }
 
 
 # Faults of values, which many tests see.
 BREADTH = {
+    "both partners load the same half of the tokens",
+    "a tile without a neighbour shares its tokens",
     "the last part is left out",
     "a slice ends one row late",
     "every slice takes the first h",
@@ -136,8 +169,13 @@ BREADTH = {
 @pytest.fixture
 def build_mutant(
     module: ModuleType, softgpu: ModuleType, toolkit: Toolkit, tmp_path: Path
-) -> Callable[[str, str], ModuleType]:
-    return lambda old, new: mutant("gemm/kernel.cuh", old, new, SOURCE, softgpu, toolkit, tmp_path)
+) -> Callable[[str, str, int], ModuleType]:
+    def build(old: str, new: str, token_tiles: int) -> ModuleType:
+        source, files = SOURCE.replace("TOKENS", str(token_tiles)), ("gemm/kernel.cuh", "gemm/ring.cuh")
+        changed = next((file for file in files if old in (ROOT / "csrc" / file).read_text()), files[0])
+        return mutant(changed, old, new, source, softgpu, toolkit, tmp_path)
+
+    return build
 
 
 @pytest.fixture
@@ -149,7 +187,7 @@ def fresh_flags(monkeypatch: pytest.MonkeyPatch, softgpu: ModuleType) -> Iterato
 
 
 @pytest.mark.usefixtures("fresh_flags")
-@pytest.mark.parametrize("check", [values, isolation, schedules, asynchrony, check_chain])
+@pytest.mark.parametrize("check", [values, isolation, schedules, asynchrony, sharing, check_chain])
 def test_the_kernel_passes(check: Callable[[ModuleType], None], module: ModuleType, softgpu: ModuleType) -> None:
     check(softgpu)
 
@@ -157,10 +195,10 @@ def test_the_kernel_passes(check: Callable[[ModuleType], None], module: ModuleTy
 @pytest.mark.usefixtures("clean_runtime", "fresh_flags")
 @pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in BREADTH)) for m in MUTANTS])
 def test_mutants_are_caught(
-    name: str, build_mutant: Callable[[str, str], ModuleType], softgpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, build_mutant: Callable[[str, str, int], ModuleType], softgpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check, old, new = MUTANTS[name]
-    changed = build_mutant(old, new)
+    changed = build_mutant(old, new, 2 if check is sharing else 1)
     monkeypatch.setattr(gemm, "load", lambda: changed)
     torch.manual_seed(0)
     with pytest.raises((AssertionError, RuntimeError)):

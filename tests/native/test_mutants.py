@@ -20,7 +20,8 @@ import torch
 
 import python_ref
 from idlm_kernels.native import backend
-from tests.native.support import ROOT, Mix, Rows, Step, Tally, Toolkit, check_rows, check_step
+from idlm_kernels.testing.decided import Mix, Rows, Step, Tally, check_rows, check_step
+from tests.native.support import ROOT, Toolkit
 
 CPU = torch.device("cpu")
 

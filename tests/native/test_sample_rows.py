@@ -11,8 +11,8 @@ import torch
 
 import python_ref
 from idlm_kernels.native import backend
+from idlm_kernels.testing.decided import MIXES, Mix, Rows, Tally, check_rows
 from python_ref.noise import gumbel
-from tests.native.support import MIXES, Mix, Rows, Tally, check_rows
 from tests.softgpu_support import SCHEDULES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

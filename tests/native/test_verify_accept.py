@@ -11,9 +11,9 @@ import torch
 
 import python_ref
 from idlm_kernels.native import backend
+from idlm_kernels.testing.decided import MIXES, Mix, Step, Tally, check_step, check_stored, decided_requests
 from python_ref import DraftDistributions
 from python_ref.contract import STATUS_BAD_DRAFT
-from tests.native.support import MIXES, Mix, Step, Tally, check_distributions, check_step, decided_requests
 from tests.softgpu_support import SCHEDULES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -181,7 +181,7 @@ def test_distribution_carry_over_steps(device: torch.device, generator: torch.Ge
         assert step.draft_dists is not None
         step.draft_dists.logits = step.draft_dists.logits.to(distribution_dtype)
         first, wanted = step.run(backend, device), step.run(python_ref)  # type: ignore[arg-type]
-        check_distributions(step, first, wanted, decided_requests(step))
+        check_stored(step, first, wanted, decided_requests(step))
         following = Step.make(10, 3, 500, torch.bfloat16, generator, quadratic=True, rule="rejection", kinds=(2,))
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
         following = replace(following, **{n: getattr(step, n) for n in names}, draft_dists=first.draft_dists)

@@ -20,7 +20,8 @@ from torch import Tensor
 import idlm_kernels
 from idlm_kernels.generate import Generator, SamplingParams, StepPlan
 from idlm_kernels.generate.plan import plan_rows
-from idlm_kernels.model.transformer import KVCache, Rows
+from idlm_kernels.model.rows import Rows
+from idlm_kernels.model.transformer import KVCache
 from tests.tiny import MemoryCheckpoint, oracle_checkpoint, tiny_config, tiny_state
 
 MASK = 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -47,8 +46,7 @@ def test_an_adapter_costs_its_bytes_where_there_are_mask_rows() -> None:
 def test_a_layer_is_predicted_as_by_gemm_prediction(layer: str, rows: int) -> None:
     projection = QWEN.projections()[list(native_gemm.LAYERS).index(layer)]
     case = native_gemm.Case(layer, rows, 0)
-    entry = json.loads(native_gemm.BUDGET.read_text())[case.name]
-    wanted = gemm_prediction.predicted_us(case, entry["ctas"], entry["ctas_per_sm"], entry["cluster"] > 1)
+    wanted = gemm_prediction.predicted_us(case)
     found = roofline.Step(QWEN, AR, rows, 1024, 0)._linear_us(*projection)
     assert found == pytest.approx(wanted, rel=0.15)
 
