@@ -20,8 +20,6 @@ GRANTED = {
     ("strided_attention", "lse"): 2.0**-16,
     ("commit_step", "logprobs"): 2.0**-16,
     ("top_logprobs", "the result[1]"): 2.0**-16,
-    # A product of two sums: where torch's own sum is luckier than most, twice its error is less than four roundings.
-    ("linear_silu_and_mul", "the result"): 2.0**-21,
 }
 NORM_TOLERANCE = 1e-2  # of `check_norm`: a few roundings of bf16, 2^-9 each
 DISTRIBUTION_TOLERANCE = 1e-4  # of a probability, in `check_distributions`
@@ -69,14 +67,15 @@ def check_close(got: Tensor, exact: Tensor, peer: Tensor, what: str = "the resul
         exact: the same by the reference in fp64.
         peer: the same by PyTorch in got's dtype.
         what: its name in the message.
-        granted: the error that is allowed anyway, as a share of the largest value; at least one rounding of the dtype.
+        granted: the error that is allowed anyway, as a share of the largest value; at least one rounding of the dtype,
+            and eight of fp32, where the error is one of sums: how small PyTorch's own is depends on the machine.
     """
     _check_kind(got, peer, what)
     if not got.is_floating_point():
         if (differs := got != exact).any():
             raise Wrong(f"{what} differs in {_first(got, exact, differs)}")
         return
-    granted = max(granted, torch.finfo(got.dtype).eps)
+    granted = max(granted, torch.finfo(got.dtype).eps * (8 if got.dtype == torch.float32 else 1))
     given, got, exact, peer = got, got.double(), exact.double(), peer.double()
     for pattern in (torch.isnan, torch.isposinf, torch.isneginf):
         if (differs := pattern(got) != pattern(peer)).any():
