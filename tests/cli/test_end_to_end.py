@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,10 @@ def test_bad_input_is_one_line(model: Path) -> None:
 def test_ctrl_c_ends_with_the_text_so_far(model: Path) -> None:
     program = [sys.executable, "-c", "from idlm_kernels.cli import main; main()"]
     flags = ["generate", "--model", str(model), "--prompt", "Once upon", "--max-tokens", "90000"]
-    with subprocess.Popen([*program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell ignores Ctrl-C for what it runs in the background, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*program, *flags], **pipes, preexec_fn=heed) as process:
         assert process.stdout is not None
         begun = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
