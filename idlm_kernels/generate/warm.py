@@ -108,7 +108,8 @@ class CompileOnly:
 
 def dry_launch(kernel: Any, grid: Any, like: Tensor, *args: Any, **meta: Any) -> None:
     """`common.launch`, less the launch."""
-    kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=False)
+    overlaps = triton.runtime.driver.active.get_current_target().arch >= 90
+    kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=False, launch_pdl=overlaps)
 
 
 def use_dry_launches(target: GPUTarget) -> None:
