@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch
+from idlm_kernels.triton.common import follow_previous_launch, launch
 from idlm_kernels.triton.rerank_candidates import _packed, _unpacked
 from idlm_kernels.triton.step import _log_sum_exp
 
@@ -47,6 +47,7 @@ def _top_kernel(
     stride_logprobs_request,
     stride_logprobs_token,
 ):
+    follow_previous_launch()
     b, i = (tl.program_id(0) // num_tokens).to(tl.int64), tl.program_id(0) % num_tokens
     place = tl.arange(0, kListed)
     best_id = tl.full([kListed], -1, tl.int64)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 import python_ref
-from idlm_kernels.triton.common import launch, next_power_of_2
+from idlm_kernels.triton.common import follow_previous_launch, launch, next_power_of_2
 from idlm_kernels.triton.rows import span_of
 from python_ref import Penalties
 
@@ -87,6 +87,7 @@ def _penalties_kernel(
     QUADRATIC: tl.constexpr,
     BLOCK_BIASES: tl.constexpr,
 ):
+    follow_previous_launch()
     b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * kEntries
     span = span_of(gQueryStart, gNumDrafts, b, num_k)
