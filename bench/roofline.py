@@ -54,8 +54,8 @@ class Shapes:
 
 
 MODELS = {"qwen3-8b": Shapes(36, 4096, 12288, 32, 8, 128, 151_936)}
-# What others measured, of which step, and where they say so. Both of Qwen3-8B in bf16.
-AUTHORS_MS = {("ar", 1): 7.0, ("chain", 1): 8.5}  # one H100, N = 4; arXiv 2604.11035
+# What others report, of which step. Both of Qwen3-8B in bf16.
+AUTHORS_MS = {("ar", 1): 7.0, ("chain", 1): 8.5}  # the authors, one H100, N = 4; not measured here
 UNO = """\
 Uno (arXiv 2609.04010), measured by its authors on an H200 with 1.43 times the bandwidth; two forwards a cycle:
   one request: 445 tokens/s at best (tree 16, 32), AR 176 (its repository)

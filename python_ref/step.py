@@ -32,7 +32,7 @@ OUTCOME = ("num_drafts", "num_accepted", "num_emitted", "finish", "status", "dra
 
 @dataclass(frozen=True, eq=False)
 class StepState:
-    """The places of a batch, as a step finds and leaves them. Its tensors are written in place and never replaced.
+    """The requests of a batch, as a step finds and leaves them. Its tensors are written in place and never replaced.
 
     text int64 [B, max_len]; lengths int32 [B], L: pending is text[b, L - 1]; drafts int64 [B, K]; num_drafts,
     max_drafts (of the next step), draft_source, length_limits, finish, status int32 [B]; stop_ids int64 [B, S], padded

@@ -173,8 +173,25 @@ struct Multiplier {
     for (int32_t i = 0; i < 16; ++i) weights[i] = packed<Element>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Takes every V that is not finite out of the block and adds it to the rows that see it.
-  __device__ void take_out(const uint64_t (&sees)[2]) {
+  // Of the thread's rows the slots whose weight is 0, bit c slot c: each thread of four holds 16 of a row's 64.
+  __device__ void find_weightless(const uint32_t (&weights)[16], uint64_t (&none)[2]) {
+#pragma unroll
+    for (int32_t h = 0; h < 2; ++h) {
+      uint64_t mine = 0;
+#pragma unroll
+      for (int32_t j = 0; j < 8; ++j) {
+        const uint32_t pair = weights[2 * j + h];
+        mine |= (uint64_t{(pair & 0x7FFFu) == 0} | uint64_t{(pair & 0x7FFF0000u) == 0} << 1) << 8 * j;
+      }
+      mine <<= 2 * (lane_id() % 4);
+      mine |= __shfl_xor_sync(~0u, mine, 1);
+      none[h] = mine | __shfl_xor_sync(~0u, mine, 2);
+    }
+  }
+
+  // Takes every V that is not finite out of the block and adds it to the rows that see it, as the product would have: a
+  // weight of 0 makes it NaN.
+  __device__ void take_out(const uint64_t (&sees)[2], const uint32_t (&weights)[16]) {
     constexpr uint32_t kExponent = kExponentBits<Element>;
     const auto strange = [](uint32_t bits) { return (bits & kExponent) == kExponent; };
     uint8_t* sV = sQ + (ring.block() - shared_address(sQ));
@@ -188,10 +205,13 @@ struct Multiplier {
       for (int32_t i = 0; i < 4; ++i) found |= strange(words[i]) || strange(words[i] >> 16);
     }
     if (!group_any(found)) return;
+    uint64_t none[2];
+    find_weightless(weights, none);
     const int32_t pair = 4 * static_cast<int32_t>(lane_id() % 4);  // bytes
 #pragma unroll 1
     for (int32_t c = 0; c < kTileSlots; ++c) {
       const bool seen[2] = {(sees[0] >> c & 1) != 0, (sees[1] >> c & 1) != 0};
+      const bool weighs[2] = {(none[0] >> c & 1) == 0, (none[1] >> c & 1) == 0};
 #pragma unroll
       for (int32_t panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
@@ -202,7 +222,7 @@ struct Multiplier {
             const float v = Scalar<Element>::up(at[e]);
 #pragma unroll
             for (int32_t h = 0; h < 2; ++h)
-              if (seen[h] && !isfinite(v)) o[panel][4 * j + 2 * h + e] += v;
+              if (seen[h] && !isfinite(v)) o[panel][4 * j + 2 * h + e] += weighs[h] ? v : __int_as_float(0x7FC00000);
           }
         }
       }
@@ -288,11 +308,12 @@ struct Multiplier {
   }
 
   // Returns once V of a tile is there, without what is not finite where a row must not meet it.
-  __device__ void await_v(const Request& r, const Extent& x, const Sight (&rows)[2], int32_t tile) {
+  __device__ void await_v(const Request& r, const Extent& x, const Sight (&rows)[2], int32_t tile,
+                          const uint32_t (&weights)[16]) {
     barrier_wait(ring.full(), ring.parity);
     fence_async_shared();
     if (!all_see(p, r, x, tile * kTileSlots))
-      take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)});
+      take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)}, weights);
   }
 
   __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2]) {
@@ -314,7 +335,7 @@ struct Multiplier {
     for (int32_t tile = x.first_tile; tile < last; ++tile) {
       Ring ahead = ring;  // ring: V of this tile; behind it lies K of the next
       ahead.next();
-      await_v(r, x, rows, tile);
+      await_v(r, x, rows, tile, weights);
       start_scores(ahead, s);
       start_update(weights);
       products_wait<1>();
@@ -344,7 +365,7 @@ struct Multiplier {
       ring = ahead;
       ring.next();
     }
-    await_v(r, x, rows, last);
+    await_v(r, x, rows, last, weights);
     start_update(weights);
     products_wait<0>();
     settle();

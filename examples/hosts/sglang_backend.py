@@ -97,7 +97,7 @@ def verify(
 
     logits: [B * R, V]. input_ids: int64 [B, R]. num_drafts: int32 [B], all K or 0 (a chain without drafts has its MASK
     rows behind pending). seq_lens: [B] without the step's rows, so that pending stands on position seq_len. sampling:
-    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, quadratic, mode; num_k.
+    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, quadratic, rule; num_k.
 
     The rows that a request does not use lie at the end of its R and are left out.
     """

@@ -45,8 +45,7 @@ class GenerationResult:
     bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution
     (before penalties, temperature and truncation), if DecodeOptions.logprobs asks for them. top_logprobs: of each
     token the likeliest ids with theirs, if SamplingParams.logprobs asks for some, and the token itself.
-    prompt_token_ids, prompt: what was
-    answered, the text if it was given as text.
+    prompt_token_ids, prompt: what was answered, the text if it was given as text.
     """
 
     text: str

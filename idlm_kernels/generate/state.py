@@ -22,10 +22,9 @@ class DecodeState(StepState):
     """B requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
     Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]; what `Penalties` has, by
-    longer names. mask_id: the id given to MASK
-    rows (any valid one where a vector takes its place); noise_below: if not 0, MASK rows are given ids drawn from
-    1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be sampled, -1 if none; id_limit: ids from
-    here on are never sampled.
+    longer names. mask_id: the id given to MASK rows (any valid one where a vector takes its place); noise_below: if not
+    0, MASK rows are given ids drawn from 1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be
+    sampled, -1 if none; id_limit: ids from here on are never sampled.
     """
 
     temperature: Tensor
@@ -72,7 +71,7 @@ class DecodeState(StepState):
         device: torch.device,
         mask_input: MaskInput | None = None,
     ) -> DecodeState:
-        """Places without requests. mask_token_id: of the model, never sampled; what MASK rows embed, too, when
+        """A batch without requests. mask_token_id: of the model, never sampled; what MASK rows embed, too, when
         mask_input is None."""
         if mask_input is None:
             mask_input = MaskInput("mean" if mask_token_id is None else "token", mask_token_id)

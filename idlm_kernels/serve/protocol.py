@@ -132,8 +132,8 @@ class _Generation(_Body):
 
     @property
     def listed(self) -> int | None:
-        """How many of the likeliest tokens are listed with logprobs; None without logprobs."""
-        raise NotImplementedError
+        """How many of the likeliest tokens are listed with logprobs; None without logprobs, as here."""
+        return None
 
     def sampling(self, max_tokens: int | None) -> SamplingParams:
         """The parameters, with OpenAI's defaults. ValueError, TypeError naming the field."""

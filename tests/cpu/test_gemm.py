@@ -276,7 +276,7 @@ def test_update_of_an_adapter(update: type[gemm.LowRank], widths: list[int], inn
     want = torch.cat([0.5 * x.double() @ p.T @ q.T for p, q in parts], dim=1)
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-3)
     if update is gemm.SplitLowRank and not gemm.is_row_invariant(low_rank, inner):
-        return  # with this BLAS: it is not used then, as the next test shows
+        pytest.skip("with this BLAS its rows depend on each other: it is not used then, as the next test shows")
     for rows in range(1, 65):
         assert torch.equal(low_rank(x[:rows]), found[:rows]) and torch.equal(low_rank(x[-rows:]), found[-rows:])
 

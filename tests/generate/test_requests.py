@@ -260,6 +260,10 @@ def test_old_names_of_keywords_work_with_a_warning(make_generator: MakeGenerator
         with pytest.warns(DeprecationWarning, match="Engine: verify is now options.rule"):
             engine = Engine(generator.model, None, PlanPolicy.fixed(StepPlan("chain", 2)), *rest, **named)  # type: ignore[arg-type]
         assert engine.options == dataclasses.replace(old, rule="rejection", page_size=engine.options.page_size)
+    with pytest.warns(DeprecationWarning, match="Engine.epoch is now Engine.window"):
+        assert list(engine.epoch()) == []
+    with pytest.warns(DeprecationWarning, match="EngineOptions: epoch_steps is now window_steps"):
+        assert EngineOptions(epoch_steps=3).window_steps == 3  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="max_model_len and max_len, its old name"):
         EngineOptions(max_len=20, max_model_len=20)  # type: ignore[call-arg]
 

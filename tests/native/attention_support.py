@@ -197,7 +197,22 @@ def check_unseen(call: Call, ctas: int = MANY) -> None:
             check_bits(alone, seen[m - 1 : m])
 
 
+def check_weightless(call: Call) -> None:
+    """An Inf that rows see with a weight of 0 is NaN, as in any product, whether or not others of the tile see it."""
+    table, page_size, m = call["page_table"], call["k_cache"].shape[1], int(call["query_start_loc"][1])
+    for slot in (1, int(call["seq_lens"][0]) - m + 1):  # the second in a tile of which rows see different slots
+        v, k, q = call["v_cache"].clone(), call["k_cache"].clone(), call["q"].abs()
+        page, offset = int(table[0, slot // page_size]), slot % page_size
+        v[page, offset, :, 3::5], k[page, offset] = math.inf, -30_000.0
+        spoilt = call.changed(q=q, k_cache=k, v_cache=v)
+        found, last_slot = run(spoilt).result[:m], int(call["seq_lens"][0]) - m + torch.arange(m)
+        assert torch.equal(found[..., 3::5].isnan().all(-1).all(-1), last_slot >= slot)
+        for i in range(m):
+            check_bits(run(request_rows(spoilt, 0, slice(i, i + 1))).result, found[i : i + 1])
+
+
 def check_spoilt(softgpu: ModuleType | None = None) -> None:
+    check_weightless(attend((270, 40), (4, 3), heads=(4, 1, 128)))
     check_unseen(attend((270, 40), (9, 3)))
     check_unseen(attend((270, 40), (9, 3), window=11))
     check_unseen(attend((270, 20), (16, 4), heads=(4, 1, 128), tail="quadratic"), ONE)

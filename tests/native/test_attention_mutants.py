@@ -122,6 +122,12 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
         "if (seen[h] && !isfinite(v))",
         "if (!isfinite(v))",
     ),
+    "an Inf that weighs nothing is added as it is": (
+        check_spoilt,
+        "kernel.cuh",
+        "weighs[h] ? v : __int_as_float(0x7FC00000)",
+        "v",
+    ),
     "the last padding row is left as it was": (
         check_values,
         "combine.cuh",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import idlm_kernels
 import python_ref
 from idlm_kernels import use_backend
 from idlm_kernels.ops import OPS
@@ -579,6 +580,26 @@ def test_a_workspace_that_nobody_wrote_is_taken_for_one_release(op):
     want = public(op)(**args)
     with pytest.warns(DeprecationWarning, match=f"{op}: workspace has no effect"):
         assert torch.equal(public(op)(**args, workspace=torch.zeros(16, dtype=torch.uint8)), want)
+
+
+@pytest.mark.parametrize(("old", "new"), [("gate", "lora_mask"), ("slices", "output_sizes")])
+@pytest.mark.parametrize("op", ["gated_lora_linear", "linear_silu_and_mul"])
+def test_the_adapter_of_a_linear_layer_is_taken_by_old_names(op, old, new):
+    args = arguments(op, "full")
+    want = public(op)(**args)
+    args[old] = args.pop(new)
+    with pytest.warns(DeprecationWarning, match=f"{op}: {old} is now {new}"):
+        assert torch.equal(public(op)(**args), want)
+
+
+def test_the_drafts_distributions_are_taken_by_their_old_names():
+    with pytest.warns(DeprecationWarning, match="QState is now idlm_kernels.DraftDistributions"):
+        assert idlm_kernels.QState is python_ref.DraftDistributions
+    args = arguments("verify_accept", "full") | {"rule": "rejection"}
+    assert args["draft_dists"] is not None
+    args["q_state"] = args.pop("draft_dists")
+    with pytest.warns(DeprecationWarning, match="q_state is now draft_dists"):
+        public("verify_accept")(**args)
 
 
 def test_the_rule_of_verify_accept_is_taken_by_its_old_name():

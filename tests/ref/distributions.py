@@ -74,7 +74,7 @@ def cells(*columns: Tensor, num_ids: int) -> Tensor:
 def assert_follows(counts: Tensor, distribution: Tensor, what: str = "") -> None:
     """Fail unless the counts agree with the distribution, by chi-square and by total variation."""
     p = chi_square_p(counts, distribution)
-    assert p > REJECT_BELOW, f"{what}: chi-square p = {p:.2e}\ncounts {counts.tolist()}\nlaw {distribution.tolist()}"
+    assert p > REJECT_BELOW, f"{what}: chi-square p = {p:.2e}\ncounts {counts.tolist()}\nwanted {distribution.tolist()}"
     # E[TV] <= sum sqrt(p (1 - p) / (2 pi n)) <= 0.4 sqrt(cells / n)
     bound = (distribution.numel() / int(counts.sum())) ** 0.5
     assert total_variation(counts, distribution) < bound, (

@@ -97,7 +97,7 @@ IDLM_CPU_API const char* idlm_cpu_forward(const idlm_cpu_model* model, const idl
 
 // What a step does besides the forward; contracts in docs, references in python_ref.
 
-// The places of a batch.
+// The requests of a batch.
 typedef struct {
   int64_t* text;    // [batch][text_stride]; pending is the last of `lengths` tokens
   int64_t* drafts;  // [batch][drafts_stride]
