@@ -14,7 +14,7 @@ from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register
 
-MAX_TOP_LOGPROBS = 32
+MAX_LISTED = 32  # ids of a token, in every backend
 
 
 def top_logprobs(
@@ -64,8 +64,8 @@ def top_logprobs(
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
     check.positive(op, "count", count)
     check.positive(op, "id_limit", id_limit)
-    if count > MAX_TOP_LOGPROBS or count > id_limit:
-        raise ValueError(f"{op}: count is {count}, wanted at most {min(MAX_TOP_LOGPROBS, id_limit)}")
+    if count > MAX_LISTED or count > id_limit:
+        raise ValueError(f"{op}: count is {count}, wanted at most {min(MAX_LISTED, id_limit)}")
     if id_limit > logits.shape[1]:
         raise ValueError(f"{op}: id_limit is {id_limit}, wanted at most the {logits.shape[1]} columns of logits")
     if len(logits) == 0 and batch:
