@@ -16,7 +16,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cpu  # noqa: E402
-
 from build import CannotBuild, build, build_requirements, find_toolchain  # noqa: E402
 
 NATIVE, CPU = "idlm_kernels.native._native", "idlm_kernels.cpu.libidlm_cpu"
