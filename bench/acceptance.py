@@ -87,7 +87,12 @@ def ar_texts(generator: Generator, prompts: list[tuple[str, list[int]]], tokens:
 
 @torch.no_grad()
 def predictions(
-    generator: Generator, dense: DenseModel, lora: GatedLora, texts: list[Text], temperature: float, num_k: int
+    generator: Generator,
+    dense: DenseModel,
+    lora: GatedLora,
+    texts: list[Text],
+    temperature: float,
+    num_spec_tokens: int,
 ) -> Predictions:
     """Whether the drafts of every point of every text stand, by the sampling and the re-ranking of the generator."""
     model, plain, reranked = generator.model, [], []
@@ -95,20 +100,23 @@ def predictions(
         ids = torch.tensor([text.prompt + text.answer])
         anchors = torch.arange(len(text.answer)) + len(text.prompt) - 1
         below = model.mask_input.noise_below
-        embedded = mask_rows(dense, lora.mask_embedding, anchors, num_k, below, text.seed)
-        hidden = dense.masked(dense.clean(ids), anchors[None], num_k, embedded, lora)[0]
+        embedded = mask_rows(dense, lora.mask_embedding, anchors, num_spec_tokens, below, text.seed)
+        hidden = dense.masked(dense.clean(ids), anchors[None], num_spec_tokens, embedded, lora)[0]
         logits = F.linear(hidden, dense.head).flatten(0, 1)
-        state = _state_at(generator, anchors + 1, text.seed, temperature, num_k)
-        positions = (state.lengths.unsqueeze(1) + 1 + torch.arange(num_k)).flatten().to(torch.int32)
+        state = _state_at(generator, anchors + 1, text.seed, temperature, num_spec_tokens)
+        positions = (state.lengths.unsqueeze(1) + 1 + torch.arange(num_spec_tokens)).flatten().to(torch.int32)
         each = [
-            x.repeat_interleave(num_k) for x in (state.temperature, state.top_k, state.top_p, state.min_p, state.seed)
+            x.repeat_interleave(num_spec_tokens)
+            for x in (state.temperature, state.top_k, state.top_p, state.min_p, state.seed)
         ]
-        drafts = ops.sample_rows(logits, positions, *each, state.id_limit, state.sampled_mask_id).view(-1, num_k)
-        labels = F.pad(ids[0], (0, num_k + 2), value=-1)[positions.long()].view(-1, num_k)
+        drafts = ops.sample_rows(logits, positions, *each, state.id_limit, state.sampled_mask_id).view(
+            -1, num_spec_tokens
+        )
+        labels = F.pad(ids[0], (0, num_spec_tokens + 2), value=-1)[positions.long()].view(-1, num_spec_tokens)
         plain.append(drafts == labels)
         if model.rerank_head is not None:
             none = torch.zeros(len(anchors), dtype=torch.int32)
-            first, every = torch.arange(len(anchors), dtype=torch.int32) * num_k, none + num_k
+            first, every = torch.arange(len(anchors), dtype=torch.int32) * num_spec_tokens, none + num_spec_tokens
             sampled = ids[0, anchors + 1].unsqueeze(1)
             drafts = rerank_drafts(
                 model, state, logits, hidden.flatten(0, 1), first, none, sampled, drafts, every, None
@@ -117,7 +125,9 @@ def predictions(
     return Predictions(plain, reranked)
 
 
-def _state_at(generator: Generator, lengths: Tensor, seed: int, temperature: float, num_k: int) -> DecodeState:
+def _state_at(
+    generator: Generator, lengths: Tensor, seed: int, temperature: float, num_spec_tokens: int
+) -> DecodeState:
     """One place for each point of a text: what re-ranking reads of a state."""
     tokenizer, config = generator.tokenizer, generator.config
     assert tokenizer is not None
@@ -125,7 +135,7 @@ def _state_at(generator: Generator, lengths: Tensor, seed: int, temperature: flo
         len(lengths),
         1,
         1,
-        num_k,
+        num_spec_tokens,
         1,
         mask_token_id=config.mask_token_id,
         id_limit=min(config.vocab_size, tokenizer.vocab_size),

@@ -104,7 +104,7 @@ def attention_case(batch: int, rows: int, context: int, quadratic: bool = False)
     tail = torch.randint(0, 1 << rows, (batch * rows,)) if quadratic else None
 
     def run() -> Tensor:
-        return attention.strided_attention(q, *cache, table, lengths, start, max_query_len=rows, tail_mask=tail)
+        return attention.strided_attention(q, *cache, table, lengths, start, max_query_len=rows, tree_mask=tail)
 
     # A tile reads what its last row sees, once.
     block_m = attention.attention_config(HEAD_DIM, q.dtype).block_m
@@ -115,7 +115,7 @@ def attention_case(batch: int, rows: int, context: int, quadratic: bool = False)
     seen = sum(context + (rows if quadratic else last) for last in last_rows)
     floor = batch * seen * KV_HEADS * HEAD_DIM * 2 * 2
     # q once per CTA that has a chunk; query_start_loc twice and seq_len once per lane of every CTA; the page of a slot
-    # once per tile; the tail mask of a lane's two rows.
+    # once per tile; the tree mask of a lane's two rows.
     chunks = triton.cdiv(context + rows, attention.kChunk)
     splits = attention.num_splits(
         len(last_rows) * batch * KV_HEADS * block_m // 64, triton.cdiv(pages * page_size, attention.kChunk), 0
@@ -156,14 +156,17 @@ def sampling_case(rows: int, top_p: float, spread: float = 3.0) -> Case:
 
 def rejection_case() -> Case:
     """A quadratic step of one request that rejects its first draft: the residual reads p and q once each."""
-    num_k, rows = 2, 9
-    logits, state = bf16(rows, VOCAB), DraftDistributions.empty(1, num_k, VOCAB, torch.bfloat16, torch.device("cpu"))
+    num_spec_tokens, rows = 2, 9
+    logits, state = (
+        bf16(rows, VOCAB),
+        DraftDistributions.empty(1, num_spec_tokens, VOCAB, torch.bfloat16, torch.device("cpu")),
+    )
     state.log_norm.fill_(12.4)
     state.cut.fill_(-9.0)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     start = torch.tensor([0, rows], dtype=torch.int32)
-    drafts = logits[:1].topk(num_k, largest=False).indices
-    request = (start, zero + num_k, drafts, zero, one, zero, one, one * 0, torch.ones(1).long(), VOCAB, -1)
+    drafts = logits[:1].topk(num_spec_tokens, largest=False).indices
+    request = (start, zero + num_spec_tokens, drafts, zero, one, zero, one, one * 0, torch.ones(1).long(), VOCAB, -1)
 
     def run() -> object:
         return sampling.verify_accept(logits, *request, quadratic=True, rule="rejection", draft_dists=state)
@@ -174,15 +177,19 @@ def rejection_case() -> Case:
     return Case("verify_accept rejection batch=1", run, "residual", 2 * VOCAB * 2, model)
 
 
-def rerank_case(batch: int, num_k: int = 3, width: int = 256, rejection: bool = False) -> Case:
+def rerank_case(batch: int, num_spec_tokens: int = 3, width: int = 256, rejection: bool = False) -> Case:
     """Its floor is that of the first launch, which reads the K logits rows of every request once."""
-    logits, hidden = bf16(batch * num_k, VOCAB), bf16(batch * num_k, HIDDEN)
-    first, zeros, ones = torch.arange(batch).int() * num_k, torch.zeros(batch).int(), torch.ones(batch)
-    request = (first, first.long(), zeros, torch.zeros(batch, num_k).long(), zeros + num_k)
+    logits, hidden = bf16(batch * num_spec_tokens, VOCAB), bf16(batch * num_spec_tokens, HIDDEN)
+    first, zeros, ones = torch.arange(batch).int() * num_spec_tokens, torch.zeros(batch).int(), torch.ones(batch)
+    request = (first, first.long(), zeros, torch.zeros(batch, num_spec_tokens).long(), zeros + num_spec_tokens)
     parameters = (ones, zeros, ones, ones * 0, first.long())
     table = bf16(1024, HIDDEN).repeat(-(-VOCAB // 1024), 1)  # of the embedding and of the LM head
     head = [bf16(*shape) / 64 for shape in ((width, HIDDEN), (width, HIDDEN), (width, width), (HIDDEN, width))]
-    state = DraftDistributions.empty(batch, num_k, VOCAB, torch.bfloat16, torch.device("cpu")) if rejection else None
+    state = (
+        DraftDistributions.empty(batch, num_spec_tokens, VOCAB, torch.bfloat16, torch.device("cpu"))
+        if rejection
+        else None
+    )
 
     def run() -> Tensor:
         return rerank.rerank_drafts(
@@ -190,9 +197,9 @@ def rerank_case(batch: int, num_k: int = 3, width: int = 256, rejection: bool = 
         )
 
     # Which row a CTA reads and how many drafts are wanted: 8 bytes per lane.
-    model = batch * num_k * triton.cdiv(VOCAB, rerank.kBlockGroups * 256) * 128 * 8
-    name = f"rerank_drafts batch={batch} K={num_k}{' rejection' if rejection else ''}"
-    return Case(name, run, "maxima", batch * num_k * VOCAB * 2, model)
+    model = batch * num_spec_tokens * triton.cdiv(VOCAB, rerank.kBlockGroups * 256) * 128 * 8
+    name = f"rerank_drafts batch={batch} K={num_spec_tokens}{' rejection' if rejection else ''}"
+    return Case(name, run, "maxima", batch * num_spec_tokens * VOCAB * 2, model)
 
 
 def layer_cases(rows: int) -> Iterator[Case]:
@@ -289,9 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record the counts as the budget")
     parser.add_argument("--family", choices=("all", "gemm", "attention"), default="all", help="one family alone")
-    parser.add_argument(
-        "--backend", choices=("triton", "cuda"), default="triton", help="cuda: the kernels of csrc"
-    )
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton", help="cuda: the kernels of csrc")
     arguments = parser.parse_args()
     if arguments.backend == "cuda":
         if arguments.family == "all":

@@ -40,7 +40,7 @@ TINY = dataclasses.replace(
     num_kv_heads=1,
     head_dim=16,
 )
-EMITTED, FINISH = OUTCOME.index("num_emitted"), OUTCOME.index("finish")
+EMITTED, FINISH = OUTCOME.index("num_emitted"), OUTCOME.index("finish_reason")
 PLANS = ("ar", "chain", "quadratic", "auto")
 
 

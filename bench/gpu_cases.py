@@ -141,19 +141,21 @@ def sampling(draw: Draw, batch: int, top_p: float) -> dict[str, torch.Tensor]:
     return {**each, "top_k": draw.tensor([0] * batch), "seed": torch.arange(batch, device=draw.device)}
 
 
-def rerank_case(config: ModelConfig, device: torch.device, batch: int, num_k: int) -> Case:
+def rerank_case(config: ModelConfig, device: torch.device, batch: int, num_spec_tokens: int) -> Case:
     hidden, vocab_size = config.hidden_size, config.vocab_size
-    problem = RerankDrafts(batch=batch, num_k=num_k, vocab_size=vocab_size, hidden=hidden, width=HEAD_WIDTH)
+    problem = RerankDrafts(
+        batch=batch, num_spec_tokens=num_spec_tokens, vocab_size=vocab_size, hidden=hidden, width=HEAD_WIDTH
+    )
 
     def make() -> Call:
         draw = Draw(device)
-        options = {"num_drafts": draw.tensor([num_k] * batch), "id_limit": vocab_size, "mask_id": -1}
+        options = {"num_drafts": draw.tensor([num_spec_tokens] * batch), "id_limit": vocab_size, "mask_id": -1}
         return problem.call(device).changed(**sampling(draw, batch, 1.0), **options)
 
     # The rows of logits, and for each draft the candidates' rows of the LM head; the head's matrices once.
-    floor = 2 * batch * num_k * (vocab_size + 32 * hidden) + 2 * HEAD_WIDTH * (3 * hidden + HEAD_WIDTH)
+    floor = 2 * batch * num_spec_tokens * (vocab_size + 32 * hidden) + 2 * HEAD_WIDTH * (3 * hidden + HEAD_WIDTH)
     tables = ("embedding", "head_rows")  # gigabytes of which a call reads a few rows: one of each for all
-    return Case(problem.op, f"batch={batch} K={num_k}", floor, make, tables, torch.float64)
+    return Case(problem.op, f"batch={batch} K={num_spec_tokens}", floor, make, tables, torch.float64)
 
 
 def layer_cases(config: ModelConfig, device: torch.device, rows: int) -> Iterator[Case]:

@@ -154,7 +154,7 @@ def attention_rows(device: torch.device) -> Found:
             count, tail = stride * stride, torch.tensor(quadratic_masks(stride), device=device)
             pairs = []
             for _ in range(REPEAT):
-                got = run(q[:count], cache, [context + count], [count], tail_mask=tail)
+                got = run(q[:count], cache, [context + count], [count], tree_mask=tail)
                 pairs.append((got[:stride], prefill[:stride]))
             yield judged(f"context {context}: clean rows of a quadratic step of {count}", *pairs)
         odd = pages_of(24)

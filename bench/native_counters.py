@@ -159,16 +159,16 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
     from idlm_kernels.native import backend
     from idlm_kernels.testing.decided import Mix, Step
 
-    num_k = 3
+    num_spec_tokens = 3
     # Drafts that all stand in `match`, so that all MASK rows are sampled; some that do not in `rejection`. There all
     # ids are kept: of a truncated row a residual reads less of the distribution.
     match = rule == "match"
     mixes = (Mix(), Mix(0.8, top_k=50), Mix(top_p=0.95), Mix(0.7, min_p=0.05)) if match and batch > 1 else (Mix(),)
     step = Step.make(
-        batch, num_k, vocab_size, torch.bfloat16, generator, quadratic=False, rule=rule, mixes=mixes, kinds=(2,),
-        closeness=0.0 if match else 0.3, num_drafts=num_k,
+        batch, num_spec_tokens, vocab_size, torch.bfloat16, generator, quadratic=False, rule=rule, mixes=mixes,
+        kinds=(2,), closeness=0.0 if match else 0.3, num_drafts=num_spec_tokens,
     )  # fmt: skip
-    backend.cluster_size = native.load().choose_cluster_size(batch * (num_k + 1), 2 * VOCAB)
+    backend.cluster_size = native.load().choose_cluster_size(batch * (num_spec_tokens + 1), 2 * VOCAB)
     workspaces = []
     allocate = backend._empty
 
@@ -180,7 +180,7 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
     outcome = step.run(backend)
     backend._empty = allocate
     # Row i of the workspace is -1 where its draft is accepted; where it is not, the row's distribution is read.
-    refused = 0 if match else int((workspaces[-1][:, :num_k] >= 0).sum())
+    refused = 0 if match else int((workspaces[-1][:, :num_spec_tokens] >= 0).sum())
     masks = int(outcome.next_num_drafts.sum())
     nowhere = SimpleNamespace(data_ptr=lambda: 64)  # an address that no launch can write to
 
@@ -194,8 +194,8 @@ def measure_step(batch: int, rule: str, vocab_size: int, generator: Any, softgpu
     found = measure(
         lambda: step.run(backend),
         softgpu,
-        loads=[(batch * (num_k + 1) + refused) * row, masks * row],
-        ids=[batch * (num_k + 1) * vocab_size, masks * vocab_size],
+        loads=[(batch * (num_spec_tokens + 1) + refused) * row, masks * row],
+        ids=[batch * (num_spec_tokens + 1) * vocab_size, masks * vocab_size],
         stores=0 if match else masks * 2 * vocab_size,
         full=VOCAB / vocab_size,
         up_to_first=lambda: step.run(FirstLaunch),  # type: ignore[arg-type]

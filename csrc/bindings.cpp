@@ -124,7 +124,7 @@ void define_structs(py::module_& m) {
       .field("positions_are_int64", &SampleRowsParams::positions_are_int64)
       .field("noise_stream", &SampleRowsParams::noise_stream)
       .field("ids", &SampleRowsParams::ids)
-      .field("status", &SampleRowsParams::status);
+      .field("error_flags", &SampleRowsParams::error_flags);
   Struct<DraftDistributions>(m, "DraftDistributions")
       .field("logits", &DraftDistributions::logits)
       .field("stride_request", &DraftDistributions::stride_request)
@@ -138,7 +138,7 @@ void define_structs(py::module_& m) {
       .field("logits", &VerifyAcceptParams::logits)
       .field("sampling", &VerifyAcceptParams::sampling)
       .field("batch", &VerifyAcceptParams::batch)
-      .field("num_k", &VerifyAcceptParams::num_k)
+      .field("num_spec_tokens", &VerifyAcceptParams::num_spec_tokens)
       .field("query_start_loc", &VerifyAcceptParams::query_start_loc)
       .field("num_drafts", &VerifyAcceptParams::num_drafts)
       .field("drafts", &VerifyAcceptParams::drafts)
@@ -147,7 +147,7 @@ void define_structs(py::module_& m) {
       .field("quadratic", &VerifyAcceptParams::quadratic)
       .field("rejection", &VerifyAcceptParams::rejection)
       .field("draft_dists", &VerifyAcceptParams::draft_dists)
-      .field("status", &VerifyAcceptParams::status)
+      .field("error_flags", &VerifyAcceptParams::error_flags)
       .field("num_accepted", &VerifyAcceptParams::num_accepted)
       .field("tokens", &VerifyAcceptParams::tokens)
       .field("tokens_stride", &VerifyAcceptParams::tokens_stride)
@@ -157,7 +157,7 @@ void define_structs(py::module_& m) {
       .field("workspace", &VerifyAcceptParams::workspace);
   Struct<AdvanceParams>(m, "AdvanceParams")
       .field("batch", &AdvanceParams::batch)
-      .field("num_k", &AdvanceParams::num_k)
+      .field("num_spec_tokens", &AdvanceParams::num_spec_tokens)
       .field("num_accepted", &AdvanceParams::num_accepted)
       .field("tokens", &AdvanceParams::tokens)
       .field("tokens_stride", &AdvanceParams::tokens_stride)
@@ -175,7 +175,7 @@ void define_structs(py::module_& m) {
       .field("drafts", &AdvanceParams::drafts)
       .field("drafts_stride", &AdvanceParams::drafts_stride)
       .field("num_drafts", &AdvanceParams::num_drafts)
-      .field("finish", &AdvanceParams::finish)
+      .field("finish_reason", &AdvanceParams::finish_reason)
       .field("num_emitted", &AdvanceParams::num_emitted);
   Struct<LinearParams>(m, "LinearParams")
       .field("dtype", &LinearParams::dtype)
@@ -234,7 +234,7 @@ void define_attention(py::module_& m) {
       .field("page_table_stride", &AttentionParams::page_table_stride)
       .field("seq_lens", &AttentionParams::seq_lens)
       .field("query_start_loc", &AttentionParams::query_start_loc)
-      .field("tail_mask", &AttentionParams::tail_mask)
+      .field("tree_mask", &AttentionParams::tree_mask)
       .field("k_scale", &AttentionParams::k_scale)
       .field("v_scale", &AttentionParams::v_scale)
       .field("out", &AttentionParams::out)

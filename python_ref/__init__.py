@@ -7,10 +7,10 @@ is the way to get a high-precision result to judge a kernel by. No function read
 
 from python_ref.attention import strided_attention
 from python_ref.contract import (
-    STATUS_BAD_DRAFT,
-    STATUS_EMPTY_ROW,
-    STATUS_INF,
-    STATUS_NAN,
+    FLAG_BAD_DRAFT,
+    FLAG_EMPTY_ROW,
+    FLAG_INF,
+    FLAG_NAN,
     STREAM_ACCEPT,
     STREAM_DRAFT,
     STREAM_TARGET,
@@ -28,10 +28,10 @@ from python_ref.step import StepState, commit_step, plan_rows
 from python_ref.verify import verify_accept
 
 __all__ = [
-    "STATUS_BAD_DRAFT",
-    "STATUS_EMPTY_ROW",
-    "STATUS_INF",
-    "STATUS_NAN",
+    "FLAG_BAD_DRAFT",
+    "FLAG_EMPTY_ROW",
+    "FLAG_INF",
+    "FLAG_NAN",
     "STREAM_ACCEPT",
     "STREAM_DRAFT",
     "STREAM_TARGET",

@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def visible_slots(
-    m: Tensor, seq_len: Tensor, max_query_len: int, num_slots: int, tail_mask: Tensor | None, window: int
+    m: Tensor, seq_len: Tensor, max_query_len: int, num_slots: int, tree_mask: Tensor | None, window: int
 ) -> Tensor:
-    """bool [B, max_query_len, num_slots]: may row i of request b see slot s? m, seq_len [B]; tail_mask [B, rows].
+    """bool [B, max_query_len, num_slots]: may row i of request b see slot s? m, seq_len [B]; tree_mask [B, rows].
 
-    Without tail_mask row i sees slots <= seq_len - m + i, and with `window` >= 0 only the last window + 1 of those.
+    Without tree_mask row i sees slots <= seq_len - m + i, and with `window` >= 0 only the last window + 1 of those.
     With it, row i sees every slot before the step's own (s < seq_len - m) and step slot j iff bit j is set.
     """
     device = seq_len.device
@@ -21,14 +21,14 @@ def visible_slots(
     i = torch.arange(max_query_len, device=device)
     first = (seq_len - m).view(-1, 1, 1)  # slot of the step's row 0
     inside = (s < seq_len.view(-1, 1, 1)) & (i.view(1, -1, 1) < m.view(-1, 1, 1))
-    if tail_mask is None:
+    if tree_mask is None:
         last = first + i.view(1, -1, 1)
         visible = s <= last
         if window >= 0:
             visible = visible & (s >= last - window)
     else:
         j = s - first
-        bit = (tail_mask.unsqueeze(-1) >> j.clamp(0, 63)) & 1
+        bit = (tree_mask.unsqueeze(-1) >> j.clamp(0, 63)) & 1
         visible = (j < 0) | ((bit == 1) & (j < 64))
     return visible & inside
 
@@ -41,7 +41,7 @@ def strided_attention(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     *,
-    tail_mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     max_query_len: int,
     sm_scale: float | None = None,
     window: int = -1,
@@ -70,7 +70,7 @@ def strided_attention(
     i = torch.arange(max_query_len, device=q.device)
     is_row = i < m.unsqueeze(1)
     row = torch.where(is_row, start.unsqueeze(1) + i, 0)
-    padded_tail = None if tail_mask is None else tail_mask[row]
+    padded_tail = None if tree_mask is None else tree_mask[row]
 
     # The cache in slot order, [B, S, Hkv, D].
     pages = page_table.long().clamp(0, k_cache.shape[0] - 1)

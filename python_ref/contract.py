@@ -16,13 +16,13 @@ STREAM_DRAFT = 1  # drafts of `rejection`
 STREAM_ACCEPT = 2  # the acceptance uniform of `rejection`, at id 0
 STREAM_INPUT = 3  # what MASK rows embed, where that is noise
 
-# Bits of `status`.
-STATUS_NAN = 1  # a logit was NaN, taken as -inf
-STATUS_INF = 2  # a logit was +inf, taken as the largest finite value
-STATUS_EMPTY_ROW = 4  # no finite logit: the lowest allowed id was taken
-STATUS_BAD_DRAFT = 8  # a draft id or draft count out of range: the draft was rejected
+# Bits of `error_flags`.
+FLAG_NAN = 1  # a logit was NaN, taken as -inf
+FLAG_INF = 2  # a logit was +inf, taken as the largest finite value
+FLAG_EMPTY_ROW = 4  # no finite logit: the lowest allowed id was taken
+FLAG_BAD_DRAFT = 8  # a draft id or draft count out of range: the draft was rejected
 
-# Values of `finish`.
+# Values of `finish_reason`.
 RUNNING = 0
 STOPPED = 1  # by an id
 LENGTH = 2  # by the length limit

@@ -46,17 +46,17 @@ def apply_penalties(
     branch b. With x the biased logit of a token and c its count in the output: if it occurs at all, x becomes
     x / repetition where x > 0, else x * repetition; then x - frequency * c - presence * (c > 0).
     """
-    (num_rows, vocab_size), (batch, num_k) = logits.shape, drafts.shape
+    (num_rows, vocab_size), (batch, num_spec_tokens) = logits.shape, drafts.shape
     if batch == 0:
         return logits.clone() if out is None else out.copy_(logits)
     t = torch.arange(num_rows, device=logits.device)
     request = torch.searchsorted(query_start_loc[1:].contiguous(), t, right=True).clamp(max=batch - 1)
     is_row = (t < query_start_loc[-1]).unsqueeze(1)
-    visible = _visible_drafts(query_start_loc, num_drafts, num_k, quadratic, request, t)
+    visible = _visible_drafts(query_start_loc, num_drafts, num_spec_tokens, quadratic, request, t)
 
     place = torch.arange(text.shape[1], device=text.device)
     in_text, in_prompt = (place < x.unsqueeze(1) for x in (lengths, penalties.prompt_lengths))
-    j = torch.arange(num_k, device=text.device)
+    j = torch.arange(num_spec_tokens, device=text.device)
     in_output = _counts(text, in_text & ~in_prompt, vocab_size)[request]
     in_output += _counts(drafts[request], j < visible.unsqueeze(1), vocab_size)
     is_seen = (in_output > 0) | (_counts(text, in_text & in_prompt, vocab_size) > 0)[request]
@@ -87,13 +87,13 @@ def penalised(
 
 
 def _visible_drafts(
-    query_start_loc: Tensor, num_drafts: Tensor, num_k: int, quadratic: bool, request: Tensor, t: Tensor
+    query_start_loc: Tensor, num_drafts: Tensor, num_spec_tokens: int, quadratic: bool, request: Tensor, t: Tensor
 ) -> Tensor:
     """How many drafts lie before each row [T]."""
     start, num_rows = query_start_loc[:-1].long(), query_start_loc.diff().long()
-    n = num_drafts.long().clamp(min=0).minimum((num_rows - 1).clamp(0, num_k))[request]
+    n = num_drafts.long().clamp(min=0).minimum((num_rows - 1).clamp(0, num_spec_tokens))[request]
     r = t - start[request]
-    branch = ((r - 1 - n) // max(num_k, 1)).minimum(n) if quadratic else n
+    branch = ((r - 1 - n) // max(num_spec_tokens, 1)).minimum(n) if quadratic else n
     return torch.where(r <= n, r, branch)
 
 

@@ -53,9 +53,9 @@ def rerank_drafts(
     previous int64 [B] and positions int32 [B]: the token that the first draft follows and its position. draft_dists is
     given for `rejection`, and then written. greedy: all temperatures are 0; spares the noise, changes nothing else.
     """
-    num_k = drafts.shape[1]
+    num_spec_tokens = drafts.shape[1]
     acc = torch.promote_types(logits.dtype, torch.float32)
-    j = torch.arange(num_k, device=logits.device)
+    j = torch.arange(num_spec_tokens, device=logits.device)
     rows = (first_mask.unsqueeze(1) + j).clamp(0, logits.shape[0] - 1)
     values, ids = best_candidates(F.embedding(rows, logits), id_limit, mask_id)
     directions = F.embedding(ids, head_rows).to(acc)  # [B, K, C, H]
@@ -71,7 +71,7 @@ def rerank_drafts(
 
     draft, found = previous.clamp(0, len(embedding) - 1), []
     state: Tensor | None = None
-    for i in range(num_k):
+    for i in range(num_spec_tokens):
         before = F.embedding(draft, embedding).to(acc)
         state = next_state(row_parts[:, i], before, state, from_previous, from_state)
         scores = values[:, i] + (directions[:, i] @ F.linear(state, to_query).unsqueeze(2)).squeeze(2)

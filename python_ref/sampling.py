@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from python_ref.contract import (
+    FLAG_EMPTY_ROW,
+    FLAG_INF,
+    FLAG_NAN,
     GREEDY_BELOW,
-    STATUS_EMPTY_ROW,
-    STATUS_INF,
-    STATUS_NAN,
     STREAM_TARGET,
 )
 from python_ref.noise import gumbel
@@ -26,7 +26,7 @@ def add_bias(logits: Tensor, logit_bias: Tensor | None) -> Tensor:
 
 
 def sanitise(logits: Tensor, id_limit: int, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Logits with forbidden ids and NaN at -inf and +inf finite, and the status bits [...] of each row."""
+    """Logits with forbidden ids and NaN at -inf and +inf finite, and the error flags [...] of each row."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     ids = torch.arange(logits.shape[-1], device=logits.device)
     allowed = (ids < id_limit) & (ids != mask_id)
@@ -34,11 +34,11 @@ def sanitise(logits: Tensor, id_limit: int, mask_id: int) -> tuple[Tensor, Tenso
     nan, inf = x.isnan(), x == math.inf
     x = x.masked_fill(nan, -math.inf).masked_fill(inf, torch.finfo(acc).max)
     empty = (x == -math.inf).all(-1)
-    status = nan.any(-1) * STATUS_NAN + inf.any(-1) * STATUS_INF + empty * STATUS_EMPTY_ROW
+    error_flags = nan.any(-1) * FLAG_NAN + inf.any(-1) * FLAG_INF + empty * FLAG_EMPTY_ROW
     # An empty row is made a point mass on the lowest allowed id.
     lowest = 1 if mask_id == 0 else 0
     x = torch.where(empty.unsqueeze(-1) & (ids == lowest), 0.0, x)
-    return x, status.to(torch.int32)
+    return x, error_flags.to(torch.int32)
 
 
 def scale_by_temperature(x: Tensor, temperature: Tensor) -> Tensor:
@@ -100,18 +100,18 @@ def sample_rows(
     *,
     stream: int = STREAM_TARGET,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token per row: argmax(kept logits / T + Gumbel noise). logits [T, V]; the rest [T] -> ids int64 [T].
 
-    `positions` are those of the predicted tokens. mask_id = -1 when there is none. Bits are or-ed into status [T].
+    `positions` are those of the predicted tokens. mask_id = -1 when there is none. Bits are or-ed into error_flags [T].
     """
-    x, row_status = sanitise(add_bias(logits, logit_bias), id_limit, mask_id)
+    x, row_flags = sanitise(add_bias(logits, logit_bias), id_limit, mask_id)
     z = scale_by_temperature(x, temperature)
     cut = truncation_cut(z, top_k, top_p, min_p)
-    if status is not None:
-        status |= row_status
+    if error_flags is not None:
+        error_flags |= row_flags
     noise = gumbel(seed, positions, z.shape[-1], stream, z.dtype)
     ids = perturbed_argmax(z, cut, temperature < GREEDY_BELOW, noise)
     return ids if out is None else out.copy_(ids)

@@ -20,19 +20,19 @@ def advance(
     num_drafts: Tensor,
     length_limits: Tensor,
     stop_ids: Tensor,
-    finish: Tensor,
+    finish_reason: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """Move the state of every running request forward in place; returns num_emitted int32 [B].
 
     num_accepted, tokens [B, N], next_drafts [B, K], next_num_drafts: of `verify_accept`. text int64 [B, max_len]
     holds the committed tokens, lengths int32 [B] counts them, length_limits int32 [B] bounds them. stop_ids int64
-    [B, S] (-1 = none) end a request after their first occurrence, which is committed. finish int32 [B] becomes 1
+    [B, S] (-1 = none) end a request after their first occurrence, which is committed. finish_reason int32 [B] becomes 1
     (stopped) or 2 (length limit); finished requests no longer change. Nothing after a stop is committed.
     """
     width = tokens.shape[1]
     i = torch.arange(width, device=tokens.device)
-    running = (finish == RUNNING) & (tokens[:, 0] >= 0)
+    running = (finish_reason == RUNNING) & (tokens[:, 0] >= 0)
     committed = num_accepted.long() + 1
     is_stop = (tokens.unsqueeze(-1) == stop_ids.unsqueeze(1)).any(-1) & (tokens >= 0) & (i < committed.unsqueeze(1))
     until_stop = torch.where(is_stop, i + 1, width + 1).amin(1)
@@ -48,7 +48,7 @@ def advance(
 
     stopped = running & (until_stop <= emitted)
     full = running & ~stopped & (lengths >= length_limits)
-    finish.copy_(torch.where(stopped, STOPPED, torch.where(full, LENGTH, finish)))
+    finish_reason.copy_(torch.where(stopped, STOPPED, torch.where(full, LENGTH, finish_reason)))
     drafts.copy_(torch.where(running.unsqueeze(1), next_drafts, drafts))
-    num_drafts.copy_(torch.where(running, next_num_drafts * (finish == RUNNING), num_drafts))
+    num_drafts.copy_(torch.where(running, next_num_drafts * (finish_reason == RUNNING), num_drafts))
     return emitted.to(torch.int32) if out is None else out.copy_(emitted)

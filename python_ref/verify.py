@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from python_ref.contract import (
+    FLAG_BAD_DRAFT,
     GREEDY_BELOW,
-    STATUS_BAD_DRAFT,
     STREAM_ACCEPT,
     STREAM_DRAFT,
     STREAM_TARGET,
@@ -89,7 +89,7 @@ class Rows(NamedTuple):
     logits: Tensor  # [B, R, V] logit_bias added
     z: Tensor  # [B, R, V] / temperature, -inf where an id is not allowed
     cut: Tensor  # [B, R] an id is kept iff z >= cut
-    status: Tensor  # int32 [B] bits of the rows that are there
+    error_flags: Tensor  # int32 [B] bits of the rows that are there
 
 
 def verify_accept(
@@ -110,7 +110,7 @@ def verify_accept(
     rule: str,
     draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Verify the drafts of every request, sample its next token and propose its next drafts.
@@ -140,10 +140,10 @@ def verify_accept(
     if rule == "rejection" and draft_dists is not None:
         remember(draft_dists, masks, next_num_drafts > 0)
 
-    if status is not None:
+    if error_flags is not None:
         odd = (step.num_drafts != num_drafts) | bad.any(1)
-        flags = clean.status | masks.status | torch.where(odd, STATUS_BAD_DRAFT, 0).to(torch.int32)
-        status |= torch.where(step.present, flags, 0)
+        flags = clean.error_flags | masks.error_flags | torch.where(odd, FLAG_BAD_DRAFT, 0).to(torch.int32)
+        error_flags |= torch.where(step.present, flags, 0)
     result = a.to(torch.int32), tokens, next_drafts, next_num_drafts
     if out is None:
         return result
@@ -178,23 +178,25 @@ def rejection(
     max(0, p - q), renormalised; of p where that is empty or where q is unknown (a bad draft). The result has
     distribution p.
     """
-    num_k, vocab_size = step.drafts.shape[1], clean.z.shape[-1]
+    num_spec_tokens, vocab_size = step.drafts.shape[1], clean.z.shape[-1]
     greedy = sampling.greedy
-    p = distribution(clean.z, clean.cut, log_norm_of(clean.z, clean.cut), greedy)[:, :num_k]
+    p = distribution(clean.z, clean.cut, log_norm_of(clean.z, clean.cut), greedy)[:, :num_spec_tokens]
     allowed = sanitise(draft_dists.logits, sampling.id_limit, sampling.mask_id)[0]
     q_z = scale_by_temperature(allowed, sampling.temperature.unsqueeze(1))
     q = distribution(q_z, draft_dists.cut.to(q_z.dtype), draft_dists.log_norm.to(q_z.dtype), greedy)
 
     x = step.drafts.clamp(0, vocab_size - 1).unsqueeze(-1)
-    position = step.length + torch.arange(num_k, device=x.device)
+    position = step.length + torch.arange(num_spec_tokens, device=x.device)
     u = uniform(sampling.seed.unsqueeze(1).expand(position.shape), position, STREAM_ACCEPT).to(p.dtype)
     accepted = u * q.gather(-1, x).squeeze(-1) < p.gather(-1, x).squeeze(-1)
 
     residual = (p - q).clamp(min=0)
     residual = torch.where((bad | (residual.sum(-1) == 0)).unsqueeze(-1), p, residual)
-    corrected = lowest_argmax(torch.where(greedy.unsqueeze(-1), residual, residual.log() + noise[:, :num_k]))
-    corrected = torch.where(step.is_draft, corrected, y[:, :num_k])  # beyond the drafts y is a sample of p already
-    return accepted, torch.cat([corrected, y[:, num_k:]], dim=1)
+    corrected = lowest_argmax(torch.where(greedy.unsqueeze(-1), residual, residual.log() + noise[:, :num_spec_tokens]))
+    corrected = torch.where(
+        step.is_draft, corrected, y[:, :num_spec_tokens]
+    )  # beyond the drafts y is a sample of p already
+    return accepted, torch.cat([corrected, y[:, num_spec_tokens:]], dim=1)
 
 
 def propose(
@@ -211,20 +213,20 @@ def propose(
     MASK row j of branch a predicts position L + a + 1 + j: of the new L, the j-th draft's. A chain has branch n only,
     so that it proposes where all drafts were accepted.
     """
-    num_k = step.drafts.shape[1]
-    j = torch.arange(num_k, device=logits.device)
+    num_spec_tokens = step.drafts.shape[1]
+    j = torch.arange(num_spec_tokens, device=logits.device)
     branch = a if quadratic else torch.zeros_like(a)
-    first = 1 + step.num_drafts + branch * num_k
-    proposed = step.present & (first + num_k <= step.num_rows) & (num_k > 0)
+    first = 1 + step.num_drafts + branch * num_spec_tokens
+    proposed = step.present & (first + num_spec_tokens <= step.num_rows) & (num_spec_tokens > 0)
     if not quadratic:
         proposed = proposed & (a == step.num_drafts)
     has_row = proposed.unsqueeze(1).expand(step.drafts.shape)
     rows = transform(
         torch.where(has_row, (step.start + first).unsqueeze(1) + j, 0), has_row, logits, logit_bias, sampling
     )
-    noise = noise_from(step.length + a.unsqueeze(1) + 1, num_k, sampling.seed, stream, rows.z)
+    noise = noise_from(step.length + a.unsqueeze(1) + 1, num_spec_tokens, sampling.seed, stream, rows.z)
     sampled = perturbed_argmax(rows.z, rows.cut, sampling.greedy.expand(has_row.shape), noise)
-    return torch.where(has_row, sampled, -1), torch.where(proposed, num_k, 0).to(torch.int32), rows
+    return torch.where(has_row, sampled, -1), torch.where(proposed, num_spec_tokens, 0).to(torch.int32), rows
 
 
 def remember(draft_dists: DraftDistributions, masks: Rows, proposed: Tensor) -> None:
@@ -249,16 +251,16 @@ def step_of(query_start_loc: Tensor, num_drafts: Tensor, drafts: Tensor, positio
 
 
 def transform(rows: Tensor, valid: Tensor, logits: Tensor, logit_bias: Tensor | None, sampling: Sampling) -> Rows:
-    """The rows [B, R] of logits after the sampling transform, and the status bits of those that are valid [B, R]."""
+    """The rows [B, R] of logits after the sampling transform, and the error flags of those that are valid [B, R]."""
     raw = add_bias(logits[rows], None if logit_bias is None else logit_bias[rows])
     x, bits = sanitise(raw, sampling.id_limit, sampling.mask_id)
     temperature, top_k, top_p, min_p = (p.unsqueeze(1).expand(rows.shape) for p in sampling[:4])
     z = scale_by_temperature(x, temperature)
     cut = truncation_cut(z.flatten(0, 1), top_k.flatten(), top_p.flatten(), min_p.flatten()).view(rows.shape)
-    status = torch.zeros_like(sampling.top_k, dtype=torch.int32)
+    error_flags = torch.zeros_like(sampling.top_k, dtype=torch.int32)
     for r in range(rows.shape[1]):
-        status = status | torch.where(valid[:, r], bits[:, r], 0)
-    return Rows(raw, z, cut, status)
+        error_flags = error_flags | torch.where(valid[:, r], bits[:, r], 0)
+    return Rows(raw, z, cut, error_flags)
 
 
 def noise_from(first: Tensor, count: int, seed: Tensor, stream: int, z: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def tiny_state(prompts: list[list[int]], max_pages: int, num_drafts: int = 0, vo
     for b, prompt in enumerate(prompts):
         state.insert(b, prompt, SamplingParams(), 0, len(prompt) + 8, [])
     state.page_table.copy_(torch.arange(batch * max_pages).view(batch, max_pages))
-    state.finish.fill_(RUNNING)
+    state.finish_reason.fill_(RUNNING)
     return state
 
 

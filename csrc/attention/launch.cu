@@ -33,8 +33,8 @@ Status check(const AttentionParams& p) {
     return invalid("num_heads must be a positive multiple of num_kv_heads");
   if (p.num_rows < 0 || p.batch < 0 || p.max_pages < 0 || p.num_pages < 1 || p.page_size < 1 || p.max_query_len < 1)
     return invalid("num_pages, page_size and max_query_len must be positive, other sizes must not be negative");
-  if (p.tail_mask != nullptr && (p.window >= 0 || p.max_query_len > 64))
-    return invalid("a tail_mask takes no window, and at most 64 rows of a request");
+  if (p.tree_mask != nullptr && (p.window >= 0 || p.max_query_len > 64))
+    return invalid("a tree_mask takes no window, and at most 64 rows of a request");
   const auto aligned = [](const void* data, int64_t vector, std::initializer_list<int64_t> strides) {
     return data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
            std::all_of(strides.begin(), strides.end(), [vector](int64_t s) { return s % vector == 0; });

@@ -22,7 +22,7 @@ struct Request {
     length = max(min(p.seq_lens[b], p.max_slots), 0);
     first = length - all;
     low = lowest(p, first);
-    end = p.tail_mask != nullptr ? length : min(first + rows, length);
+    end = p.tree_mask != nullptr ? length : min(first + rows, length);
   }
   // The oldest slot that is seen from a slot.
   static __device__ int32_t lowest(const Params& p, int32_t slot) {
@@ -128,7 +128,7 @@ struct Extent {
     first_row = static_cast<int32_t>(int64_t{u.row_tile} * kTileRows / p.group);
     last_row = min(static_cast<int32_t>((int64_t{u.row_tile} * kTileRows + kTileRows - 1) / p.group), r.rows - 1);
     low = Request::lowest(p, r.first + first_row);
-    end = p.tail_mask != nullptr ? r.length : min(r.first + last_row + 1, r.length);
+    end = p.tree_mask != nullptr ? r.length : min(r.first + last_row + 1, r.length);
     int32_t begin = low, stop = end;
     if (level < kWhole) {
       const int64_t first_slot = (int64_t{r.first_part(level)} + u.part) * kLeafSlots << level;

@@ -49,17 +49,17 @@ struct Row {
 // What a row sees.
 struct Sight {
   int32_t i;      // of the step
-  uint64_t tail;  // step slots that it sees, with a tail mask
+  uint64_t tail;  // step slots that it sees, with a tree mask
 
   __device__ Sight(const Params& p, const Row& row) : i(row.i) {
-    tail = row.exists && p.tail_mask != nullptr ? static_cast<uint64_t>(p.tail_mask[row.row]) : 0;
+    tail = row.exists && p.tree_mask != nullptr ? static_cast<uint64_t>(p.tree_mask[row.row]) : 0;
   }
 
   // Bit c: it sees slot first_slot + c.
   __device__ uint64_t sees(const Params& p, const Request& r, int32_t first_slot) const {
     const int64_t step = int64_t{r.first} - first_slot;  // where the step begins
     uint64_t bits;
-    if (p.tail_mask != nullptr) {
+    if (p.tree_mask != nullptr) {
       const uint64_t own = step >= 64 || step <= -64 ? 0 : step >= 0 ? tail << step : tail >> -step;
       bits = below(step) | own;
     } else {
@@ -77,7 +77,7 @@ struct Sight {
 __device__ __forceinline__ bool all_see(const Params& p, const Request& r, const Extent& x, int32_t first_slot) {
   const int64_t end = int64_t{first_slot} + kTileSlots;
   if (end > r.length) return false;
-  if (p.tail_mask != nullptr) return end <= r.first;
+  if (p.tree_mask != nullptr) return end <= r.first;
   return end <= int64_t{r.first} + x.first_row + 1 &&
          (p.window < 0 || first_slot >= int64_t{r.first} + x.last_row - p.window);
 }

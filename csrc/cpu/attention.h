@@ -33,8 +33,8 @@ void attend_queries(const Job& job, int layer, int thread, int request, int kv_h
   for (int i = 0; i < Q; i++) {
     const int index = (first_query + i) / per_kv, head = kv_head * per_kv + (first_query + i) % per_kv;
     row_of[i] = index;
-    mask[i] = rows.tail_mask ? (uint64_t)rows.tail_mask[first_row + index] : 0;
-    const int seen = rows.tail_mask ? before : before + index + 1;
+    mask[i] = rows.tree_mask ? (uint64_t)rows.tree_mask[first_row + index] : 0;
+    const int seen = rows.tree_mask ? before : before + index + 1;
     common = seen < common ? seen : common;
     out[i] = job.attended + (first_row + index) * (int64_t)(m.heads * dim) + head * dim;
     p[i] = job.scores[thread] + i * job.score_stride;
@@ -43,7 +43,7 @@ void attend_queries(const Job& job, int layer, int thread, int request, int kv_h
   }
   auto sees = [&](int i, int slot) {
     const int j = slot - before;
-    return j < 0 || (rows.tail_mask ? (j < 64 && (mask[i] >> j & 1)) : j <= row_of[i]);
+    return j < 0 || (rows.tree_mask ? (j < 64 && (mask[i] >> j & 1)) : j <= row_of[i]);
   };
 
   // Scores, some tiles of keys at a time: as many as keep the adders busy. While they are computed the values of their slots

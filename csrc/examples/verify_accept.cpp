@@ -41,7 +41,7 @@ std::vector<T> on_host(const T* device, size_t count) {
 
 int main() {
   // One request, stride N = 4: pending and 3 drafts, then 3 MASK rows for each of the branches 0..3.
-  constexpr int kVocab = 1000, kNumK = 3, kClean = kNumK + 1, kRows = kClean + kNumK * (kNumK + 1);
+  constexpr int kVocab = 1000, kNumSpecTokens = 3, kClean = kNumSpecTokens + 1, kRows = kClean + kNumSpecTokens * (kNumSpecTokens + 1);
   constexpr int kPending = 41;  // position of the pending token
   std::vector<float> values(static_cast<size_t>(kRows) * kVocab);
   uint32_t state = 1;
@@ -76,27 +76,27 @@ int main() {
   step.logits.num_rows = kRows;
   step.sampling = sampling;
   step.batch = 1;
-  step.num_k = kNumK;
+  step.num_spec_tokens = kNumSpecTokens;
   step.query_start_loc = on_device(std::vector<int32_t>{0, kRows});
-  step.num_drafts = on_device(std::vector<int32_t>{kNumK});
+  step.num_drafts = on_device(std::vector<int32_t>{kNumSpecTokens});
   step.drafts = rows.ids;
-  step.drafts_stride = kNumK;
+  step.drafts_stride = kNumSpecTokens;
   step.positions = on_device(std::vector<int32_t>{kPending});
   step.quadratic = true;
   step.num_accepted = on_device(std::vector<int32_t>{-1});
   step.tokens = on_device(std::vector<int64_t>(kClean, -1));
   step.tokens_stride = kClean;
-  step.next_drafts = on_device(std::vector<int64_t>(kNumK, -1));
-  step.next_drafts_stride = kNumK;
+  step.next_drafts = on_device(std::vector<int64_t>(kNumSpecTokens, -1));
+  step.next_drafts_stride = kNumSpecTokens;
   step.next_num_drafts = on_device(std::vector<int32_t>{-1});
-  check(cudaMalloc(&step.workspace, idlm::verify_accept_workspace_bytes(step.batch, step.num_k)));
+  check(cudaMalloc(&step.workspace, idlm::verify_accept_workspace_bytes(step.batch, step.num_spec_tokens)));
   check(idlm::verify_accept(step, options));
   check(cudaDeviceSynchronize());
 
   const std::vector<int64_t> sampled = on_host(rows.ids, kClean), tokens = on_host(step.tokens, kClean);
   const int accepted = on_host(step.num_accepted, 1)[0], proposed = on_host(step.next_num_drafts, 1)[0];
-  std::printf("accepted %d of %d drafts, committed", accepted, kNumK);
+  std::printf("accepted %d of %d drafts, committed", accepted, kNumSpecTokens);
   for (int64_t token : tokens) std::printf(" %lld", static_cast<long long>(token));
   std::printf(", proposed %d\n", proposed);
-  return accepted == kNumK && tokens == sampled && proposed == kNumK ? 0 : 1;
+  return accepted == kNumSpecTokens && tokens == sampled && proposed == kNumSpecTokens ? 0 : 1;
 }

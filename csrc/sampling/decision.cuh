@@ -17,7 +17,7 @@ struct Request {
     num_rows = load_uniform(p.query_start_loc + b + 1) - start;
     present = num_rows > 0;
     const int32_t given = load_uniform(p.num_drafts + b);
-    num_drafts = min(max(given, 0), min(max(num_rows - 1, 0), p.num_k));
+    num_drafts = min(max(given, 0), min(max(num_rows - 1, 0), p.num_spec_tokens));
     bad_count = present && num_drafts != given;
   }
 };
@@ -31,7 +31,7 @@ __device__ inline int32_t count_accepted(const KernelParams& p, const Request& r
   const int32_t i = lane_id();
   bool is_accepted = false;
   if (i < r.num_drafts) {
-    const int32_t y = p.row_tokens[b * (p.num_k + 1) + i];
+    const int32_t y = p.row_tokens[b * (p.num_spec_tokens + 1) + i];
     is_accepted = rejection ? y == kAccepted : y == p.drafts[b * p.drafts_stride + i];
   }
   return __ffs(~__ballot_sync(~0u, is_accepted)) - 1;
@@ -42,7 +42,7 @@ __device__ inline void write_outcome(const KernelParams& p, const Request& r, in
                                      int32_t token) {
   const int32_t i = lane_id();
   bool bad = r.bad_count;
-  if (i <= p.num_k) {
+  if (i <= p.num_spec_tokens) {
     int64_t value = -1;
     if (r.present) {
       const int64_t draft = i < r.num_drafts ? p.drafts[b * p.drafts_stride + i] : 0;
@@ -55,8 +55,8 @@ __device__ inline void write_outcome(const KernelParams& p, const Request& r, in
   bad = __any_sync(~0u, bad);
   if (i == 0) {
     p.num_accepted[b] = accepted;
-    p.next_num_drafts[b] = proposed ? p.num_k : 0;
-    if (bad && p.status != nullptr) atomicOr(p.status + b, kStatusBadDraft);
+    p.next_num_drafts[b] = proposed ? p.num_spec_tokens : 0;
+    if (bad && p.error_flags != nullptr) atomicOr(p.error_flags + b, kFlagBadDraft);
   }
 }
 

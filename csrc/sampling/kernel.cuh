@@ -19,19 +19,19 @@ namespace idlm {
 __device__ __forceinline__ bool is_first_thread_of_cluster() { return cluster_rank() == 0 && threadIdx.x == 0; }
 
 template <class L, class S, bool kRejection>
-__device__ __forceinline__ int32_t token_of(RowSampler<L, S, kRejection>& sampler, int32_t status) {
-  return status & kStatusEmptyRow ? sampler.lowest_allowed() : sampler.sample();
+__device__ __forceinline__ int32_t token_of(RowSampler<L, S, kRejection>& sampler, int32_t error_flags) {
+  return error_flags & kFlagEmptyRow ? sampler.lowest_allowed() : sampler.sample();
 }
 
 template <class L, class S, bool kRejection>
 __device__ void sample_row(const KernelParams& p, RowSampler<L, S, kRejection>& sampler) {
-  const int32_t status = sampler.load();
+  const int32_t error_flags = sampler.load();
   let_next_kernel_start();
-  if (!(status & kStatusEmptyRow)) sampler.truncate(false);
-  const int32_t id = token_of(sampler, status);
+  if (!(error_flags & kFlagEmptyRow)) sampler.truncate(false);
+  const int32_t id = token_of(sampler, error_flags);
   if (is_first_thread_of_cluster()) {
     p.ids[sampler.task.row] = id;
-    if (status && p.status != nullptr) p.status[sampler.task.row] |= status;
+    if (error_flags && p.error_flags != nullptr) p.error_flags[sampler.task.row] |= error_flags;
   }
 }
 
@@ -39,10 +39,10 @@ __device__ void sample_row(const KernelParams& p, RowSampler<L, S, kRejection>& 
 template <class L, class S, bool kRejection>
 __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L, S, kRejection>& sampler) {
   const int32_t b = sampler.task.entry, i = sampler.task.index;
-  const int32_t status = sampler.load();
+  const int32_t error_flags = sampler.load();
   let_next_kernel_start();
   const bool judge = kRejection && i < r.num_drafts && !sampler.greedy;
-  if (!(status & kStatusEmptyRow)) sampler.truncate(judge);
+  if (!(error_flags & kFlagEmptyRow)) sampler.truncate(judge);
 
   int32_t token = -1;
   bool accepted = false;
@@ -60,7 +60,7 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
         float logit =
             Scalar<L>::up(load_uniform(static_cast<const L*>(p.logits.data) + sampler.task.row * p.logits.row_stride + x));
         if (p.logits.bias != nullptr) logit += load_uniform_as_float(sampler.bias_of_row(), p.logits.bias_dtype, x);
-        if (status & kStatusEmptyRow) {
+        if (error_flags & kFlagEmptyRow) {
           p_x = x == sampler.lowest_allowed() ? 1.0f : 0.0f;
         } else {
           p_x = logit >= sampler.cut ? sampler.probability(logit, sampler.log_norm) : 0.0f;
@@ -70,40 +70,40 @@ __device__ void clean_row(const KernelParams& p, const Request& r, RowSampler<L,
       }
       const float u = word_to_uniform(sampler.noise.quad(0, kStreamAccept).w[0]);
       accepted = u * q_x < p_x;
-      if (!accepted && !(status & kStatusEmptyRow)) {
+      if (!accepted && !(error_flags & kFlagEmptyRow)) {
         const void* q_logits = static_cast<const char*>(dists.logits) + row * size_of(dists.dtype);
         token = sampler.sample_residual(q_logits, q_cut, q_norm);
       }
     }
-    if (!accepted && token < 0) token = token_of(sampler, status);
+    if (!accepted && token < 0) token = token_of(sampler, error_flags);
     // A greedy distribution is a point mass: its draft is accepted iff it is that point, whatever q was.
     if (sampler.greedy && i < r.num_drafts) accepted = draft == token;
   } else {
-    token = token_of(sampler, status);
+    token = token_of(sampler, error_flags);
   }
 
   if (is_first_thread_of_cluster()) {
-    p.row_tokens[b * (p.num_k + 1) + i] = accepted ? kAccepted : token;
-    if (status && p.status != nullptr) atomicOr(p.status + b, status);
+    p.row_tokens[b * (p.num_spec_tokens + 1) + i] = accepted ? kAccepted : token;
+    if (error_flags && p.error_flags != nullptr) atomicOr(p.error_flags + b, error_flags);
   }
-  if (p.num_k == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, token);
+  if (p.num_spec_tokens == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, token);
 }
 
 // The j-th draft of the next step and, in `rejection`, its distribution.
 template <class L, class S, bool kRejection>
 __device__ void mask_row(const KernelParams& p, RowSampler<L, S, kRejection>& sampler) {
   const int32_t b = sampler.task.entry, j = sampler.task.index;
-  const int32_t status = sampler.load();
+  const int32_t error_flags = sampler.load();
   let_next_kernel_start();
-  if (!(status & kStatusEmptyRow)) sampler.truncate(kRejection);
-  const int32_t token = token_of(sampler, status);
+  if (!(error_flags & kFlagEmptyRow)) sampler.truncate(kRejection);
+  const int32_t token = token_of(sampler, error_flags);
   if (is_first_thread_of_cluster()) {
     p.next_drafts[b * p.next_drafts_stride + j] = token;
-    if (status && p.status != nullptr) atomicOr(p.status + b, status);
+    if (error_flags && p.error_flags != nullptr) atomicOr(p.error_flags + b, error_flags);
   }
   if constexpr (kRejection) {
     const DraftDistributions& dists = p.draft_dists;
-    const bool empty = status & kStatusEmptyRow;  // stored as the point mass that it was sampled from
+    const bool empty = error_flags & kFlagEmptyRow;  // stored as the point mass that it was sampled from
     if (is_first_thread_of_cluster()) {
       dists.cut[b * dists.cut_stride + j] = empty ? 0.0f : sampler.temperature.z(sampler.cut);
       dists.log_norm[b * dists.log_norm_stride + j] = empty ? 0.0f : sampler.log_norm;
@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     cluster_wait();
     sample_row(p, sampler);
   } else if (p.role == Role::kCleanRow) {
-    const int32_t b = cluster / (p.num_k + 1), i = cluster % (p.num_k + 1);
+    const int32_t b = cluster / (p.num_spec_tokens + 1), i = cluster % (p.num_spec_tokens + 1);
     const Request r(p, b);
     if (!r.present || i > r.num_drafts) {
-      if (p.num_k == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, -1);
+      if (p.num_spec_tokens == 0 && cluster_rank() == 0 && warp_id() == 0) write_outcome(p, r, b, 0, false, -1);
       return;
     }
     const Task task{r.start + i, b, i, kStreamTarget, static_cast<uint32_t>(load_uniform(p.positions + b) + 1 + i)};
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     cluster_wait();
     clean_row(p, r, sampler);
   } else {
-    const int32_t b = cluster / p.num_k, j = cluster % p.num_k;
+    const int32_t b = cluster / p.num_spec_tokens, j = cluster % p.num_spec_tokens;
     const Request r(p, b);
     if (warp_id() == 0) {
       const int32_t count = count_accepted(p, r, b, kRejection);
@@ -180,11 +180,11 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     }
     __syncthreads();
     const int32_t accepted = sAccepted;
-    const int32_t first_mask = 1 + r.num_drafts + (p.quadratic ? accepted * p.num_k : 0);
+    const int32_t first_mask = 1 + r.num_drafts + (p.quadratic ? accepted * p.num_spec_tokens : 0);
     const bool proposed =
-        r.present && first_mask + p.num_k <= r.num_rows && (p.quadratic || accepted == r.num_drafts);
+        r.present && first_mask + p.num_spec_tokens <= r.num_rows && (p.quadratic || accepted == r.num_drafts);
     if (j == 0 && cluster_rank() == 0 && warp_id() == 0) {
-      const int32_t token = r.present ? load_uniform(p.row_tokens + b * (p.num_k + 1) + accepted) : -1;
+      const int32_t token = r.present ? load_uniform(p.row_tokens + b * (p.num_spec_tokens + 1) + accepted) : -1;
       write_outcome(p, r, b, accepted, proposed, token);
     }
     if (!proposed) {

@@ -96,26 +96,26 @@ Status sample_rows(const SampleRowsParams& params, const LaunchOptions& options)
   p.positions_are_int64 = params.positions_are_int64;
   p.noise_stream = params.noise_stream;
   p.ids = params.ids;
-  p.status = params.status;
+  p.error_flags = params.error_flags;
   return launch(op, p, params.logits.num_rows, params.logits.num_rows, false, options);
 }
 
-size_t verify_accept_workspace_bytes(int32_t batch, int32_t num_k) {
-  return sizeof(int32_t) * static_cast<size_t>(batch) * static_cast<size_t>(num_k + 1);
+size_t verify_accept_workspace_bytes(int32_t batch, int32_t num_spec_tokens) {
+  return sizeof(int32_t) * static_cast<size_t>(batch) * static_cast<size_t>(num_spec_tokens + 1);
 }
 
 Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& options) {
   const char* op = "verify_accept";
   Status status = check(op, params.logits, params.sampling);
   if (!status.ok()) return status;
-  if (params.num_k < 0 || params.num_k > kMaxDrafts)
-    return failure(Code::kUnsupported, "%s: %d drafts per request, this kernel takes 0 to %d", op, params.num_k, kMaxDrafts);
+  if (params.num_spec_tokens < 0 || params.num_spec_tokens > kMaxDrafts)
+    return failure(Code::kUnsupported, "%s: %d drafts per request, this kernel takes 0 to %d", op, params.num_spec_tokens, kMaxDrafts);
   if (params.query_start_loc == nullptr || params.num_drafts == nullptr || params.positions == nullptr ||
       params.num_accepted == nullptr || params.tokens == nullptr || params.next_num_drafts == nullptr ||
-      params.workspace == nullptr || (params.num_k > 0 && (params.drafts == nullptr || params.next_drafts == nullptr)))
+      params.workspace == nullptr || (params.num_spec_tokens > 0 && (params.drafts == nullptr || params.next_drafts == nullptr)))
     return failure(Code::kInvalidArgument, "%s: request arrays, results and workspace must not be null", op);
   const DraftDistributions& dists = params.draft_dists;
-  const bool needs_dists = params.rejection && params.num_k > 0;
+  const bool needs_dists = params.rejection && params.num_spec_tokens > 0;
   if (needs_dists) {
     if (dists.logits == nullptr || dists.cut == nullptr || dists.log_norm == nullptr)
       return failure(Code::kInvalidArgument, "%s: rejection needs the distributions of the drafts", op);
@@ -126,7 +126,7 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
   p.role = Role::kCleanRow;
   p.logits = params.logits;
   p.sampling = params.sampling;
-  p.num_k = params.num_k;
+  p.num_spec_tokens = params.num_spec_tokens;
   p.query_start_loc = params.query_start_loc;
   p.num_drafts = params.num_drafts;
   p.drafts = params.drafts;
@@ -136,7 +136,7 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
   p.draft_dists = dists;
   p.draft_dists_aligned = needs_dists && aligned(dists.logits, dists.stride_request, dists.dtype) &&
                    aligned(dists.logits, dists.stride_draft, dists.dtype);
-  p.status = params.status;
+  p.error_flags = params.error_flags;
   p.row_tokens = static_cast<int32_t*>(params.workspace);
   p.num_accepted = params.num_accepted;
   p.tokens = params.tokens;
@@ -144,11 +144,11 @@ Status verify_accept(const VerifyAcceptParams& params, const LaunchOptions& opti
   p.next_drafts = params.next_drafts;
   p.next_drafts_stride = params.next_drafts_stride;
   p.next_num_drafts = params.next_num_drafts;
-  const int64_t batch = params.batch, num_k = params.num_k;
-  status = launch(op, p, batch * (num_k + 1), batch * (num_k + 1), params.rejection, options);
-  if (!status.ok() || num_k == 0) return status;
+  const int64_t batch = params.batch, num_spec_tokens = params.num_spec_tokens;
+  status = launch(op, p, batch * (num_spec_tokens + 1), batch * (num_spec_tokens + 1), params.rejection, options);
+  if (!status.ok() || num_spec_tokens == 0) return status;
   p.role = Role::kMaskRow;
-  return launch(op, p, batch * num_k, batch * num_k, params.rejection, options);
+  return launch(op, p, batch * num_spec_tokens, batch * num_spec_tokens, params.rejection, options);
 }
 
 }  // namespace idlm

@@ -21,7 +21,7 @@ struct KernelParams {
   int32_t noise_stream;
   int64_t* ids;
   // kCleanRow, kMaskRow
-  int32_t num_k;
+  int32_t num_spec_tokens;
   const int32_t* query_start_loc;
   const int32_t* num_drafts;
   const int64_t* drafts;
@@ -30,8 +30,8 @@ struct KernelParams {
   bool quadratic;
   DraftDistributions draft_dists;
   bool draft_dists_aligned;
-  int32_t* status;
-  int32_t* row_tokens;  // workspace [batch, num_k + 1]: y_i, or kAccepted
+  int32_t* error_flags;
+  int32_t* row_tokens;  // workspace [batch, num_spec_tokens + 1]: y_i, or kAccepted
   int32_t* num_accepted;
   int64_t* tokens;
   int64_t tokens_stride;

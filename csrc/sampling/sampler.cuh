@@ -74,7 +74,7 @@ struct RowSampler {
 
   __device__ int32_t lowest_allowed() const { return p.logits.mask_id == 0 ? 1 : 0; }
 
-  // Reads the row; returns its status bits. Afterwards row_max and row_argmax are known in all threads.
+  // Reads the row; returns its error flags. Afterwards row_max and row_argmax are known in all threads.
   __device__ int32_t load() {
     RowSource<L> source;
     source.logits = static_cast<const L*>(p.logits.data) + task.row * p.logits.row_stride;
@@ -85,16 +85,16 @@ struct RowSampler {
     source.mask_id = p.logits.mask_id;
     row.load(source);
     const uint64_t best = row.thread_max > -INFINITY ? ranked(row.thread_max, row.id_of_max()) : 0;
-    const uint32_t bits = (row.has_nan ? kStatusNan : 0) | (row.has_inf ? kStatusInf : 0);
-    uint64_t found[Reduce::kWidth] = {warp_max(best), __reduce_or_sync(~0u, bits) & kStatusNan,
-                                      __reduce_or_sync(~0u, bits) & kStatusInf};
+    const uint32_t bits = (row.has_nan ? kFlagNan : 0) | (row.has_inf ? kFlagInf : 0);
+    uint64_t found[Reduce::kWidth] = {warp_max(best), __reduce_or_sync(~0u, bits) & kFlagNan,
+                                      __reduce_or_sync(~0u, bits) & kFlagInf};
     const uint64_t all = reduce.template all<Max>(found);  // its barriers also publish the row within the CTA
     const uint64_t largest = __shfl_sync(~0u, all, 0);
-    const int32_t status = static_cast<int32_t>(__shfl_sync(~0u, all, 1) | __shfl_sync(~0u, all, 2));
-    if (largest == 0) return status | kStatusEmptyRow;
-    row_max = status & kStatusInf ? INFINITY : score_of(largest);
+    const int32_t error_flags = static_cast<int32_t>(__shfl_sync(~0u, all, 1) | __shfl_sync(~0u, all, 2));
+    if (largest == 0) return error_flags | kFlagEmptyRow;
+    row_max = error_flags & kFlagInf ? INFINITY : score_of(largest);
     row_argmax = id_of(largest);
-    return status;
+    return error_flags;
   }
 
   // Sets cut and, if `with_norm`, log_norm. row_max > -inf.

@@ -25,7 +25,7 @@ class StridedMetadata:
     seq_lens: Tensor  # int32 [B], the rows of this step included
     page_table: Tensor  # int32 [B, max_pages]
     max_query_len: int
-    tail_mask: Tensor | None  # int64 [T]
+    tree_mask: Tensor | None  # int64 [T]
 
 
 def page_views(buffer: Tensor, page_size: int) -> Tensor:
@@ -39,7 +39,7 @@ def page_table(req_to_token: Tensor, req_pool_indices: Tensor, page_size: int) -
     return (req_to_token[req_pool_indices.long(), ::page_size] // page_size).to(torch.int32)
 
 
-def tail_mask_of(custom_mask: Tensor, seq_lens: Tensor, num_rows: int) -> Tensor:
+def tree_mask_of(custom_mask: Tensor, seq_lens: Tensor, num_rows: int) -> Tensor:
     """int64 [B * num_rows] out of the mask of a verify step.
 
     custom_mask: bool, for each request num_rows x (seq_len + num_rows) entries, one request after the other, possibly
@@ -57,20 +57,20 @@ def tail_mask_of(custom_mask: Tensor, seq_lens: Tensor, num_rows: int) -> Tensor
 def metadata_of(forward_batch: Any, req_to_token: Tensor, page_size: int) -> StridedMetadata:
     """Of a ForwardBatch: one row per request (decode), the same number (verify), or prompts (extend)."""
     mode, seq_lens = forward_batch.forward_mode, forward_batch.seq_lens
-    batch, tail_mask = seq_lens.shape[0], None
+    batch, tree_mask = seq_lens.shape[0], None
     if mode.is_decode_or_idle():
         counts, most = torch.ones_like(seq_lens), 1
     elif mode.is_target_verify():
         most = forward_batch.spec_info.draft_token_num
         if forward_batch.spec_info.custom_mask is not None:
-            tail_mask = tail_mask_of(forward_batch.spec_info.custom_mask, seq_lens, most)
+            tree_mask = tree_mask_of(forward_batch.spec_info.custom_mask, seq_lens, most)
         counts, seq_lens = torch.full_like(seq_lens, most), seq_lens + most
     else:
         counts, most = forward_batch.extend_seq_lens, max(forward_batch.extend_seq_lens_cpu)
     query_start_loc = torch.zeros(batch + 1, dtype=torch.int32, device=seq_lens.device)
     query_start_loc[1:] = counts.cumsum(0)
     table = page_table(req_to_token, forward_batch.req_pool_indices, page_size)
-    return StridedMetadata(query_start_loc, seq_lens.to(torch.int32), table, most, tail_mask)
+    return StridedMetadata(query_start_loc, seq_lens.to(torch.int32), table, most, tree_mask)
 
 
 def attend(
@@ -84,7 +84,7 @@ def attend(
         metadata.page_table,
         metadata.seq_lens,
         metadata.query_start_loc,
-        tail_mask=metadata.tail_mask,
+        tree_mask=metadata.tree_mask,
         max_query_len=metadata.max_query_len,
         sm_scale=scale,
     )
@@ -97,19 +97,19 @@ def verify(
 
     logits: [B * R, V]. input_ids: int64 [B, R]. num_drafts: int32 [B], all K or 0 (a chain without drafts has its MASK
     rows behind pending). seq_lens: [B] without the step's rows, so that pending stands on position seq_len. sampling:
-    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, quadratic, rule; num_k.
+    temperature, top_k, top_p, min_p, seed. how: id_limit, mask_id, quadratic, rule; num_spec_tokens.
 
     The rows that a request does not use lie at the end of its R and are left out.
     """
     batch, width = input_ids.shape
-    num_k, quadratic = how.pop("num_k"), how["quadratic"]
-    used = 1 + num_drafts + ((num_drafts + 1) if quadratic else 1) * num_k
+    num_spec_tokens, quadratic = how.pop("num_spec_tokens"), how["quadratic"]
+    used = 1 + num_drafts + ((num_drafts + 1) if quadratic else 1) * num_spec_tokens
     starts = torch.zeros(batch + 1, dtype=torch.int32, device=logits.device)
     starts[1:] = used.cumsum(0)
     t = torch.arange(batch * width, device=logits.device)
     request = torch.searchsorted(starts[1:], t, right=True).clamp(max=batch - 1)
     row = request * width + (t - starts[request]).clamp(max=width - 1)
-    drafts = input_ids[:, 1 : 1 + num_k].contiguous()
+    drafts = input_ids[:, 1 : 1 + num_spec_tokens].contiguous()
     return idlm_kernels.verify_accept(
         logits[row], starts, num_drafts, drafts, seq_lens.to(torch.int32), **sampling, **how
     )

@@ -21,14 +21,14 @@ import idlm_kernels
 
 @dataclass
 class StridedMetadata:
-    """What attention needs of a batch; tail_mask for quadratic plans, set by whoever makes the rows."""
+    """What attention needs of a batch; tree_mask for quadratic plans, set by whoever makes the rows."""
 
     query_start_loc: Tensor  # int32 [B + 1]
     seq_lens: Tensor  # int32 [B], the rows of this step included
     page_table: Tensor  # int32 [B, max_pages]
     slot_mapping: Tensor  # int64 [T]
     max_query_len: int
-    tail_mask: Tensor | None = None  # int64 [T]
+    tree_mask: Tensor | None = None  # int64 [T]
 
 
 def metadata_of(common: Any) -> StridedMetadata:
@@ -63,7 +63,7 @@ def attend(
         metadata.page_table,
         metadata.seq_lens,
         metadata.query_start_loc,
-        tail_mask=metadata.tail_mask,
+        tree_mask=metadata.tree_mask,
         max_query_len=metadata.max_query_len,
         sm_scale=scale,
         window=-1 if window is None else window - 1,
@@ -77,10 +77,10 @@ def attend(
 # sampled, and vLLM's sampler rejects all of them by itself.
 
 
-def mask_rows(query_start_loc: Tensor, num_drafts: Tensor, num_k: int) -> Tensor:
+def mask_rows(query_start_loc: Tensor, num_drafts: Tensor, num_spec_tokens: int) -> Tensor:
     """Rows int64 [B, K] of the MASK tokens that follow the n drafts of each request."""
     first = query_start_loc[:-1].long() + 1 + num_drafts
-    return first.unsqueeze(1) + torch.arange(num_k, device=first.device)
+    return first.unsqueeze(1) + torch.arange(num_spec_tokens, device=first.device)
 
 
 def speculative_tokens(
@@ -91,12 +91,12 @@ def speculative_tokens(
     drafts: int64 [B, K], what the MASK rows predict. num_rejected: int32 [B] of the 2 K tokens of this step. Drafts
     build on the last draft of this step: where that was rejected they are of no use, and the next step has none.
     """
-    num_k = drafts.shape[1]
+    num_spec_tokens = drafts.shape[1]
     rows = query_start_loc[1:] - query_start_loc[:-1]
     all_stand = rows - 1 - num_rejected == num_drafts
     masks = torch.full_like(drafts, mask_id)
     tokens = torch.cat([torch.where(all_stand.unsqueeze(1), drafts, masks), masks], dim=1)
-    return tokens, torch.where(all_stand, num_k, 0).to(torch.int32)
+    return tokens, torch.where(all_stand, num_spec_tokens, 0).to(torch.int32)
 
 
 def register() -> None:
@@ -191,7 +191,7 @@ def _speculator_class() -> type:
         """Drafts for chain plans, from the MASK rows that the target model's own forward has computed."""
 
         def __init__(self, vllm_config: Any, device: torch.device):
-            self.num_k = vllm_config.speculative_config.num_speculative_tokens // 2
+            self.num_spec_tokens = vllm_config.speculative_config.num_speculative_tokens // 2
             self.mask_id = vllm_config.model_config.hf_config.mask_token_id
             self.num_drafts = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
 
@@ -218,9 +218,11 @@ def _speculator_class() -> type:
         ) -> Tensor:
             where, starts = input_batch.idx_mapping, input_batch.query_start_loc[: input_batch.num_reqs + 1]
             # A prompt's last chunk has no MASK rows yet: as if its drafts had been rejected.
-            decodes = starts[1:] - starts[:-1] == 1 + 2 * self.num_k
+            decodes = starts[1:] - starts[:-1] == 1 + 2 * self.num_spec_tokens
             num_drafts = torch.where(decodes, self.num_drafts[where], -1)
-            rows = mask_rows(starts, num_drafts.clamp(min=0), self.num_k).clamp(max=last_hidden_states.shape[0] - 1)
+            rows = mask_rows(starts, num_drafts.clamp(min=0), self.num_spec_tokens).clamp(
+                max=last_hidden_states.shape[0] - 1
+            )
             drafts = self.model.compute_logits(last_hidden_states[rows.flatten()]).argmax(-1).view(rows.shape)
             tokens, self.num_drafts[where] = speculative_tokens(drafts, starts, num_drafts, num_rejected, self.mask_id)
             return tokens

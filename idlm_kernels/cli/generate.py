@@ -174,8 +174,8 @@ def _answer(
         print(figures(result, seed_drawn=params.seed is None and params.temperature > 0), file=sys.stderr)
     if result.error is not None:
         print(f"idlm: the decode ended early: {result.error}", file=sys.stderr)
-    elif result.status:
-        print(f"idlm: warning: some logits were not finite (status {result.status})", file=sys.stderr)
+    elif result.error_flags:
+        print(f"idlm: warning: some logits were not finite (error_flags {result.error_flags})", file=sys.stderr)
     if check and not interrupted:
         same_seed = dataclasses.replace(params, seed=result.seed)
         ar, interrupted = _decode(generator, prompt_ids, same_seed, DecodeOptions("ar"), _ignore)

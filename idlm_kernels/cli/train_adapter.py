@@ -160,7 +160,9 @@ def train_adapter(
         saved = work / "checkpoint.safetensors"
         if not saved.exists():
             untrained = Trainee.new(base, settings, begun)
-            before = Predictions.of(base, untrained.lora, untrained.rerank, held, settings.num_k, settings.noise_below)
+            before = Predictions.of(
+                base, untrained.lora, untrained.rerank, held, settings.num_spec_tokens, settings.noise_below
+            )
             bar.console.print(f"step 0: {figures_of(before)}", highlight=False, soft_wrap=True)
         train(
             base,

@@ -89,7 +89,7 @@ def strided_attention(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     *,
-    tail_mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     max_query_len: int,
     sm_scale: float | None = None,
     window: int = -1,
@@ -107,7 +107,7 @@ def strided_attention(
             page_table,
             seq_lens,
             query_start_loc,
-            tail_mask=tail_mask,
+            tree_mask=tree_mask,
             max_query_len=max_query_len,
             sm_scale=sm_scale,
             window=window,
@@ -122,7 +122,7 @@ def strided_attention(
         seq_lens.numpy().tobytes(),
         query_start_loc.numpy().tobytes(),
         page_table.numpy().tobytes(),
-        None if tail_mask is None else tail_mask.numpy().tobytes(),
+        None if tree_mask is None else tree_mask.numpy().tobytes(),
         window,
         max_query_len,
         num_rows,
@@ -304,7 +304,7 @@ def _plan(
     seq_lens: bytes,
     query_start_loc: bytes,
     page_table: bytes,
-    tail_mask: bytes | None,
+    tree_mask: bytes | None,
     window: int,
     max_query_len: int,
     num_rows: int,
@@ -322,7 +322,7 @@ def _plan(
     starts = np.maximum.accumulate(np.frombuffer(query_start_loc, np.int32)).clip(0, num_rows).tolist()
     table = np.frombuffer(page_table, np.int32).reshape(len(lengths), max_pages).clip(0, num_pages - 1)
     capacity = table.shape[1] * page_size
-    tails = None if tail_mask is None else torch.frombuffer(bytearray(tail_mask), dtype=torch.int64)
+    tails = None if tree_mask is None else torch.frombuffer(bytearray(tree_mask), dtype=torch.int64)
 
     def leaves_of(slots: int) -> int:
         return max(-(-min(slots, capacity) // LEAF), 1)
@@ -384,7 +384,7 @@ def _item(
     known = min(pages.shape[1], table.shape[1])
     pages[:, :known] = table[[piece.request for piece in pieces], :known]
 
-    # Slots before the first row's own, or before the step's rows with a tail mask, are seen by all rows (no window).
+    # Slots before the first row's own, or before the step's rows with a tree mask, are seen by all rows (no window).
     own = min(p.end - rows + 1 if tails is None else p.end - p.request_rows for p in pieces)
     masked_leaf = 0 if window >= 0 else min(max(min(own, capacity), 0) // LEAF, leaves)
     origin, num_slots = masked_leaf * LEAF, (leaves - masked_leaf) * LEAF

@@ -92,7 +92,7 @@ class Rows(Structure):
         ("page_table", c_void_p),
         ("seq_lens", c_void_p),
         ("query_start_loc", c_void_p),
-        ("tail_mask", c_void_p),
+        ("tree_mask", c_void_p),
         ("logits_rows", c_void_p),
         ("x", c_void_p),
         ("hidden", c_void_p),
@@ -107,10 +107,13 @@ class Rows(Structure):
 
 class State(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "draft_source", "finish")),
-        *((name, c_void_p) for name in ("max_drafts", "length_limits", "status", "stop_ids", "page_table", "seed")),
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "draft_source", "finish_reason")),
+        *(
+            (name, c_void_p)
+            for name in ("max_drafts", "length_limits", "error_flags", "stop_ids", "page_table", "seed")
+        ),
         *((name, c_int64) for name in ("text_stride", "drafts_stride", "stops_stride", "page_table_stride")),
-        *((name, c_int32) for name in ("batch", "max_len", "num_k", "num_stops", "max_pages")),
+        *((name, c_int32) for name in ("batch", "max_len", "num_spec_tokens", "num_stops", "max_pages")),
     )
 
 
@@ -118,7 +121,7 @@ class Plan(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("mask_id", "noise_below")),
         *((name, c_int32) for name in ("page_size", "quadratic", "rows")),
-        *((name, c_void_p) for name in ("ids", "is_mask", "positions", "slots", "tail_mask", "seq_lens")),
+        *((name, c_void_p) for name in ("ids", "is_mask", "positions", "slots", "tree_mask", "seq_lens")),
         ("query_start_loc", c_void_p),
     )
 
@@ -136,7 +139,7 @@ class Decision(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "query_start_loc", "num_drafts", "drafts", "temperature")),
         *((name, c_int64) for name in ("logits_stride", "drafts_stride", "vocabulary", "id_limit", "mask_id")),
-        *((name, c_int32) for name in ("rows", "batch", "num_k", "quadratic")),
+        *((name, c_int32) for name in ("rows", "batch", "num_spec_tokens", "quadratic")),
         *((name, c_void_p) for name in ("num_accepted", "tokens", "next_drafts", "next_num_drafts")),
         ("greedy_below", c_float),
     )
@@ -157,8 +160,8 @@ class Move(Structure):
         *((name, c_void_p) for name in ("stop_ids", "length_limits")),
         *((name, c_int64) for name in ("tokens_stride", "next_drafts_stride", "stops_stride", "text_stride")),
         ("drafts_stride", c_int64),
-        *((name, c_int32) for name in ("batch", "width", "num_k", "num_stops")),
-        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish", "emitted")),
+        *((name, c_int32) for name in ("batch", "width", "num_spec_tokens", "num_stops")),
+        *((name, c_void_p) for name in ("text", "drafts", "lengths", "num_drafts", "finish_reason", "emitted")),
     )
 
 
@@ -167,7 +170,10 @@ class Reranking(Structure):
         *((name, c_void_p) for name in ("logits", "hidden", "first_mask", "previous", "drafts", "num_drafts")),
         *((name, c_void_p) for name in ("embedding", "head", "from_hidden", "from_previous", "from_state", "to_query")),
         *((name, c_int64) for name in ("logits_stride", "vocabulary", "id_limit", "mask_id")),
-        *((name, c_int32) for name in ("batch", "num_k", "rows", "width", "state", "embedding_kind", "head_kind")),
+        *(
+            (name, c_int32)
+            for name in ("batch", "num_spec_tokens", "rows", "width", "state", "embedding_kind", "head_kind")
+        ),
         ("is_packed", c_int32),
         *((name, c_void_p) for name in ("out", "temperature", "top_p", "min_p", "top_k", "positions", "seed")),
         ("greedy_below", c_float),

@@ -33,11 +33,11 @@ def apply_penalties(
         out.copy_(logits)
     presence, frequency, repetition = penalties.presence, penalties.frequency, penalties.repetition
     asks = (presence != 0) | (frequency != 0) | (repetition != 1) | (penalties.bias_ids >= 0).any(1)
-    (num_rows, vocab_size), num_k = logits.shape, drafts.shape[1]
+    (num_rows, vocab_size), num_spec_tokens = logits.shape, drafts.shape[1]
     starts = query_start_loc.clamp(max=num_rows).tolist()
     for b in asks.nonzero().flatten().tolist():
         rows = out[starts[b] : starts[b + 1]]
-        n = min(max(int(num_drafts[b]), 0), num_k, max(len(rows) - 1, 0))
+        n = min(max(int(num_drafts[b]), 0), num_spec_tokens, max(len(rows) - 1, 0))
         length, prompt_length = int(lengths[b]), int(penalties.prompt_lengths[b])
         prompt, output = text[b, : min(prompt_length, length)], text[b, min(prompt_length, length) : length]
         bias_ids = penalties.bias_ids[b]
@@ -48,7 +48,7 @@ def apply_penalties(
         r = torch.arange(len(rows))
         visible = r
         if n < len(rows) - 1:
-            branch = ((r - 1 - n) // max(num_k, 1)).clamp(max=n) if quadratic else torch.full_like(r, n)
+            branch = ((r - 1 - n) // max(num_spec_tokens, 1)).clamp(max=n) if quadratic else torch.full_like(r, n)
             visible = torch.where(r <= n, r, branch)
         before = torch.nn.functional.pad((drafts[b, :n, None] == ids).long().cumsum(0), (0, 0, 1, 0))
         count = _counts(ids, output) + before[visible]

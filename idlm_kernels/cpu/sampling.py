@@ -27,7 +27,7 @@ import python_ref
 from idlm_kernels.cpu.noise import gumbel_at, gumbel_row
 from idlm_kernels.cpu.step import draw as native_draw
 from idlm_kernels.cpu.step import verify_greedy
-from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
+from python_ref.contract import FLAG_BAD_DRAFT, GREEDY_BELOW, STREAM_DRAFT, STREAM_TARGET, DraftDistributions
 from python_ref.noise import uniform
 from python_ref.sampling import add_bias, distribution, sanitise, scale_by_temperature
 
@@ -76,7 +76,7 @@ class _Rows:
         return add_bias(self.logits[row], None if self.logit_bias is None else self.logit_bias[row])
 
     def transform(self, logits: Tensor, params: _Params) -> tuple[_Floats, int]:
-        """z [V] = logits / T with forbidden ids at -inf, not yet truncated, and the status bits of the row."""
+        """z [V] = logits / T with forbidden ids at -inf, not yet truncated, and the error flags of the row."""
         x: _Floats = logits.detach().float().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             z = x.copy() if params.greedy else x / np.float32(params.temperature)
@@ -86,11 +86,11 @@ class _Rows:
         if math.isfinite(z.max()):
             return z, 0
         # NaN, +inf, nothing finite or an overflow in the division: the reference knows what to do.
-        x_row, status = sanitise(logits.unsqueeze(0), self.id_limit, self.mask_id)
-        return scale_by_temperature(x_row, torch.tensor([params.temperature]))[0].numpy(), int(status)
+        x_row, error_flags = sanitise(logits.unsqueeze(0), self.id_limit, self.mask_id)
+        return scale_by_temperature(x_row, torch.tensor([params.temperature]))[0].numpy(), int(error_flags)
 
     def sample(self, row: int, params: _Params, position: int, stream: int) -> tuple[int, int]:
-        """(token, status bits) of one row."""
+        """(token, error flags) of one row."""
         logits = self.biased(row)
         if params.greedy:
             allowed: _Floats = logits[: self.id_limit].detach().float().numpy()
@@ -99,8 +99,8 @@ class _Rows:
                 return best, 0
         elif (token := self.drawn(logits, params, position, stream)) is not None:
             return token, 0
-        z, status = self.transform(logits, params)
-        return draw(z, params, params.cut(z) if params.truncates else -math.inf, position, stream), status
+        z, error_flags = self.transform(logits, params)
+        return draw(z, params, params.cut(z) if params.truncates else -math.inf, position, stream), error_flags
 
     def drawn(self, logits: Tensor, params: _Params, position: int, stream: int) -> int | None:
         """The token by the compiled kernels; None where they are absent or the row is out of the ordinary."""
@@ -171,7 +171,7 @@ def sample_rows(
     *,
     stream: int = STREAM_TARGET,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token per row of logits [T, V] -> ids int64 [T]."""
@@ -188,14 +188,14 @@ def sample_rows(
             mask_id,
             stream=stream,
             logit_bias=logit_bias,
-            status=status,
+            error_flags=error_flags,
             out=out,
         )
     rows = _Rows(logits, logit_bias, id_limit, mask_id)
     params = _params(temperature, top_k, top_p, min_p, seed)
     sampled = [rows.sample(i, p, at, stream) for i, (p, at) in enumerate(zip(params, positions.tolist(), strict=True))]
-    if status is not None:
-        status |= torch.tensor([bits for _, bits in sampled], dtype=torch.int32)
+    if error_flags is not None:
+        error_flags |= torch.tensor([bits for _, bits in sampled], dtype=torch.int32)
     ids = torch.tensor([token for token, _ in sampled], dtype=torch.int64)
     return ids if out is None else out.copy_(ids)
 
@@ -218,7 +218,7 @@ def verify_accept(
     rule: str,
     draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Verify the drafts of every request, sample its next token and propose its next drafts; see the reference.
@@ -243,7 +243,7 @@ def verify_accept(
             rule=rule,
             draft_dists=draft_dists,
             logit_bias=logit_bias,
-            status=status,
+            error_flags=error_flags,
             out=out,
         )
     if rule == "match" and logit_bias is None:
@@ -254,7 +254,7 @@ def verify_accept(
             for target, value in zip(out, decided, strict=True):
                 target.copy_(value)
             return out
-    batch, num_k = drafts.shape
+    batch, num_spec_tokens = drafts.shape
     if rule == "rejection" and logits.shape[1] < MANY_BELOW:
         return _verify_together(
             logits,
@@ -264,13 +264,16 @@ def verify_accept(
             quadratic,
             draft_dists,
             logit_bias,
-            status,
+            error_flags,
             out,
         )
     rows = _Rows(logits, logit_bias, id_limit, mask_id)
     starts, counts, all_drafts = query_start_loc.tolist(), num_drafts.tolist(), drafts.tolist()
     num_accepted, flags = [0] * batch, [0] * batch
-    tokens, next_drafts = [[-1] * (num_k + 1) for _ in range(batch)], [[-1] * num_k for _ in range(batch)]
+    tokens, next_drafts = (
+        [[-1] * (num_spec_tokens + 1) for _ in range(batch)],
+        [[-1] * num_spec_tokens for _ in range(batch)],
+    )
     next_num_drafts = [0] * batch
 
     for b, (params, pending) in enumerate(
@@ -279,10 +282,10 @@ def verify_accept(
         start, m = starts[b], starts[b + 1] - starts[b]
         if m <= 0:
             continue
-        n = min(max(counts[b], 0), m - 1, num_k)
+        n = min(max(counts[b], 0), m - 1, num_spec_tokens)
         given = all_drafts[b][:n]
         if n != counts[b] or any(not 0 <= d < logits.shape[1] for d in given):
-            flags[b] |= STATUS_BAD_DRAFT
+            flags[b] |= FLAG_BAD_DRAFT
         if rule == "match":
             sampled = [rows.sample(start + i, params, pending + 1 + i, STREAM_TARGET) for i in range(n + 1)]
             a = next((i for i, d in enumerate(given) if d != sampled[i][0]), n)
@@ -297,11 +300,11 @@ def verify_accept(
         tokens[b][: a + 1] = [*given[:a], token]
 
         # MASK row j of branch a proposes for position L + a + 1 + j; a chain has branch n only.
-        first_mask = 1 + n + (a * num_k if quadratic else 0)
-        if num_k == 0 or first_mask + num_k > m or not (quadratic or a == n):
+        first_mask = 1 + n + (a * num_spec_tokens if quadratic else 0)
+        if num_spec_tokens == 0 or first_mask + num_spec_tokens > m or not (quadratic or a == n):
             continue
         stream = STREAM_TARGET if rule == "match" else STREAM_DRAFT
-        for j in range(num_k):
+        for j in range(num_spec_tokens):
             row, position = start + first_mask + j, pending + 2 + a + j
             if rule == "match":
                 next_drafts[b][j], bits = rows.sample(row, params, position, stream)
@@ -312,13 +315,13 @@ def verify_accept(
                 draft_dists.logits[b, j] = rows.biased(row)
                 draft_dists.cut[b, j], draft_dists.log_norm[b, j] = q.cut, q.log_norm
             flags[b] |= bits
-        next_num_drafts[b] = num_k
-    if status is not None:
-        status |= torch.tensor(flags, dtype=torch.int32)
+        next_num_drafts[b] = num_spec_tokens
+    if error_flags is not None:
+        error_flags |= torch.tensor(flags, dtype=torch.int32)
     result = (
         torch.tensor(num_accepted, dtype=torch.int32),
-        torch.tensor(tokens, dtype=torch.int64).view(batch, num_k + 1),
-        torch.tensor(next_drafts, dtype=torch.int64).view(batch, num_k),
+        torch.tensor(tokens, dtype=torch.int64).view(batch, num_spec_tokens + 1),
+        torch.tensor(next_drafts, dtype=torch.int64).view(batch, num_spec_tokens),
         torch.tensor(next_num_drafts, dtype=torch.int32),
     )
     if out is None:
@@ -336,16 +339,16 @@ def _verify_together(
     quadratic: bool,
     draft_dists: DraftDistributions | None,
     logit_bias: Tensor | None,
-    status: Tensor | None,
+    error_flags: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rejection` of as many requests at a time as fit into MANY_ELEMENTS, by the reference."""
     assert draft_dists is not None
-    batch, num_k = of_requests[1].shape
+    batch, num_spec_tokens = of_requests[1].shape
     if out is None:
-        count, ids = torch.empty(batch, dtype=torch.int32), torch.empty(batch, num_k + 1, dtype=torch.int64)
-        out = count, ids, torch.empty(batch, num_k, dtype=torch.int64), torch.empty_like(count)
-    at_once = max(MANY_ELEMENTS // ((num_k + 1) * logits.shape[1]), 1)
+        count, ids = torch.empty(batch, dtype=torch.int32), torch.empty(batch, num_spec_tokens + 1, dtype=torch.int64)
+        out = count, ids, torch.empty(batch, num_spec_tokens, dtype=torch.int64), torch.empty_like(count)
+    at_once = max(MANY_ELEMENTS // ((num_spec_tokens + 1) * logits.shape[1]), 1)
     for first in range(0, batch, at_once):
         last = min(first + at_once, batch)
         num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed = (x[first:last] for x in of_requests)
@@ -365,7 +368,7 @@ def _verify_together(
             rule="rejection",
             draft_dists=draft_dists.requests(first, last),
             logit_bias=logit_bias,
-            status=None if status is None else status[first:last],
+            error_flags=None if error_flags is None else error_flags[first:last],
             out=(out[0][first:last], out[1][first:last], out[2][first:last], out[3][first:last]),
         )
     return out
@@ -394,9 +397,9 @@ class _Distribution:
 
 
 def _distribution_of(rows: _Rows, logits: Tensor, params: _Params) -> tuple[_Distribution, int]:
-    """The distribution of biased logits [V], and the status bits of the row."""
-    z, status = rows.transform(logits, params)
-    return _distribution(z, params), status
+    """The distribution of biased logits [V], and the error flags of the row."""
+    z, error_flags = rows.transform(logits, params)
+    return _distribution(z, params), error_flags
 
 
 def _distribution(z: _Floats, params: _Params) -> _Distribution:
@@ -409,10 +412,10 @@ def _distribution(z: _Floats, params: _Params) -> _Distribution:
 def _reject(
     rows: _Rows, start: int, params: _Params, pending: int, given: list[int], draft_dists: DraftDistributions, b: int
 ) -> tuple[int, int, int]:
-    """(accepted drafts, the token after them, status bits) by the rule of `rejection`."""
+    """(accepted drafts, the token after them, error flags) by the rule of `rejection`."""
     n, vocab_size = len(given), rows.logits.shape[1]
     transformed = [rows.transform(rows.biased(start + i), params) for i in range(n + 1)]
-    status = functools.reduce(operator.or_, (bits for _, bits in transformed))
+    error_flags = functools.reduce(operator.or_, (bits for _, bits in transformed))
     for i, draft in enumerate(given):
         position = pending + 1 + i
         p = _distribution(transformed[i][0], params)
@@ -426,9 +429,9 @@ def _reject(
             residual = (p.of_all() - q.of_all()).clamp(min=0)
         if residual is None or not bool(residual.any()):
             residual = p.of_all()
-        return i, _argmax_of_distribution(residual, params, position), status
+        return i, _argmax_of_distribution(residual, params, position), error_flags
     cut = params.cut(transformed[n][0]) if params.truncates else -math.inf
-    return n, draw(transformed[n][0], params, cut, pending + 1 + n, STREAM_TARGET), status
+    return n, draw(transformed[n][0], params, cut, pending + 1 + n, STREAM_TARGET), error_flags
 
 
 def _argmax_of_distribution(p: Tensor, params: _Params, position: int) -> int:

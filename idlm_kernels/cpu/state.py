@@ -26,12 +26,12 @@ def advance(
     num_drafts: Tensor,
     length_limits: Tensor,
     stop_ids: Tensor,
-    finish: Tensor,
+    finish_reason: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """Move the state of every running request forward in place; returns num_emitted int32 [B]; see the reference."""
     library = native.library()
-    small = (num_accepted, next_num_drafts, lengths, num_drafts, length_limits, finish)
+    small = (num_accepted, next_num_drafts, lengths, num_drafts, length_limits, finish_reason)
     large = (tokens, next_drafts, text, drafts, stop_ids)
     if (
         library is None
@@ -49,7 +49,7 @@ def advance(
             num_drafts=num_drafts,
             length_limits=length_limits,
             stop_ids=stop_ids,
-            finish=finish,
+            finish_reason=finish_reason,
             out=out,
         )
     emitted = torch.empty(len(lengths), dtype=torch.int32)
@@ -57,7 +57,7 @@ def advance(
         *(x.data_ptr() for x in (num_accepted, tokens, next_drafts, next_num_drafts, stop_ids, length_limits)),
         *(x.stride(0) for x in (tokens, next_drafts, stop_ids, text, drafts)),
         *(len(lengths), tokens.shape[1], drafts.shape[1], stop_ids.shape[1]),
-        *(x.data_ptr() for x in (text, drafts, lengths, num_drafts, finish, emitted)),
+        *(x.data_ptr() for x in (text, drafts, lengths, num_drafts, finish_reason, emitted)),
     )
     library.idlm_cpu_advance(ctypes.byref(move))
     return emitted if out is None else out.copy_(emitted)
@@ -74,8 +74,11 @@ def _struct(state: StepState) -> native.State:
         tables = (state.text, state.drafts, state.stop_ids, state.page_table)
         text, drafts, stop_ids, page_table = tables
         struct = _structs[state] = native.State(
-            *(x.data_ptr() for x in (text, drafts, state.lengths, state.num_drafts, state.draft_source, state.finish)),
-            *(x.data_ptr() for x in (state.max_drafts, state.length_limits, state.status)),
+            *(
+                x.data_ptr()
+                for x in (text, drafts, state.lengths, state.num_drafts, state.draft_source, state.finish_reason)
+            ),
+            *(x.data_ptr() for x in (state.max_drafts, state.length_limits, state.error_flags)),
             *(x.data_ptr() for x in (stop_ids, page_table, state.seed)),
             *(x.stride(0) for x in tables),
             len(state.lengths),
@@ -92,11 +95,11 @@ def plan_rows(
     if library is None:
         return python_ref.plan_rows(state, mask_id, page_size, quadratic=quadratic, noise_below=noise_below, out=out)
     if out is None:
-        batch, num_k = state.drafts.shape
-        rows = batch * ((num_k + 1) ** 2 if quadratic else 2 * num_k + 1)
-        ids, positions, slots, tail_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
+        batch, num_spec_tokens = state.drafts.shape
+        rows = batch * ((num_spec_tokens + 1) ** 2 if quadratic else 2 * num_spec_tokens + 1)
+        ids, positions, slots, tree_mask = torch.empty(4, rows, dtype=torch.int64).unbind()
         seq_lens, starts = torch.empty(batch, dtype=torch.int32), torch.empty(batch + 1, dtype=torch.int32)
-        out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tail_mask, seq_lens, starts
+        out = ids, torch.empty(rows, dtype=torch.bool), positions, slots, tree_mask, seq_lens, starts
     plan = native.Plan(mask_id, noise_below, page_size, quadratic, out[0].shape[0], *(x.data_ptr() for x in out))
     library.idlm_cpu_plan_rows(ctypes.byref(_struct(state)), ctypes.byref(plan))
     return out

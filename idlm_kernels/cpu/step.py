@@ -42,12 +42,12 @@ def verify_greedy(
     small = (query_start_loc.dtype, num_drafts.dtype, drafts.dtype, temperature.dtype)
     if small != (torch.int32, torch.int32, torch.int64, torch.float32):
         return None
-    batch, num_k = drafts.shape
+    batch, num_spec_tokens = drafts.shape
     query_start_loc, num_drafts = query_start_loc.contiguous(), num_drafts.contiguous()
     temperature = temperature.contiguous()
     counts = torch.empty(2, batch, dtype=torch.int32)
-    tokens = torch.empty(batch, num_k + 1, dtype=torch.int64)
-    next_drafts = torch.empty(batch, num_k, dtype=torch.int64)
+    tokens = torch.empty(batch, num_spec_tokens + 1, dtype=torch.int64)
+    next_drafts = torch.empty(batch, num_spec_tokens, dtype=torch.int64)
     decision = native.Decision(
         logits.data_ptr(),
         query_start_loc.data_ptr(),
@@ -61,7 +61,7 @@ def verify_greedy(
         mask_id,
         logits.shape[0],
         batch,
-        num_k,
+        num_spec_tokens,
         quadratic,
         counts.data_ptr(),
         tokens.data_ptr(),

@@ -231,7 +231,7 @@ class Engine:
         with self._alone():
             request.output.cancel()
             if request.batch_index is not None:
-                self._state.finish[request.batch_index].fill_(STOPPED)
+                self._state.finish_reason[request.batch_index].fill_(STOPPED)
             elif request in self._waiting:
                 self._waiting.remove(request)
 
@@ -339,7 +339,7 @@ class Engine:
     def _leave(self, request: Request) -> None:
         """Take a request out of the batch and give its pages back."""
         assert request.batch_index is not None
-        self._state.finish[request.batch_index] = IDLE
+        self._state.finish_reason[request.batch_index] = IDLE
         heapq.heappush(self._free_indices, request.batch_index)
         self.pool.release(request.pages)
         request.batch_index, request.pages, request.decoding, request.cached = None, [], False, 0
@@ -450,7 +450,7 @@ class Engine:
         state = self._state.requests(first, last + 1)
         draft_dists = self._decoder.draft_dists
         decoder = self._narrowed(first, last + 1) if draft_dists is not None else self._decoder
-        state.finish.fill_(RUNNING)
+        state.finish_reason.fill_(RUNNING)
         starts, lengths = [r.cached for r in group], [len(r.tokens) for r in group]
         view = state.with_drafts(decoder.plan.num_drafts)
         outcome = self._guarded(group, partial(first_step, decoder, view, starts, lengths))
@@ -462,10 +462,12 @@ class Engine:
 
     def _narrowed(self, first: int, last: int) -> Decoder:
         """The decoder with the draft_dists of some requests and of the drafts of the plan."""
-        q, num_k = self._decoder.draft_dists, self._decoder.plan.num_drafts
+        q, num_spec_tokens = self._decoder.draft_dists, self._decoder.plan.num_drafts
         assert q is not None
         part = DraftDistributions(
-            q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k]
+            q.logits[first:last, :num_spec_tokens],
+            q.cut[first:last, :num_spec_tokens],
+            q.log_norm[first:last, :num_spec_tokens],
         )
         return dataclasses.replace(self._decoder, draft_dists=part)
 
@@ -516,13 +518,13 @@ class Engine:
             for request in requests:
                 request.output.fail(f"{type(error).__name__}: {error}", error)
                 if request.batch_index is not None:
-                    self._state.finish[request.batch_index].fill_(STOPPED)
+                    self._state.finish_reason[request.batch_index].fill_(STOPPED)
             return None
 
     def _taken(self, rows: list[list[int]], requests: dict[int, Request]) -> list[tuple[Request, StreamEvent]]:
         """Hand a step's results to its requests. In a run of steps the host waits nowhere else."""
-        num_k = self._decoder.plan.num_drafts
-        verified, accepted = [0] * num_k, [0] * num_k
+        num_spec_tokens = self._decoder.plan.num_drafts
+        verified, accepted = [0] * num_spec_tokens, [0] * num_spec_tokens
         events = []
         for b, request in requests.items():
             if request.ended:
@@ -533,7 +535,9 @@ class Engine:
                 verified[j] += 1
                 accepted[j] += j < num_accepted
             if request.ended and request.batch_index is not None:
-                self._state.finish[request.batch_index].clamp_(min=STOPPED)  # a stop string is known to the host alone
+                self._state.finish_reason[request.batch_index].clamp_(
+                    min=STOPPED
+                )  # a stop string is known to the host alone
             events.append((request, event))
         self.policy.observe(verified, accepted)
         return events

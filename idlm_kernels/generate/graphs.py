@@ -68,8 +68,8 @@ class RecordedSteps:
         key = _key(decoder, state)
         if key not in self._recordings:
             # On idle requests, so that neither warming up nor recording moves a request.
-            finish = state.finish.clone()
-            state.finish.fill_(LENGTH)
+            finish_reason = state.finish_reason.clone()
+            state.finish_reason.fill_(LENGTH)
             try:
                 self._recordings[key] = self._recorder(lambda: self._step(decoder, state))
             except torch.cuda.OutOfMemoryError as error:
@@ -78,5 +78,5 @@ class RecordedSteps:
                 self._recordings.clear()
                 return False
             finally:
-                state.finish.copy_(finish)
+                state.finish_reason.copy_(finish_reason)
         return True

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
@@ -37,15 +38,15 @@ class GenerationResult:
     """A finished (or interrupted) request.
 
     text: without special tokens and without the stop string. token_ids: committed tokens, the end token included.
-    tokens: their number. forwards: decode steps that committed them, the one that rode on the prefill included.
-    tpf: tokens / forwards. acceptance[j]: share of the verified drafts at index j that were accepted, given that all
-    before were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and
-    "suffix" drafts. tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop
-    string), "length", "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. status:
-    bits of `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution
-    (before penalties, temperature and truncation), if DecodeOptions.logprobs asks for them. top_logprobs: of each
-    token the likeliest ids with theirs, if SamplingParams.logprobs asks for some, and the token itself.
-    prompt_token_ids, prompt: what was answered, the text if it was given as text.
+    tokens: their number. forwards: decode steps that committed them, the one that rode on the prefill included. tpf:
+    tokens / forwards. acceptance[j]: share of the verified drafts at index j that were accepted, given that all before
+    were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and "suffix" drafts.
+    tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop string), "length",
+    "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. error_flags: bits of
+    `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution (before
+    penalties, temperature and truncation), if DecodeOptions.logprobs asks for them. top_logprobs: of each token the
+    likeliest ids with theirs, if SamplingParams.logprobs asks for some, and the token itself. prompt_token_ids, prompt:
+    what was answered, the text if it was given as text.
     """
 
     text: str
@@ -60,13 +61,19 @@ class GenerationResult:
     seed: int
     plan: str
     stride: int
-    status: int
+    error_flags: int
     acceptance_by_source: dict[str, float]
     logprobs: list[float] | None
     error: str | None
     top_logprobs: list[dict[int, float]] | None = None
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt: str | None = None
+
+    @property
+    def status(self) -> int:
+        """The old name of error_flags."""
+        warn_renamed("GenerationResult.", "status", "error_flags")
+        return self.error_flags
 
     @property
     def outputs(self) -> list[GenerationResult]:
@@ -103,7 +110,7 @@ class RequestOutput:
         self.fault: Exception | None = None  # what ended the request, where that was not the request's own
         self.logprobs: list[float] | None = [] if logprobs else None
         self.top_logprobs: list[dict[int, float]] | None = [] if logprobs and params.logprobs else None
-        self.status = 0
+        self.error_flags = 0
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._text: list[str] = []
         self._held = ""  # the end of the text, while it may be the start of a stop string
@@ -115,9 +122,9 @@ class RequestOutput:
 
     def read(self, row: Sequence[int], stride: int) -> StreamEvent:
         """Take a row of the outcome of a step."""
-        num_drafts, num_accepted, emitted, finish, status, source, *rest = row
-        self.status |= status
-        event = self.take(rest[:emitted], num_drafts, num_accepted, finish, source)
+        num_drafts, num_accepted, emitted, finish_reason, error_flags, source, *rest = row
+        self.error_flags |= error_flags
+        event = self.take(rest[:emitted], num_drafts, num_accepted, finish_reason, source)
         if self.logprobs is not None:
             self.logprobs += map(_logprob, rest[stride : stride + len(event.token_ids)])
         if self.top_logprobs is not None:
@@ -133,7 +140,7 @@ class RequestOutput:
             self.top_logprobs.append({**dict(zip(ids, map(_logprob, bits), strict=True)), token: own})
 
     def take(
-        self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish: int, source: int = 0
+        self, tokens: Sequence[int], num_drafts: int, num_accepted: int, finish_reason: int, source: int = 0
     ) -> StreamEvent:
         """Take the tokens that a step committed; returns what can be shown. Sets finish_reason at the end."""
         kept: list[int] = []
@@ -145,13 +152,13 @@ class RequestOutput:
                 drafted_chars = len(shown)
             if self.finish_reason is not None:  # a stop string ended with this token
                 break
-        if self.finish_reason is None and finish != RUNNING:
+        if self.finish_reason is None and finish_reason != RUNNING:
             shown += self._flush()  # which may complete a stop string
             if len(kept) <= num_accepted:
                 drafted_chars = len(shown)
-            if self.finish_reason is None or finish == FAILED:
-                self.finish_reason = _REASONS[finish]
-            if finish == FAILED:
+            if self.finish_reason is None or finish_reason == FAILED:
+                self.finish_reason = _REASONS[finish_reason]
+            if finish_reason == FAILED:
                 self.error = "the model gave NaN, or no finite logit"
         self.token_ids += kept
         self._forwards += bool(kept)
@@ -214,7 +221,7 @@ class RequestOutput:
             seed=self.seed,
             plan=plan,
             stride=stride,
-            status=self.status,
+            error_flags=self.error_flags,
             acceptance_by_source={SOURCES[s]: a / v for s, (v, a) in self._by_source.items() if v},
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,

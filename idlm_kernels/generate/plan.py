@@ -121,7 +121,7 @@ def slot_of(page_table: Tensor, request: Tensor, index: Tensor, page_size: int) 
 
 def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
     """The rows of the next step of every running request, packed; T = B * R rows, padding last."""
-    ids, is_mask, positions, slots, tail_mask, seq_lens, query_start_loc = ops.plan_rows(
+    ids, is_mask, positions, slots, tree_mask, seq_lens, query_start_loc = ops.plan_rows(
         state.with_drafts(plan.num_drafts),
         state.mask_id,
         page_size,
@@ -136,7 +136,7 @@ def plan_rows(plan: StepPlan, state: DecodeState, page_size: int) -> Rows:
         page_table=state.page_table,
         seq_lens=seq_lens,
         query_start_loc=query_start_loc,
-        tail_mask=tail_mask if plan.quadratic else None,
+        tree_mask=tree_mask if plan.quadratic else None,
         max_query_len=plan.max_rows,
         has_masks=plan.num_drafts > 0,
     )
@@ -170,7 +170,7 @@ def prefill_rows(state: DecodeState, starts: list[int], stops: list[int], num_ma
         page_table=state.page_table,
         seq_lens=(stop + num_masks).to(torch.int32),
         query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
-        tail_mask=None,
+        tree_mask=None,
         max_query_len=max(counts),
         has_masks=num_masks > 0,
     )

@@ -184,7 +184,7 @@ class Scorer:
             page_table=table.to(device),
             seq_lens=torch.tensor([stop for _, _, stop in chunks], dtype=torch.int32, device=device),
             query_start_loc=torch.tensor([0, *counts], device=device).cumsum(0).to(torch.int32),
-            tail_mask=None,
+            tree_mask=None,
             max_query_len=max(counts),
             has_masks=False,
         )

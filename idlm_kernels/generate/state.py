@@ -88,8 +88,8 @@ class DecodeState(StepState):
             draft_source=zeros(torch.int32),
             length_limits=zeros(torch.int32),
             stop_ids=zeros(torch.int64, num_stop_ids),
-            finish=zeros(torch.int32) + IDLE,
-            status=zeros(torch.int32),
+            finish_reason=zeros(torch.int32) + IDLE,
+            error_flags=zeros(torch.int32),
             page_table=zeros(torch.int32, max_pages),
             temperature=zeros(torch.float32),
             top_k=zeros(torch.int32),
@@ -124,7 +124,7 @@ class DecodeState(StepState):
         """Copy a request from one index to another and leave the first one idle."""
         for x in self._tensors().values():
             x[target] = x[source]
-        self.finish[source] = IDLE
+        self.finish_reason[source] = IDLE
 
     def insert(
         self,
@@ -149,8 +149,8 @@ class DecodeState(StepState):
         self.draft_source[b] = 0
         self.length_limits[b] = limit
         self.stop_ids[b] = torch.tensor([*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))], device=device)
-        self.finish[b] = IDLE
-        self.status[b] = 0
+        self.finish_reason[b] = IDLE
+        self.error_flags[b] = 0
         self.temperature[b] = params.temperature
         self.top_k[b] = params.top_k
         self.top_p[b] = params.top_p

@@ -66,12 +66,12 @@ def prefill_chunk(decoder: Decoder, state: DecodeState, start: int, stop: int) -
 
 def first_step(decoder: Decoder, state: DecodeState, starts: list[int], lengths: list[int]) -> Tensor:
     """Compute the rest of each prompt, from starts[b] to its end, and run the first step on the same forward."""
-    num_k = decoder.plan.num_drafts
-    rows = prefill_rows(state, starts, lengths, num_k, decoder.cache.page_size)
+    num_spec_tokens = decoder.plan.num_drafts
+    rows = prefill_rows(state, starts, lengths, num_spec_tokens, decoder.cache.page_size)
     ends = rows.query_start_loc[1:].long()  # the step of a request is its last N rows: pending and the MASK rows
-    step = (ends.unsqueeze(1) + torch.arange(-1 - num_k, 0, device=ends.device)).flatten()
+    step = (ends.unsqueeze(1) + torch.arange(-1 - num_spec_tokens, 0, device=ends.device)).flatten()
     logits, hidden = decoder.model.forward(rows, decoder.cache, logits_rows=step)
-    query_start_loc = torch.arange(len(lengths) + 1, dtype=torch.int32, device=ends.device) * (num_k + 1)
+    query_start_loc = torch.arange(len(lengths) + 1, dtype=torch.int32, device=ends.device) * (num_spec_tokens + 1)
     return _commit(decoder, state, logits, hidden, query_start_loc)
 
 
@@ -106,7 +106,7 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         quadratic=quadratic,
         rule=decoder.rule,
         draft_dists=decoder.draft_dists,
-        status=state.status,
+        error_flags=state.error_flags,
     )
     if decoder.rerank and decoder.plan.num_drafts > 0:
         next_drafts = rerank_drafts(

@@ -204,15 +204,17 @@ def calls(model: Transformer, wanted: Wanted) -> Iterator[tuple[str, Callable[[]
 
 def _requests(decoder: Decoder, state: DecodeState, first: int, last: int, widest: int) -> tuple[Decoder, DecodeState]:
     """Some requests of a state, as Engine gives them to a step."""
-    num_k = decoder.plan.num_drafts
+    num_spec_tokens = decoder.plan.num_drafts
     if decoder.rule == "rejection":
         model, batch = decoder.model, len(state.lengths)
         q = DraftDistributions.empty(batch, widest, model.config.vocab_size, model.dtype, META)
         part = DraftDistributions(
-            q.logits[first:last, :num_k], q.cut[first:last, :num_k], q.log_norm[first:last, :num_k]
+            q.logits[first:last, :num_spec_tokens],
+            q.cut[first:last, :num_spec_tokens],
+            q.log_norm[first:last, :num_spec_tokens],
         )
         decoder = dataclasses.replace(decoder, draft_dists=part)
-    return decoder, state.requests(first, last).with_drafts(num_k)
+    return decoder, state.requests(first, last).with_drafts(num_spec_tokens)
 
 
 # A worker

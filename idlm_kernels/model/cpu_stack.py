@@ -237,7 +237,7 @@ class CpuStack:
         wanted = int(query_start_loc[-1]) if logits_rows is None else len(logits_rows)
         hidden = torch.empty(wanted, config.hidden_size)
         logits = torch.empty(wanted, config.vocab_size)
-        seq_lens, tail_mask, page_table = rows.seq_lens.contiguous(), rows.tail_mask, rows.page_table
+        seq_lens, tree_mask, page_table = rows.seq_lens.contiguous(), rows.tree_mask, rows.page_table
         count, batch = x.shape[0], seq_lens.shape[0]
         for name, given, dtype, size in (
             ("positions", positions, torch.int64, count),
@@ -246,7 +246,7 @@ class CpuStack:
             ("page_table", page_table, torch.int32, batch),
             ("seq_lens", seq_lens, torch.int32, batch),
             ("query_start_loc", query_start_loc, torch.int32, batch + 1),
-            ("tail_mask", tail_mask, torch.int64, count),
+            ("tree_mask", tree_mask, torch.int64, count),
             ("logits_rows", logits_rows, torch.int64, wanted),
         ):
             if given is None:
@@ -264,7 +264,7 @@ class CpuStack:
             page_table.data_ptr(),
             seq_lens.data_ptr(),
             query_start_loc.data_ptr(),
-            None if tail_mask is None else tail_mask.data_ptr(),
+            None if tree_mask is None else tree_mask.data_ptr(),
             None if logits_rows is None else logits_rows.data_ptr(),
             x.data_ptr(),
             hidden.data_ptr(),

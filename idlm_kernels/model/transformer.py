@@ -317,7 +317,7 @@ class Transformer:
                 rows.page_table,
                 rows.seq_lens,
                 rows.query_start_loc,
-                tail_mask=rows.tail_mask,
+                tree_mask=rows.tree_mask,
                 max_query_len=rows.max_query_len,
             )
             x = layer.o(o.flatten(1), lora_mask)

@@ -64,11 +64,11 @@ def _dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...] = tup
     return _DTYPES[x.dtype]
 
 
-def _check_plan(op: str, num_k: int) -> None:
-    if num_k > MAX_DRAFTS:
+def _check_plan(op: str, num_spec_tokens: int) -> None:
+    if num_spec_tokens > MAX_DRAFTS:
         raise ValueError(
-            f"{op}: drafts have {num_k} columns, backend 'cuda' takes at most {MAX_DRAFTS} (chain plans have N <= 32); "
-            "use backend 'torch'"
+            f"{op}: drafts have {num_spec_tokens} columns, backend 'cuda' takes at most {MAX_DRAFTS} (chain plans have "
+            "N <= 32); use backend 'torch'"
         )
 
 
@@ -114,7 +114,7 @@ def sample_rows(
     *,
     stream: int = STREAM_TARGET,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.sample_rows`; logits and logit_bias bf16, fp16 or fp32."""
@@ -131,7 +131,7 @@ def sample_rows(
         positions_are_int64=positions.dtype == torch.int64,
         noise_stream=stream,
         ids=ids.data_ptr(),
-        status=_address(status),
+        error_flags=_address(error_flags),
     )
     load().sample_rows(params, options)
     return ids
@@ -155,7 +155,7 @@ def verify_accept(
     rule: str,
     draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `idlm_kernels.verify_accept`; logits and logit_bias bf16, fp16 or fp32, K up to 31.
@@ -167,10 +167,10 @@ def verify_accept(
     op, device = "verify_accept", logits.device
     options = _options(op, device)
     description = _logits(op, logits, id_limit, mask_id, logit_bias)
-    batch, num_k = drafts.shape
-    _check_plan(op, num_k)
+    batch, num_spec_tokens = drafts.shape
+    _check_plan(op, num_spec_tokens)
     distributions = load().DraftDistributions()
-    if rule == "rejection" and num_k:
+    if rule == "rejection" and num_spec_tokens:
         assert draft_dists is not None
         # What was sampled from is stored without rounding, and biased logits are fp32.
         allowed = (torch.float32,) if logit_bias is not None else (logits.dtype, torch.float32)
@@ -187,19 +187,19 @@ def verify_accept(
     if out is None:
         out = (
             _empty((batch,), torch.int32, device),
-            _empty((batch, num_k + 1), torch.int64, device),
-            _empty((batch, num_k), torch.int64, device),
+            _empty((batch, num_spec_tokens + 1), torch.int64, device),
+            _empty((batch, num_spec_tokens), torch.int64, device),
             _empty((batch,), torch.int32, device),
         )
     if not batch:
         return out
     num_accepted, tokens, next_drafts, next_num_drafts = out
-    workspace = _empty((batch, num_k + 1), torch.int32, device)
+    workspace = _empty((batch, num_spec_tokens + 1), torch.int32, device)
     params = load().VerifyAcceptParams(
         logits=description,
         sampling=_sampling(temperature, top_k, top_p, min_p, seed),
         batch=batch,
-        num_k=num_k,
+        num_spec_tokens=num_spec_tokens,
         query_start_loc=query_start_loc.data_ptr(),
         num_drafts=num_drafts.data_ptr(),
         drafts=drafts.data_ptr(),
@@ -208,7 +208,7 @@ def verify_accept(
         quadratic=quadratic,
         rejection=rule == "rejection",
         draft_dists=distributions,
-        status=_address(status),
+        error_flags=_address(error_flags),
         num_accepted=num_accepted.data_ptr(),
         tokens=tokens.data_ptr(),
         tokens_stride=tokens.stride(0),
@@ -233,18 +233,18 @@ def advance(
     num_drafts: Tensor,
     length_limits: Tensor,
     stop_ids: Tensor,
-    finish: Tensor,
+    finish_reason: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `idlm_kernels.advance`; K up to 31."""
     op, device = "advance", tokens.device
     options = _options(op, device)
-    batch, num_k = drafts.shape
-    _check_plan(op, num_k)
+    batch, num_spec_tokens = drafts.shape
+    _check_plan(op, num_spec_tokens)
     emitted = _empty((batch,), torch.int32, device) if out is None else out
     params = load().AdvanceParams(
         batch=batch,
-        num_k=num_k,
+        num_spec_tokens=num_spec_tokens,
         num_accepted=num_accepted.data_ptr(),
         tokens=tokens.data_ptr(),
         tokens_stride=tokens.stride(0),
@@ -262,7 +262,7 @@ def advance(
         drafts=drafts.data_ptr(),
         drafts_stride=drafts.stride(0),
         num_drafts=num_drafts.data_ptr(),
-        finish=finish.data_ptr(),
+        finish_reason=finish_reason.data_ptr(),
         num_emitted=emitted.data_ptr(),
     )
     load().advance(params, options)

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm_kernels._deprecated import dropped
+from idlm_kernels._deprecated import dropped, renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._dispatch import implementation, traced
 from idlm_kernels.ops._register import register
 
-MAX_TAIL_ROWS = 64  # bits of a tail mask
+MAX_TREE_ROWS = 64  # bits of a tree mask
 
 
 @dropped("workspace")
+@renamed(tail_mask="tree_mask")
 def strided_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -28,7 +29,7 @@ def strided_attention(
     seq_lens: Tensor,
     query_start_loc: Tensor,
     *,
-    tail_mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     max_query_len: int,
     sm_scale: float | None = None,
     window: int = -1,
@@ -39,7 +40,7 @@ def strided_attention(
 ) -> Tensor:
     """Attention of the rows of a step over a paged KV cache that holds the step's own K and V already.
 
-    A request with m rows and length seq_len has written them at slots seq_len - m .. seq_len - 1. Without `tail_mask`
+    A request with m rows and length seq_len has written them at slots seq_len - m .. seq_len - 1. Without `tree_mask`
     row i sees slots <= seq_len - m + i (chain plans, AR, prefill chunks of any length). With it, a row sees every
     slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (quadratic plans, draft trees).
 
@@ -51,7 +52,7 @@ def strided_attention(
         seq_lens: int32 [B], tokens including this step's rows; 0 marks a padded request (a no-op).
         query_start_loc: int32 [B + 1], rising from 0; rows of request b are query_start_loc[b] : [b + 1].
             Rows from query_start_loc[B] on are padding: their output is 0, their lse -inf.
-        tail_mask: int64 [T] read as 64 bits, for requests of at most 64 rows; excludes `window`.
+        tree_mask: int64 [T] read as 64 bits, for requests of at most 64 rows; excludes `window`.
         max_query_len: the largest number of rows of a request, known on the host. Rows of a request from this one on
             are treated as padding.
         sm_scale: factor of q K^T; 1 / sqrt(D) when None.
@@ -99,12 +100,12 @@ def strided_attention(
     check.positive(op, "window", window, -1)
     if sm_scale is not None:
         check.number(op, "sm_scale", sm_scale)
-    if tail_mask is not None:
-        check.tensor(op, "tail_mask", tail_mask, (num_rows,), check.INT64, device)
+    if tree_mask is not None:
+        check.tensor(op, "tree_mask", tree_mask, (num_rows,), check.INT64, device)
         if window >= 0:
-            raise ValueError(f"{op}: window = {window} with a tail_mask, wanted one of the two")
-        if max_query_len > MAX_TAIL_ROWS:
-            raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TAIL_ROWS} with a tail_mask")
+            raise ValueError(f"{op}: window = {window} with a tree_mask, wanted one of the two")
+        if max_query_len > MAX_TREE_ROWS:
+            raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TREE_ROWS} with a tree_mask")
     check.broadcastable_scale(op, "k_scale", k_scale, device)
     check.broadcastable_scale(op, "v_scale", v_scale, device)
     if out is not None:
@@ -113,7 +114,7 @@ def strided_attention(
         check.tensor(op, "lse", lse, (num_rows, num_heads), (torch.float32,), device)
     check.all_writable(op, (("out", out), ("lse", lse)), q, k_cache, v_cache)
     if traced(q):
-        args = (q, k_cache, v_cache, page_table, seq_lens, query_start_loc, tail_mask, max_query_len, sm_scale, window)
+        args = (q, k_cache, v_cache, page_table, seq_lens, query_start_loc, tree_mask, max_query_len, sm_scale, window)
         if out is None and lse is None:
             return torch.ops.idlm.strided_attention(*args, k_scale, v_scale)[0]
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -126,7 +127,7 @@ def strided_attention(
         page_table,
         seq_lens,
         query_start_loc,
-        tail_mask=tail_mask,
+        tree_mask=tree_mask,
         max_query_len=max_query_len,
         sm_scale=sm_scale,
         window=window,
@@ -150,7 +151,7 @@ def _run(q: Tensor, *, out: Tensor | None = None, **arguments: Any) -> tuple[Ten
 register(
     "strided_attention",
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, Tensor query_start_loc, *, "
-    "Tensor? tail_mask, SymInt max_query_len, float? sm_scale, SymInt window, Tensor? k_scale, Tensor? v_scale",
+    "Tensor? tree_mask, SymInt max_query_len, float? sm_scale, SymInt window, Tensor? k_scale, Tensor? v_scale",
     lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
     out="Tensor! out, Tensor!? lse",
     returns="(Tensor, Tensor)",

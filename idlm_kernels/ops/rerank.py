@@ -99,7 +99,7 @@ def rerank_drafts(
     device, (num_rows, vocab_size) = logits.device, logits.shape
     check.tensor(op, "hidden", hidden, (num_rows, None), check.FLOATS, device)
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
-    (batch, num_k), size = drafts.shape, hidden.shape[1]
+    (batch, num_spec_tokens), size = drafts.shape, hidden.shape[1]
     check.positive(op, "hidden's last dimension", size)
     if num_rows == 0 and batch:
         raise ValueError(f"{op}: logits have no rows but there are {batch} requests; pad to one row at least")
@@ -125,13 +125,18 @@ def rerank_drafts(
             raise TypeError(f"{op}: draft_dists must be a DraftDistributions, got {type(draft_dists).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
         check.tensor(
-            op, "draft_dists.logits", draft_dists.logits, (batch, num_k, vocab_size), (logits.dtype, acc), device
+            op,
+            "draft_dists.logits",
+            draft_dists.logits,
+            (batch, num_spec_tokens, vocab_size),
+            (logits.dtype, acc),
+            device,
         )
-        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_k), (acc,), device)
-        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_k), (acc,), device)
+        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_spec_tokens), (acc,), device)
+        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_spec_tokens), (acc,), device)
         distributions = (draft_dists.logits, draft_dists.cut, draft_dists.log_norm)
     if out is not None:
-        check.tensor(op, "out", out, (batch, num_k), check.INT64, device)
+        check.tensor(op, "out", out, (batch, num_spec_tokens), check.INT64, device)
     request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
     written = [

@@ -55,6 +55,7 @@ def check_parameters(
     check.tensor(op, "seed", seed, (count,), check.INT64, device)
 
 
+@renamed(status="error_flags")
 def sample_rows(
     logits: Tensor,
     positions: Tensor,
@@ -68,7 +69,7 @@ def sample_rows(
     *,
     stream: int = STREAM_TARGET,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Sample one token per row: argmax of (kept logits / T + Gumbel noise). Parameters are values, never branches.
@@ -89,7 +90,7 @@ def sample_rows(
         mask_id: this id is never sampled either; -1 when there is none.
         stream: 0 target, 1 drafts of `rejection`, 2 acceptance.
         logit_bias: [T, V], added to the logits first (penalties, grammars).
-        status: int32 [T]; bits are or-ed in: 1 a NaN, 2 a +inf, 4 no finite logit (the lowest allowed id is taken).
+        error_flags: int32 [T]; bits are or-ed in: 1 a NaN, 2 a +inf, 4 no finite logit (the lowest allowed id then).
         out: int64 [T]; allocated when None.
 
     Returns:
@@ -113,17 +114,17 @@ def sample_rows(
     check_parameters(op, count, device, temperature, top_k, top_p, min_p, seed)
     if stream not in (STREAM_TARGET, STREAM_DRAFT, STREAM_ACCEPT):
         raise ValueError(f"{op}: stream is {stream}, wanted 0 (target), 1 (draft) or 2 (acceptance)")
-    if status is not None:
-        check.tensor(op, "status", status, (count,), check.INT32, device)
+    if error_flags is not None:
+        check.tensor(op, "error_flags", error_flags, (count,), check.INT32, device)
     if out is not None:
         check.tensor(op, "out", out, (count,), check.INT64, device)
     inputs = (logits, positions, temperature, top_k, top_p, min_p, seed, logit_bias)
-    check.all_writable(op, (("status", status), ("out", out)), *inputs)
+    check.all_writable(op, (("error_flags", error_flags), ("out", out)), *inputs)
     args = (logits, positions, temperature, top_k, top_p, min_p, seed, id_limit, mask_id)
-    return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "status": status}, out)
+    return run_op(op, args, {"stream": stream, "logit_bias": logit_bias, "error_flags": error_flags}, out)
 
 
-@renamed(mode="rule", branched="quadratic", q_state="draft_dists")
+@renamed(mode="rule", branched="quadratic", q_state="draft_dists", status="error_flags")
 def verify_accept(
     logits: Tensor,
     query_start_loc: Tensor,
@@ -142,7 +143,7 @@ def verify_accept(
     rule: str,
     draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decide a step: which drafts are accepted, the token after them, and the drafts of the next step.
@@ -171,7 +172,7 @@ def verify_accept(
         draft_dists: the distributions of the current drafts, needed by `rejection`; overwritten with those of the next.
             Its logits have the dtype of `logits`, or fp32; all of it is fp64 for fp64 logits.
         logit_bias: [T, V], added to the logits first, in fp32. With `rejection` draft_dists.logits must then be fp32.
-        status: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
+        error_flags: int32 [B]; bits are or-ed in: 1, 2, 4 as in `sample_rows` for any row used, 8 a draft id or draft
             count out of range (the draft is rejected, the token is of p).
         out: the four results, to write into; allocated when None.
 
@@ -201,7 +202,7 @@ def verify_accept(
     check_logits(op, logits, id_limit, mask_id, logit_bias)
     device = logits.device
     check.tensor(op, "drafts", drafts, (None, None), check.INT64, device)
-    batch, num_k = drafts.shape
+    batch, num_spec_tokens = drafts.shape
     check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
     check.tensor(op, "num_drafts", num_drafts, (batch,), check.INT32, device)
     check.tensor(op, "positions", positions, (batch,), check.INT32, device)
@@ -212,8 +213,8 @@ def verify_accept(
         raise TypeError(f"{op}: quadratic must be a bool, got {type(quadratic).__name__}")
     if rule not in RULES:
         raise ValueError(f"{op}: rule is {rule!r}, wanted one of {', '.join(RULES)}")
-    if status is not None:
-        check.tensor(op, "status", status, (batch,), check.INT32, device)
+    if error_flags is not None:
+        check.tensor(op, "error_flags", error_flags, (batch,), check.INT32, device)
     state: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if rule == "rejection":
         if draft_dists is None:
@@ -222,9 +223,11 @@ def verify_accept(
             raise TypeError(f"{op}: draft_dists must be a DraftDistributions, got {type(draft_dists).__name__}")
         acc = torch.promote_types(logits.dtype, torch.float32)
         dtypes = (acc,) if logit_bias is not None else (logits.dtype, acc)
-        check.tensor(op, "draft_dists.logits", draft_dists.logits, (batch, num_k, logits.shape[1]), dtypes, device)
-        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_k), (acc,), device)
-        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_k), (acc,), device)
+        check.tensor(
+            op, "draft_dists.logits", draft_dists.logits, (batch, num_spec_tokens, logits.shape[1]), dtypes, device
+        )
+        check.tensor(op, "draft_dists.cut", draft_dists.cut, (batch, num_spec_tokens), (acc,), device)
+        check.tensor(op, "draft_dists.log_norm", draft_dists.log_norm, (batch, num_spec_tokens), (acc,), device)
         state = (draft_dists.logits, draft_dists.cut, draft_dists.log_norm)
     elif draft_dists is not None:
         raise ValueError(f"{op}: draft_dists is for rule 'rejection', wanted None with {rule!r}")
@@ -232,11 +235,11 @@ def verify_accept(
         if len(out) != 4:
             raise ValueError(f"{op}: out has {len(out)} tensors, wanted 4")
         check.tensor(op, "out[0]", out[0], (batch,), check.INT32, device)
-        check.tensor(op, "out[1]", out[1], (batch, num_k + 1), check.INT64, device)
-        check.tensor(op, "out[2]", out[2], (batch, num_k), check.INT64, device)
+        check.tensor(op, "out[1]", out[1], (batch, num_spec_tokens + 1), check.INT64, device)
+        check.tensor(op, "out[2]", out[2], (batch, num_spec_tokens), check.INT64, device)
         check.tensor(op, "out[3]", out[3], (batch,), check.INT32, device)
     written = [
-        ("status", status),
+        ("error_flags", error_flags),
         *zip(("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm"), state, strict=True),
     ]
     written += [(f"out[{i}]", x) for i, x in enumerate(out or ())]
@@ -244,7 +247,7 @@ def verify_accept(
     check.all_writable(op, written, *inputs, logit_bias)
     if traced(logits):
         args = (logits, query_start_loc, num_drafts, drafts, positions, temperature, top_k, top_p, min_p, seed)
-        options = (id_limit, mask_id, quadratic, rule, *state, logit_bias, status)
+        options = (id_limit, mask_id, quadratic, rule, *state, logit_bias, error_flags)
         if out is None:
             return torch.ops.idlm.verify_accept(*args, *options)
         torch.ops.idlm.verify_accept_out(*args, *options, *out)
@@ -266,7 +269,7 @@ def verify_accept(
         rule=rule,
         draft_dists=draft_dists,
         logit_bias=logit_bias,
-        status=status,
+        error_flags=error_flags,
         out=out,
     )
 
@@ -290,11 +293,11 @@ def _run(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
 
 
 def _fake_results(logits: Tensor, query_start_loc: Tensor, num_drafts: Tensor, drafts: Tensor, *rest: Any) -> Any:
-    batch, num_k = drafts.shape
+    batch, num_spec_tokens = drafts.shape
     return (
         drafts.new_empty(batch, dtype=torch.int32),
-        drafts.new_empty(batch, num_k + 1),
-        drafts.new_empty(batch, num_k),
+        drafts.new_empty(batch, num_spec_tokens + 1),
+        drafts.new_empty(batch, num_spec_tokens),
         drafts.new_empty(batch, dtype=torch.int32),
     )
 
@@ -302,14 +305,14 @@ def _fake_results(logits: Tensor, query_start_loc: Tensor, num_drafts: Tensor, d
 register(
     "sample_rows",
     "Tensor logits, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
-    "SymInt id_limit, SymInt mask_id, *, SymInt stream, Tensor? logit_bias, Tensor!? status",
+    "SymInt id_limit, SymInt mask_id, *, SymInt stream, Tensor? logit_bias, Tensor!? error_flags",
     lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 register(
     "verify_accept",
     "Tensor logits, Tensor query_start_loc, Tensor num_drafts, Tensor drafts, Tensor positions, Tensor temperature, "
     "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, SymInt id_limit, SymInt mask_id, *, bool quadratic, "
-    "str rule, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm, Tensor? logit_bias, Tensor!? status",
+    "str rule, Tensor!? q_logits, Tensor!? q_cut, Tensor!? q_log_norm, Tensor? logit_bias, Tensor!? error_flags",
     _fake_results,
     out="Tensor! num_accepted, Tensor! tokens, Tensor! next_drafts, Tensor! next_num_drafts",
     returns="(Tensor, Tensor, Tensor, Tensor)",

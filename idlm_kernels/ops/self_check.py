@@ -170,7 +170,7 @@ def _strided_attention(case: Case) -> None:
     chain = StridedAttention(heads=(8, 2, 128)).call(CPU)
     got = _check(case, chain).result
     causal = torch.tensor([(2 << i) - 1 for i in (*range(7), *range(4), 0)], device=CPU)
-    check_bits(_run(case, chain.changed(tail_mask=causal)), got, "a chain with a tail mask and without")
+    check_bits(_run(case, chain.changed(tree_mask=causal)), got, "a chain with a tree mask and without")
     # The first row of request 0 as AR sees it: one row, one request, pages of another size.
     first = _run(case, repaged(request_rows(chain, 0, slice(1)), 24))
     check_bits(first, got[:1], "a row alone on pages of 24 slots and among others on pages of 16")
@@ -261,8 +261,8 @@ def _advance(case: Case) -> None:
 
 def _plan_rows(case: Case) -> None:
     """AR, a chain, branches, random ids; the longest text goes beyond its pages."""
-    for num_k, quadratic, noise_below in ((0, False, 0), (3, False, 0), (3, True, 0), (3, True, 151_669)):
-        _check(case, PlanRows(num_k=num_k, quadratic=quadratic, noise_below=noise_below).call(CPU))
+    for num_spec_tokens, quadratic, noise_below in ((0, False, 0), (3, False, 0), (3, True, 0), (3, True, 151_669)):
+        _check(case, PlanRows(num_spec_tokens=num_spec_tokens, quadratic=quadratic, noise_below=noise_below).call(CPU))
 
 
 def _commit_step(case: Case) -> None:

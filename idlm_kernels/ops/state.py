@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idlm_kernels._deprecated import renamed
 from idlm_kernels.ops import _checks as check
 from idlm_kernels.ops._register import register, run_op
 
 
+@renamed(finish="finish_reason")
 def advance(
     num_accepted: Tensor,
     tokens: Tensor,
@@ -25,7 +27,7 @@ def advance(
     num_drafts: Tensor,
     length_limits: Tensor,
     stop_ids: Tensor,
-    finish: Tensor,
+    finish_reason: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """Move the state of every running request forward by the outcome of one step.
@@ -41,8 +43,8 @@ def advance(
         num_drafts: int32 [B]; updated (0 for a request that ends).
         length_limits: int32 [B], the largest L; at most max_len.
         stop_ids: int64 [B, S], padded with -1.
-        finish: int32 [B], 0 running, 1 stopped by an id, 2 length limit; updated. Requests that are not running, or
-            had no rows, do not change.
+        finish_reason: int32 [B], 0 running, 1 stopped by an id, 2 length limit; updated. Requests that are not
+            running, or had no rows, do not change.
         out: int32 [B]; allocated when None.
 
     Returns:
@@ -54,13 +56,13 @@ def advance(
     Example: a step that accepted one draft commits two tokens; 6 is a stop id.
 
         >>> text, lengths = torch.tensor([[3, 1, 0, 0, 0, 0]]), torch.tensor([2]).int()
-        >>> drafts, num_drafts, finish = torch.tensor([[5]]), torch.tensor([1]).int(), torch.tensor([0]).int()
+        >>> drafts, num_drafts, finish_reason = torch.tensor([[5]]), torch.tensor([1]).int(), torch.tensor([0]).int()
         >>> advance(
         ...     torch.tensor([1]).int(), torch.tensor([[5, 6]]), torch.tensor([[8]]), torch.tensor([1]).int(),
         ...     text=text, lengths=lengths, drafts=drafts, num_drafts=num_drafts,
-        ...     length_limits=torch.tensor([6]).int(), stop_ids=torch.tensor([[6]]), finish=finish)
+        ...     length_limits=torch.tensor([6]).int(), stop_ids=torch.tensor([[6]]), finish_reason=finish_reason)
         tensor([2], dtype=torch.int32)
-        >>> text, lengths, finish
+        >>> text, lengths, finish_reason
         (tensor([[3, 1, 5, 6, 0, 0]]), tensor([4], dtype=torch.int32), tensor([1], dtype=torch.int32))
     """
     op, device = "advance", check.device_of("advance", "tokens", tokens)
@@ -74,7 +76,7 @@ def advance(
         ("lengths", lengths),
         ("num_drafts", num_drafts),
         ("length_limits", length_limits),
-        ("finish", finish),
+        ("finish_reason", finish_reason),
     ):
         check.tensor(op, name, x, (batch,), check.INT32, device)
     check.tensor(op, "next_drafts", next_drafts, (batch, width - 1), check.INT64, device)
@@ -85,14 +87,16 @@ def advance(
         check.tensor(op, "out", out, (batch,), check.INT32, device)
     results = (num_accepted, tokens, next_drafts, next_num_drafts)
     written = (("text", text), ("lengths", lengths), ("drafts", drafts), ("num_drafts", num_drafts))
-    check.all_writable(op, (*written, ("finish", finish), ("out", out)), *results, length_limits, stop_ids)
-    state = dict(written) | {"length_limits": length_limits, "stop_ids": stop_ids, "finish": finish}
+    check.all_writable(
+        op, (*written, ("finish_reason", finish_reason), ("out", out)), *results, length_limits, stop_ids
+    )
+    state = dict(written) | {"length_limits": length_limits, "stop_ids": stop_ids, "finish_reason": finish_reason}
     return run_op(op, results, state, out)
 
 
 register(
     "advance",
     "Tensor num_accepted, Tensor tokens, Tensor next_drafts, Tensor next_num_drafts, *, Tensor! text, Tensor! lengths, "
-    "Tensor! drafts, Tensor! num_drafts, Tensor length_limits, Tensor stop_ids, Tensor! finish",
+    "Tensor! drafts, Tensor! num_drafts, Tensor length_limits, Tensor stop_ids, Tensor! finish_reason",
     lambda num_accepted, *rest: torch.empty_like(num_accepted),
 )

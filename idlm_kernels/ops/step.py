@@ -20,9 +20,9 @@ from idlm_kernels.ops._register import register
 from python_ref import StepState
 
 Planned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_PLANNED = ("ids", "is_mask", "positions", "slot_mapping", "tail_mask", "seq_lens", "query_start_loc")
+_PLANNED = ("ids", "is_mask", "positions", "slot_mapping", "tree_mask", "seq_lens", "query_start_loc")
 _STATE = tuple(field.name for field in dataclasses.fields(StepState))
-_WRITTEN = ("text", "lengths", "drafts", "num_drafts", "draft_source", "finish")
+_WRITTEN = ("text", "lengths", "drafts", "num_drafts", "draft_source", "finish_reason")
 MAX_DRAFTS = {False: 31, True: 7}  # a row sees at most 64 slots of its step; by `quadratic`
 
 # A state is asked for at every step. Once found to be in order, which metadata alone decide, it stays so. Kept are the
@@ -38,7 +38,7 @@ def _check_state(op: str, state: StepState) -> torch.device:
     device = check.device_of(op, "state.lengths", state.lengths)
     check.tensor(op, "state.lengths", state.lengths, (None,), check.INT32, device)
     batch = state.lengths.shape[0]
-    for name in ("num_drafts", "max_drafts", "draft_source", "length_limits", "finish", "status"):
+    for name in ("num_drafts", "max_drafts", "draft_source", "length_limits", "finish_reason", "error_flags"):
         check.tensor(op, f"state.{name}", getattr(state, name), (batch,), check.INT32, device)
     for name in ("text", "drafts", "stop_ids"):
         check.tensor(op, f"state.{name}", getattr(state, name), (batch, None), check.INT64, device)
@@ -64,8 +64,8 @@ def plan_rows(
     0..n if `quadratic`, else branch n alone. T is B * R, where R is (K + 1)^2 if quadratic, else 2K + 1.
 
     Args:
-        state: `lengths` (at least 1), `text`, `drafts` [B, K], `num_drafts` (0..K), `finish` and `page_table` are
-            read. K is at most 31, or 7 if quadratic.
+        state: `lengths` (at least 1), `text`, `drafts` [B, K], `num_drafts` (0..K), `finish_reason` and `page_table`
+            are read. K is at most 31, or 7 if quadratic.
         mask_id: the id of MASK rows.
         page_size: tokens of a page.
         quadratic: whether there is a branch after every draft (the quadratic plan).
@@ -75,7 +75,7 @@ def plan_rows(
 
     Returns:
         ids int64 [T]; is_mask bool [T]; positions int64 [T]; slot_mapping int64 [T] (-1 beyond the pages of a
-        request); tail_mask int64 [T], as `strided_attention` takes it (plain causal rows without branches); seq_lens
+        request); tree_mask int64 [T], as `strided_attention` takes it (plain causal rows without branches); seq_lens
         int32 [B], these rows included, 0 for a request that does not run; query_start_loc int32 [B + 1]. Padding rows
         have slot -1, and zeros.
 
@@ -89,7 +89,7 @@ def plan_rows(
         >>> state = StepState(
         ...     text=torch.tensor([[3, 1, 4, 0, 0]]), lengths=ints(3), drafts=torch.tensor([[7]]), num_drafts=ints(1),
         ...     max_drafts=ints(1), draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[-1]]),
-        ...     finish=ints(0), status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
+        ...     finish_reason=ints(0), error_flags=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
         >>> ids, is_mask, positions, slots, _, seq_lens, _ = plan_rows(state, 9, 16, quadratic=False)
         >>> ids, positions, slots, seq_lens
         (tensor([4, 7, 9]), tensor([2, 3, 4]), tensor([34, 35, 36]), tensor([5], dtype=torch.int32))
@@ -103,13 +103,13 @@ def plan_rows(
         raise ValueError(f"{op}: noise_below is 1, which leaves no id to draw")
     if not isinstance(quadratic, bool):
         raise TypeError(f"{op}: quadratic must be a bool, got {type(quadratic).__name__}")
-    batch, num_k = state.drafts.shape
-    if num_k > MAX_DRAFTS[quadratic]:
-        raise ValueError(f"{op}: state.drafts has {num_k} columns, wanted at most {MAX_DRAFTS[quadratic]}")
+    batch, num_spec_tokens = state.drafts.shape
+    if num_spec_tokens > MAX_DRAFTS[quadratic]:
+        raise ValueError(f"{op}: state.drafts has {num_spec_tokens} columns, wanted at most {MAX_DRAFTS[quadratic]}")
     if out is not None:
         if len(out) != len(_PLANNED):
             raise ValueError(f"{op}: out has {len(out)} tensors, wanted {len(_PLANNED)}")
-        rows = batch * _max_rows(num_k, quadratic)
+        rows = batch * _max_rows(num_spec_tokens, quadratic)
         dtypes = (check.INT64, (torch.bool,), check.INT64, check.INT64, check.INT64, check.INT32, check.INT32)
         sizes = (rows, rows, rows, rows, rows, batch, batch + 1)
         for i, (x, dtype, size) in enumerate(zip(out, dtypes, sizes, strict=True)):
@@ -143,13 +143,14 @@ def commit_step(
     """Move the state of every running request forward by the outcome of one step; give the host all that it reads.
 
     As `advance` does: commits tokens up to and including the first stop id, as far as the length limits allow. A
-    request whose status says that a row was NaN, or had no finite logit, commits nothing and ends with finish 4.
+    request whose error_flags say that a row was NaN, or had no finite logit, commits nothing and ends with
+    finish_reason 4.
 
     Args:
         num_accepted: int32 [B], tokens: int64 [B, N], next_drafts: int64 [B, N - 1], next_num_drafts: int32 [B]: the
             results of `verify_accept`, the drafts possibly re-ranked.
-        state: `text`, `lengths`, `drafts`, `num_drafts`, `draft_source` and `finish` are written. draft_source: 0 no
-            drafts, 1 those of MASK rows, 2 those of the text. A request has at most max_drafts drafts.
+        state: `text`, `lengths`, `drafts`, `num_drafts`, `draft_source` and `finish_reason` are written. draft_source:
+            0 no drafts, 1 those of MASK rows, 2 those of the text. A request has at most max_drafts drafts.
         quadratic: whether the step was of a quadratic plan; for `acceptance` alone.
         suffix: draft what followed the last earlier occurrence of the end of the text: after a match of 2 tokens
             where MASK rows gave no draft, of 6 in place of theirs. With `match` only.
@@ -160,7 +161,7 @@ def commit_step(
         out: int64 [B, 6 + N], or [B, 6 + 2N] with logits; allocated when None.
 
     Returns:
-        int64 [B, 6 + N]: the drafts that were verified, num_accepted, the tokens committed, finish, status,
+        int64 [B, 6 + N]: the drafts that were verified, num_accepted, the tokens committed, finish_reason, error_flags,
         draft_source of those drafts, then the tokens. With logits N more columns: log softmax of the logits at each
         token, before temperature and truncation, as the bits of an fp64; 0 where there is no token.
 
@@ -174,7 +175,7 @@ def commit_step(
         >>> state = StepState(
         ...     text=torch.tensor([[3, 1, 0, 0, 0]]), lengths=ints(2), drafts=torch.tensor([[5]]), num_drafts=ints(1),
         ...     max_drafts=ints(1), draft_source=ints(1), length_limits=ints(5), stop_ids=torch.tensor([[6]]),
-        ...     finish=ints(0), status=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
+        ...     finish_reason=ints(0), error_flags=ints(0), page_table=ints(2).view(1, 1), seed=torch.tensor([0]))
         >>> commit_step(ints(1), torch.tensor([[5, 6]]), torch.tensor([[8]]), ints(1), state)
         tensor([[1, 1, 2, 1, 0, 1, 5, 6]])
         >>> state.text, state.lengths
@@ -182,11 +183,11 @@ def commit_step(
     """
     op = "commit_step"
     device = _check_state(op, state)
-    batch, num_k = state.drafts.shape
+    batch, num_spec_tokens = state.drafts.shape
     for name, x in (("num_accepted", num_accepted), ("next_num_drafts", next_num_drafts)):
         check.tensor(op, name, x, (batch,), check.INT32, device)
-    check.tensor(op, "tokens", tokens, (batch, num_k + 1), check.INT64, device)
-    check.tensor(op, "next_drafts", next_drafts, (batch, num_k), check.INT64, device)
+    check.tensor(op, "tokens", tokens, (batch, num_spec_tokens + 1), check.INT64, device)
+    check.tensor(op, "next_drafts", next_drafts, (batch, num_spec_tokens), check.INT64, device)
     for name, flag in (("quadratic", quadratic), ("suffix", suffix)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
@@ -201,7 +202,7 @@ def commit_step(
         check.tensor(op, "query_start_loc", query_start_loc, (batch + 1,), check.INT32, device)
         if logits.numel() == 0 and batch:
             raise ValueError(f"{op}: logits have shape {list(logits.shape)}, wanted a row and a column at least")
-    columns = 6 + (num_k + 1) * (1 if logits is None else 2)
+    columns = 6 + (num_spec_tokens + 1) * (1 if logits is None else 2)
     if out is not None:
         check.tensor(op, "out", out, (batch, columns), check.INT64, device)
     read = (num_accepted, tokens, next_drafts, next_num_drafts, logits, query_start_loc)
@@ -229,8 +230,8 @@ def commit_step(
     )
 
 
-def _max_rows(num_k: int, quadratic: bool) -> int:
-    return (num_k + 1) ** 2 if quadratic else 2 * num_k + 1
+def _max_rows(num_spec_tokens: int, quadratic: bool) -> int:
+    return (num_spec_tokens + 1) ** 2 if quadratic else 2 * num_spec_tokens + 1
 
 
 def _tensors(state: StepState) -> list[Tensor]:
@@ -255,11 +256,11 @@ def _run_commit(**arguments: Any) -> Any:
 
 def _fake_plan(*arguments: Any) -> Planned:
     lengths, drafts, quadratic = arguments[1], arguments[2], arguments[-2]
-    batch, num_k = drafts.shape
-    rows = batch * _max_rows(num_k, quadratic)
-    ids, positions, slots, tail_mask = (drafts.new_empty(rows) for _ in range(4))
+    batch, num_spec_tokens = drafts.shape
+    rows = batch * _max_rows(num_spec_tokens, quadratic)
+    ids, positions, slots, tree_mask = (drafts.new_empty(rows) for _ in range(4))
     starts = lengths.new_empty(batch + 1)
-    return ids, drafts.new_empty(rows, dtype=torch.bool), positions, slots, tail_mask, lengths.new_empty(batch), starts
+    return ids, drafts.new_empty(rows, dtype=torch.bool), positions, slots, tree_mask, lengths.new_empty(batch), starts
 
 
 def _fake_commit(*arguments: Any) -> Tensor:

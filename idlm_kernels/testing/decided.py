@@ -104,11 +104,11 @@ class Rows:
         return args, {"stream": self.stream, "logit_bias": at(self.logit_bias)}
 
     def run(self, backend: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Ids and status."""
+        """Ids and error_flags."""
         args, options = self.arguments(device)
-        status = torch.zeros(self.logits.shape[0], dtype=torch.int32, device=device)
-        ids = backend.sample_rows(*args, **options, status=status)
-        return ids.cpu(), status.cpu()
+        error_flags = torch.zeros(self.logits.shape[0], dtype=torch.int32, device=device)
+        ids = backend.sample_rows(*args, **options, error_flags=error_flags)
+        return ids.cpu(), error_flags.cpu()
 
     def decided(self) -> Tensor:
         """Rows [T] whose id is the same for all noise and all cuts within their errors."""
@@ -163,9 +163,11 @@ REPORT: list[Tally] = []  # of this run
 
 
 def check_rows(rows: Rows, backend: Any, device: torch.device, tally: Tally, name: str = "") -> None:
-    ids, status = rows.run(backend, device)
-    expected, expected_status = rows.run(python_ref)
-    assert torch.equal(status, expected_status), f"{name}: status {status.tolist()}, wanted {expected_status.tolist()}"
+    ids, error_flags = rows.run(backend, device)
+    expected, expected_flags = rows.run(python_ref)
+    assert torch.equal(error_flags, expected_flags), (
+        f"{name}: error_flags {error_flags.tolist()}, wanted {expected_flags.tolist()}"
+    )
     tally.add(name, ids == expected, rows.decided())
 
 
@@ -197,7 +199,7 @@ class Step:
     def make(
         cls,
         batch: int,
-        num_k: int,
+        num_spec_tokens: int,
         vocab_size: int,
         dtype: torch.dtype,
         generator: torch.Generator,
@@ -220,11 +222,11 @@ class Step:
             return base + closeness * torch.randn(count, vocab_size, generator=generator)
 
         base = 3 * torch.randn(1, vocab_size, generator=generator)
-        drafted = draw(0, num_k + 1, (batch,), torch.int32)
+        drafted = draw(0, num_spec_tokens + 1, (batch,), torch.int32)
         if num_drafts is not None:
             drafted.fill_(num_drafts)
         kind = torch.tensor(kinds)[draw(0, len(kinds), (batch,))]
-        masks = num_k * (drafted + 1 if quadratic else torch.ones_like(drafted))
+        masks = num_spec_tokens * (drafted + 1 if quadratic else torch.ones_like(drafted))
         counts = torch.where(kind == 0, 0, 1 + drafted + torch.where(kind == 1, 0, masks))
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         total = max(1, int(start[-1]))
@@ -233,23 +235,23 @@ class Step:
         seed = draw(-(2**63), 2**63 - 1, (batch,))
         positions = draw(0, 100_000, (batch,), torch.int32)
         id_limit, mask_id = vocab_size - 1, 2
-        q_logits = noisy(batch * num_k).to(torch.float32 if bias_dtype else dtype)
-        each: Any = [x.repeat_interleave(num_k) for x in (temperature, top_k, top_p, min_p, seed)]
-        where = (positions.long().unsqueeze(1) + 1 + torch.arange(num_k)).flatten()
-        drafts = torch.zeros(batch, num_k, dtype=torch.int64)
+        q_logits = noisy(batch * num_spec_tokens).to(torch.float32 if bias_dtype else dtype)
+        each: Any = [x.repeat_interleave(num_spec_tokens) for x in (temperature, top_k, top_p, min_p, seed)]
+        where = (positions.long().unsqueeze(1) + 1 + torch.arange(num_spec_tokens)).flatten()
+        drafts = torch.zeros(batch, num_spec_tokens, dtype=torch.int64)
         draft_dists = None
-        if num_k:
+        if num_spec_tokens:
             stream = 0 if rule == "match" else 1
             sample: Any = ref.sample_rows
-            drafts = sample(q_logits, where, *each, id_limit, mask_id, stream=stream).view(batch, num_k)
+            drafts = sample(q_logits, where, *each, id_limit, mask_id, stream=stream).view(batch, num_spec_tokens)
         if rule == "rejection":
-            draft_dists = DraftDistributions.empty(batch, num_k, vocab_size, q_logits.dtype, q_logits.device)
-            if num_k:
+            draft_dists = DraftDistributions.empty(batch, num_spec_tokens, vocab_size, q_logits.dtype, q_logits.device)
+            if num_spec_tokens:
                 z = ref.scale_by_temperature(ref.sanitise(q_logits, id_limit, mask_id)[0], each[0])
                 cut = ref.truncation_cut(z, *each[1:4])
-                draft_dists.logits.copy_(q_logits.view(batch, num_k, vocab_size))
-                draft_dists.cut.copy_(cut.view(batch, num_k))
-                draft_dists.log_norm.copy_(ref.log_norm_of(z, cut).view(batch, num_k))
+                draft_dists.logits.copy_(q_logits.view(batch, num_spec_tokens, vocab_size))
+                draft_dists.cut.copy_(cut.view(batch, num_spec_tokens))
+                draft_dists.log_norm.copy_(ref.log_norm_of(z, cut).view(batch, num_spec_tokens))
         return cls(
             noisy(total).to(dtype), start, drafted, drafts, positions, temperature, top_k, top_p, min_p, seed,
             id_limit, mask_id, quadratic, rule, draft_dists, bias,
@@ -261,14 +263,19 @@ class Step:
 
         names = ("logits", "query_start_loc", "num_drafts", "drafts", "positions", "temperature", "top_k", "top_p")
         args = [at(getattr(self, name)) for name in (*names, "min_p", "seed", "id_limit", "mask_id")]
-        status = torch.zeros(len(self.positions), dtype=torch.int32, device=device)
+        error_flags = torch.zeros(len(self.positions), dtype=torch.int32, device=device)
         q = self.draft_dists
         q = None if q is None else DraftDistributions(at(q.logits).clone(), at(q.cut).clone(), at(q.log_norm).clone())
-        options = {"quadratic": self.quadratic, "rule": self.rule, "logit_bias": at(self.logit_bias), "status": status}
+        options = {
+            "quadratic": self.quadratic,
+            "rule": self.rule,
+            "logit_bias": at(self.logit_bias),
+            "error_flags": error_flags,
+        }
         results = backend.verify_accept(*args, **options, draft_dists=q)
         q = None if q is None else DraftDistributions(q.logits.cpu(), q.cut.cpu(), q.log_norm.cpu())
         num_accepted, tokens, next_drafts, next_num_drafts = (x.cpu() for x in results)
-        return Outcome(num_accepted, tokens, next_drafts, next_num_drafts, status.cpu(), q)
+        return Outcome(num_accepted, tokens, next_drafts, next_num_drafts, error_flags.cpu(), q)
 
     def requests(self, first: int, last: int) -> Step:
         """Requests first .. last - 1 alone, with their rows."""
@@ -307,7 +314,7 @@ class Outcome:
     tokens: Tensor
     next_drafts: Tensor
     next_num_drafts: Tensor
-    status: Tensor
+    error_flags: Tensor
     draft_dists: DraftDistributions | None
 
     def equal(self, other: Outcome) -> Tensor:
@@ -321,21 +328,23 @@ class Outcome:
 
     def requests(self, first: int, last: int) -> Outcome:
         q = self.draft_dists and self.draft_dists.requests(first, last)
-        each = (self.num_accepted, self.tokens, self.next_drafts, self.next_num_drafts, self.status)
-        num_accepted, tokens, next_drafts, next_num_drafts, status = (x[first:last] for x in each)
-        return Outcome(num_accepted, tokens, next_drafts, next_num_drafts, status, q)
+        each = (self.num_accepted, self.tokens, self.next_drafts, self.next_num_drafts, self.error_flags)
+        num_accepted, tokens, next_drafts, next_num_drafts, error_flags = (x[first:last] for x in each)
+        return Outcome(num_accepted, tokens, next_drafts, next_num_drafts, error_flags, q)
 
     def same_bits(self, other: Outcome) -> bool:
         q, p = self.draft_dists, other.draft_dists
         distributions = q is None or p is None or all(
             same_bits(a, b) for a, b in ((q.logits, p.logits), (q.cut, p.cut), (q.log_norm, p.log_norm))
         )  # fmt: skip
-        return distributions and bool(self.equal(other).all()) and torch.equal(self.status, other.status)
+        return distributions and bool(self.equal(other).all()) and torch.equal(self.error_flags, other.error_flags)
 
 
 def check_step(step: Step, backend: Any, device: torch.device, tally: Tally, name: str = "") -> None:
     got, expected = step.run(backend, device), step.run(python_ref)
-    assert torch.equal(got.status, expected.status), f"{name}: status {got.status}, wanted {expected.status}"
+    assert torch.equal(got.error_flags, expected.error_flags), (
+        f"{name}: error_flags {got.error_flags}, wanted {expected.error_flags}"
+    )
     decided = decided_requests(step)
     tally.add(name, got.equal(expected), decided)
     if step.rule == "rejection":
@@ -348,9 +357,9 @@ def decided_requests(step: Step) -> Tensor:
     decided = torch.ones(len(step.positions), dtype=torch.bool)
     for b in (step.query_start_loc.diff() > 0).nonzero().flatten().tolist():
         accepted = int(expected.num_accepted[b])
-        num_k, start = step.drafts.shape[1], int(step.query_start_loc[b])
+        num_spec_tokens, start = step.drafts.shape[1], int(step.query_start_loc[b])
         num_rows = int(step.query_start_loc[b + 1]) - start
-        num_drafts = min(max(int(step.num_drafts[b]), 0), num_rows - 1, num_k)
+        num_drafts = min(max(int(step.num_drafts[b]), 0), num_rows - 1, num_spec_tokens)
         clean = step.rows_of(b, start, accepted + 1, 1, python_ref.STREAM_TARGET)
         sound = clean.decided()
         if step.rule == "rejection" and step.temperature[b] >= ref.GREEDY_BELOW:
@@ -359,9 +368,9 @@ def decided_requests(step: Step) -> Tensor:
                     sound[i] = _judgement_decided(step, clean, b, i)
         decided[b] = bool(sound.all())
         if expected.next_num_drafts[b]:
-            first = start + 1 + num_drafts + (accepted * num_k if step.quadratic else 0)
+            first = start + 1 + num_drafts + (accepted * num_spec_tokens if step.quadratic else 0)
             stream = python_ref.STREAM_TARGET if step.rule == "match" else python_ref.STREAM_DRAFT
-            decided[b] &= bool(step.rows_of(b, first, num_k, accepted + 2, stream).decided().all())
+            decided[b] &= bool(step.rows_of(b, first, num_spec_tokens, accepted + 2, stream).decided().all())
     return decided
 
 
@@ -407,8 +416,8 @@ def check_stored(step: Step, got: Outcome, expected: Outcome, which: Tensor) -> 
     """The stored distributions of the requests `which` keep the same ids with the same probabilities."""
     assert got.draft_dists is not None and expected.draft_dists is not None
     for b in which.nonzero().flatten().tolist():
-        num_k = step.drafts.shape[1]
-        temperature = step.temperature[b].expand(num_k)
+        num_spec_tokens = step.drafts.shape[1]
+        temperature = step.temperature[b].expand(num_spec_tokens)
         distributions = []
         for q in (got.draft_dists, expected.draft_dists):
             z = ref.scale_by_temperature(ref.sanitise(q.logits[b], step.id_limit, step.mask_id)[0], temperature)

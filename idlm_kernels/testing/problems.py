@@ -96,10 +96,10 @@ class StridedAttention(Problem):
         total = sum(self.rows) + self.padding
         tail: Arguments = {}
         if self.tail == "random":
-            tail["tail_mask"] = draw.integers(-(2**63), 2**63 - 1, total)
+            tail["tree_mask"] = draw.integers(-(2**63), 2**63 - 1, total)
         elif self.tail is not None:
             masks = [mask for count in self.rows for mask in quadratic_masks(round(count**0.5))]
-            tail["tail_mask"] = draw.tensor([*masks, *[1] * self.padding], torch.int64)
+            tail["tree_mask"] = draw.tensor([*masks, *[1] * self.padding], torch.int64)
         return {
             "q": draw.normal(total, num_heads, head_dim, dtype=self.dtype),
             **paged(k, v, self.lengths, self.page_size, draw=draw),
@@ -112,7 +112,7 @@ class StridedAttention(Problem):
 
 
 def quadratic_masks(stride: int, num_drafts: int | None = None) -> list[int]:
-    """The tail masks of a quadratic step: clean rows 0 .. num_drafts, then stride - 1 MASK rows for each of them."""
+    """The tree masks of a quadratic step: clean rows 0 .. num_drafts, then stride - 1 MASK rows for each of them."""
     clean = stride if num_drafts is None else num_drafts + 1
     masks = [(2 << i) - 1 for i in range(clean)]
     for branch in range(clean):
@@ -164,7 +164,7 @@ def request_rows(call: Call, b: int, rows: slice) -> Call:
         seq_lens=call["seq_lens"][b : b + 1] - (end - start) + last,
         query_start_loc=call["query_start_loc"].new_tensor([0, last - first]),
         max_query_len=last - first,
-        tail_mask=None,
+        tree_mask=None,
         lse=None if call["lse"] is None else call["lse"][own],
     )
 
@@ -278,7 +278,7 @@ class SampleRows(Problem):
     """Rows of every kind, ties, and every fault: NaN, +inf, nothing finite. What may not be sampled is the largest."""
 
     op = "sample_rows"
-    per_row = ("logits", "positions", "temperature", "top_k", "top_p", "min_p", "seed", "status")
+    per_row = ("logits", "positions", "temperature", "top_k", "top_p", "min_p", "seed", "error_flags")
     vocab_size: int = VOCAB
 
     def arguments(self, draw: Draw) -> Arguments:
@@ -289,7 +289,7 @@ class SampleRows(Problem):
         logits[11, 5], logits[12, 70] = torch.nan, torch.inf
         logits[13] = -torch.inf
         positions = torch.arange(14, device=draw.device) * 331
-        return {"logits": logits, "positions": positions, **parameters, "status": draw.tensor([0] * 14)}
+        return {"logits": logits, "positions": positions, **parameters, "error_flags": draw.tensor([0] * 14)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,14 +306,14 @@ class ApplyPenalties(Problem):
     num_biases: int = 5
 
     def arguments(self, draw: Draw) -> Arguments:
-        num_k, batch, vocab_size = 3, 6, self.vocab_size
+        num_spec_tokens, batch, vocab_size = 3, 6, self.vocab_size
         num_drafts = [3, 2, 0, 3, 1, 0]
-        counts = [1 + n + num_k * (n + 1 if self.quadratic else 1) for n in num_drafts[:5]] + [0]
+        counts = [1 + n + num_spec_tokens * (n + 1 if self.quadratic else 1) for n in num_drafts[:5]] + [0]
         logits = draw.normal(sum(counts) + 2, vocab_size, scale=3.0, dtype=self.dtype)
         logits[0, 7], logits[1, 8], logits[2, 9] = torch.nan, torch.inf, -torch.inf
         text = draw.integers(-1, 40, batch, self.max_len)
         text[:, 3] = vocab_size
-        drafts = draw.integers(0, 45, batch, num_k)
+        drafts = draw.integers(0, 45, batch, num_spec_tokens)
         drafts[0] = draw.tensor([44, 44, 5], torch.int64)
         bias_ids = draw.tensor([[-1] * self.num_biases] * batch, torch.int64)
         if self.num_biases:
@@ -352,13 +352,13 @@ class VerifyAccept(Problem):
     vocab_size: int = VOCAB
 
     def arguments(self, draw: Draw) -> Arguments:
-        num_k, batch, vocab_size = 3, 6, self.vocab_size
-        distributions = draw.normal(batch * (1 + num_k), vocab_size, scale=3.0, dtype=self.dtype)
+        num_spec_tokens, batch, vocab_size = 3, 6, self.vocab_size
+        distributions = draw.normal(batch * (1 + num_spec_tokens), vocab_size, scale=3.0, dtype=self.dtype)
         first: Arguments = {
             "logits": distributions,
-            "query_start_loc": draw.tensor(range(0, len(distributions) + 1, 1 + num_k)),
+            "query_start_loc": draw.tensor(range(0, len(distributions) + 1, 1 + num_spec_tokens)),
             "num_drafts": draw.tensor([0] * batch),
-            "drafts": draw.tensor([[-1] * num_k] * batch, torch.int64),
+            "drafts": draw.tensor([[-1] * num_spec_tokens] * batch, torch.int64),
             "positions": draw.tensor(range(0, 100 * batch, 100)),
             **sampling_parameters(draw, batch, vocab_size),
             "quadratic": self.quadratic,
@@ -366,15 +366,15 @@ class VerifyAccept(Problem):
             "draft_dists": None,
         }
         if self.rule == "rejection":
-            first["draft_dists"] = DraftDistributions.empty(batch, num_k, vocab_size, self.dtype, draw.device)
+            first["draft_dists"] = DraftDistributions.empty(batch, num_spec_tokens, vocab_size, self.dtype, draw.device)
         _, _, drafts, _ = python_ref.verify_accept(**first)
         drafts[0, 2] = 11  # rejected by `match`, after two that are accepted
         drafts[3, 2] = vocab_size  # no id
         num_drafts = [3, 3, 2, 3, 0, 0]
-        counts = [1 + n + num_k * (n + 1 if self.quadratic else 1) for n in num_drafts[:4]] + [1, 0]
+        counts = [1 + n + num_spec_tokens * (n + 1 if self.quadratic else 1) for n in num_drafts[:4]] + [1, 0]
         logits = draw.normal(sum(counts), vocab_size, scale=3.0, dtype=self.dtype)
         for b in range(4):
-            start, near = sum(counts[:b]), distributions[b * (1 + num_k) + 1 :][: num_drafts[b]].float()
+            start, near = sum(counts[:b]), distributions[b * (1 + num_spec_tokens) + 1 :][: num_drafts[b]].float()
             noise = draw.normal(*near.shape, scale=0.4, dtype=torch.float32)
             logits[start : start + num_drafts[b]] = (near + noise).to(self.dtype)
         return first | {
@@ -383,7 +383,7 @@ class VerifyAccept(Problem):
             "num_drafts": draw.tensor(num_drafts),
             "drafts": drafts,
             "positions": first["positions"] + 1,
-            "status": draw.tensor([0] * batch),
+            "error_flags": draw.tensor([0] * batch),
         }
 
 
@@ -417,24 +417,24 @@ class RerankDrafts(Problem):
 
     op = "rerank_drafts"
     batch: int = 5
-    num_k: int = 3
+    num_spec_tokens: int = 3
     vocab_size: int = VOCAB
     hidden: int = 96
     width: int = 24
     rejection: bool = False
 
     def arguments(self, draw: Draw) -> Arguments:
-        batch, num_k, hidden, width = self.batch, self.num_k, self.hidden, self.width
-        rows = batch * num_k + 1
-        num_drafts = draw.tensor([num_k] * batch)
+        batch, num_spec_tokens, hidden, width = self.batch, self.num_spec_tokens, self.hidden, self.width
+        rows = batch * num_spec_tokens + 1
+        num_drafts = draw.tensor([num_spec_tokens] * batch)
         num_drafts[3:4] = 0
         arguments: Arguments = {
             "logits": draw.normal(rows, self.vocab_size, scale=3.0, dtype=self.dtype),
             "hidden": draw.normal(rows, hidden, dtype=self.dtype),
-            "first_mask": (draw.order(batch) * num_k + 1).to(torch.int32),
+            "first_mask": (draw.order(batch) * num_spec_tokens + 1).to(torch.int32),
             "previous": draw.integers(0, self.vocab_size, batch),
             "positions": draw.integers(0, 1000, batch, dtype=torch.int32),
-            "drafts": torch.arange(batch * num_k, device=draw.device).view(batch, num_k),
+            "drafts": torch.arange(batch * num_spec_tokens, device=draw.device).view(batch, num_spec_tokens),
             "num_drafts": num_drafts,
             **sampling_parameters(draw, batch, self.vocab_size),
             "embedding": draw.normal(self.vocab_size, hidden, dtype=self.dtype),
@@ -446,7 +446,7 @@ class RerankDrafts(Problem):
         }
         if self.rejection:
             arguments["draft_dists"] = DraftDistributions.empty(
-                batch, num_k, self.vocab_size, torch.float32, draw.device
+                batch, num_spec_tokens, self.vocab_size, torch.float32, draw.device
             )
         return arguments
 
@@ -457,48 +457,48 @@ class Advance(Problem):
 
     op = "advance"
     batch: int = 40
-    num_k: int = 3
+    num_spec_tokens: int = 3
     num_stops: int = 2
     max_len: int = 30
 
     def arguments(self, draw: Draw) -> Arguments:
-        batch, num_k, max_len = self.batch, self.num_k, self.max_len
-        accepted = draw.integers(0, num_k + 1, batch, dtype=torch.int32)
-        tokens = draw.integers(0, 12, batch, num_k + 1)
-        tokens[torch.arange(num_k + 1, device=draw.device) > accepted.unsqueeze(1)] = -1
+        batch, num_spec_tokens, max_len = self.batch, self.num_spec_tokens, self.max_len
+        accepted = draw.integers(0, num_spec_tokens + 1, batch, dtype=torch.int32)
+        tokens = draw.integers(0, 12, batch, num_spec_tokens + 1)
+        tokens[torch.arange(num_spec_tokens + 1, device=draw.device) > accepted.unsqueeze(1)] = -1
         tokens[draw.integers(0, 6, batch) == 0] = -1  # a request without rows
         lengths = draw.integers(1, max_len, batch, dtype=torch.int32)
-        limits = (lengths + draw.integers(-2, num_k + 3, batch, dtype=torch.int32)).clamp(max=max_len)
+        limits = (lengths + draw.integers(-2, num_spec_tokens + 3, batch, dtype=torch.int32)).clamp(max=max_len)
         return {
             "num_accepted": accepted,
             "tokens": tokens,
-            "next_drafts": draw.integers(-1, 12, batch, num_k),
-            "next_num_drafts": draw.integers(0, num_k + 1, batch, dtype=torch.int32),
+            "next_drafts": draw.integers(-1, 12, batch, num_spec_tokens),
+            "next_num_drafts": draw.integers(0, num_spec_tokens + 1, batch, dtype=torch.int32),
             "text": draw.integers(0, 12, batch, max_len),
             "lengths": lengths,
-            "drafts": draw.integers(0, 12, batch, num_k),
-            "num_drafts": draw.integers(0, num_k + 1, batch, dtype=torch.int32),
+            "drafts": draw.integers(0, 12, batch, num_spec_tokens),
+            "num_drafts": draw.integers(0, num_spec_tokens + 1, batch, dtype=torch.int32),
             "length_limits": limits,
             "stop_ids": draw.integers(-1, 12, batch, self.num_stops),
-            "finish": draw.integers(0, 6, batch, dtype=torch.int32).clamp(min=3) - 3,
+            "finish_reason": draw.integers(0, 6, batch, dtype=torch.int32).clamp(min=3) - 3,
         }
 
 
-def _state(draw: Draw, num_k: int) -> StepState:
+def _state(draw: Draw, num_spec_tokens: int) -> StepState:
     """Eight places: texts that repeat themselves, requests that stop, reach their limit, had NaN, are absent."""
     batch = 8
     place, column = torch.arange(batch, device=draw.device), torch.arange(24, device=draw.device)
     return StepState(
         text=(column * 3 % 7).repeat(batch, 1) + place.unsqueeze(1) % 2,
         lengths=draw.tensor([1, 9, 20, 12, 24, 15, 3, 17]),
-        drafts=(place.unsqueeze(1) + torch.arange(num_k, device=draw.device)) % 7,
-        num_drafts=draw.tensor([0, 1, 2, 3, 3, 2, 0, 1]).clamp(max=num_k),
-        max_drafts=draw.tensor([3, 3, 1, 3, 3, 3, 3, 0]).clamp(max=num_k),
+        drafts=(place.unsqueeze(1) + torch.arange(num_spec_tokens, device=draw.device)) % 7,
+        num_drafts=draw.tensor([0, 1, 2, 3, 3, 2, 0, 1]).clamp(max=num_spec_tokens),
+        max_drafts=draw.tensor([3, 3, 1, 3, 3, 3, 3, 0]).clamp(max=num_spec_tokens),
         draft_source=draw.tensor([0, 1, 2, 1, 1, 2, 0, 1]),
         length_limits=draw.tensor([24, 24, 21, 24, 24, 24, 24, 24]),
         stop_ids=draw.tensor([[-1, 4]] * batch, torch.int64),
-        finish=draw.tensor([0, 0, 0, 0, 0, 0, 3, 0]),
-        status=draw.tensor([0, 0, 0, 2, 0, 1, 0, 0]),
+        finish_reason=draw.tensor([0, 0, 0, 0, 0, 0, 3, 0]),
+        error_flags=draw.tensor([0, 0, 0, 2, 0, 1, 0, 0]),
         page_table=draw.order(batch * 6).view(batch, 6).to(torch.int32),
         seed=place * 0x1234_5678_9ABC - 3,
     )
@@ -509,13 +509,13 @@ class PlanRows(Problem):
     """The rows of eight places' next step; the longest text goes beyond its pages."""
 
     op = "plan_rows"
-    num_k: int = 3
+    num_spec_tokens: int = 3
     quadratic: bool = True
     noise_below: int = 0
 
     def arguments(self, draw: Draw) -> Arguments:
         how = {"quadratic": self.quadratic, "noise_below": self.noise_below}
-        return {"state": _state(draw, self.num_k), "mask_id": 5, "page_size": 5, **how}
+        return {"state": _state(draw, self.num_spec_tokens), "mask_id": 5, "page_size": 5, **how}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,17 +523,17 @@ class CommitStep(Problem):
     """What verify_accept may have decided for eight places, the last two of which have no rows."""
 
     op = "commit_step"
-    num_k: int = 3
+    num_spec_tokens: int = 3
 
     def arguments(self, draw: Draw) -> Arguments:
-        tokens = draw.integers(0, 6, 8, self.num_k + 1)
+        tokens = draw.integers(0, 6, 8, self.num_spec_tokens + 1)
         tokens[6:] = -1
         return {
-            "num_accepted": draw.tensor([0, 1, 2, 3, 1, 2, 0, 0]).clamp(max=self.num_k),
+            "num_accepted": draw.tensor([0, 1, 2, 3, 1, 2, 0, 0]).clamp(max=self.num_spec_tokens),
             "tokens": tokens,
-            "next_drafts": draw.integers(-1, 6, 8, self.num_k),
-            "next_num_drafts": draw.tensor([3, 0, 3, 3, 0, 3, 0, 3]).clamp(max=self.num_k),
-            "state": _state(draw, self.num_k),
+            "next_drafts": draw.integers(-1, 6, 8, self.num_spec_tokens),
+            "next_num_drafts": draw.tensor([3, 0, 3, 3, 0, 3, 0, 3]).clamp(max=self.num_spec_tokens),
+            "state": _state(draw, self.num_spec_tokens),
         }
 
 

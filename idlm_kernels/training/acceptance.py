@@ -38,7 +38,7 @@ class Predictions:
         lora: GatedLora | None,
         head: RerankHead | None,
         samples: Sequence[Sample],
-        num_k: int,
+        num_spec_tokens: int,
         noise_below: int = 0,
     ) -> Predictions:
         """lora None: of a converted model, whose MASK is a token of its own. noise_below: MASK rows embed ids drawn
@@ -49,13 +49,13 @@ class Predictions:
             ids = torch.tensor([sample.prompt + sample.answer], device=model.device)
             start, count = len(sample.prompt), len(sample.answer)
             anchors = torch.arange(start - 1, start - 1 + count, device=model.device)
-            embedded = mask_rows(model, vector, anchors, num_k, noise_below, seed=0)
-            hidden = model.masked(model.clean(ids), anchors[None], num_k, embedded, lora)[0]
+            embedded = mask_rows(model, vector, anchors, num_spec_tokens, noise_below, seed=0)
+            hidden = model.masked(model.clean(ids), anchors[None], num_spec_tokens, embedded, lora)[0]
             logits = F.linear(hidden, model.head).float()
             if model.config.mask_token_id is not None:
                 logits[..., model.config.mask_token_id] = -torch.inf
-            ahead = anchors.unsqueeze(1) + 2 + torch.arange(num_k, device=model.device)
-            labels = F.pad(ids[0], (0, num_k + 2), value=-1)[ahead]
+            ahead = anchors.unsqueeze(1) + 2 + torch.arange(num_spec_tokens, device=model.device)
+            labels = F.pad(ids[0], (0, num_spec_tokens + 2), value=-1)[ahead]
             plain.append((logits.argmax(-1) == labels).cpu())
             if head is None:
                 reranked.append(plain[-1])
@@ -64,7 +64,7 @@ class Predictions:
         return cls(plain, reranked)
 
     @property
-    def num_k(self) -> int:
+    def num_spec_tokens(self) -> int:
         """K, the drafts of a row."""
         return self.plain[0].shape[1]
 
@@ -73,10 +73,10 @@ class Predictions:
 
         Over all points of the answers. Drafts beyond the end of an answer are never verified and do not count.
         """
-        right, verified = [0] * self.num_k, [0] * self.num_k
+        right, verified = [0] * self.num_spec_tokens, [0] * self.num_spec_tokens
         for stands in self.reranked if reranked else self.plain:
             prefix = stands.long().cumprod(1)
-            for j in range(self.num_k):
+            for j in range(self.num_spec_tokens):
                 within = prefix[: max(0, len(prefix) - 1 - j)]  # rows whose draft j lies in the answer
                 right[j] += int(within[:, j].sum())
                 verified[j] += len(within) if j == 0 else int(within[:, j - 1].sum())
@@ -102,11 +102,13 @@ class Predictions:
         return committed
 
 
-def mask_rows(model: DenseModel, vector: Tensor, anchors: Tensor, num_k: int, noise_below: int, seed: int) -> Tensor:
+def mask_rows(
+    model: DenseModel, vector: Tensor, anchors: Tensor, num_spec_tokens: int, noise_below: int, seed: int
+) -> Tensor:
     """What the MASK rows after clean rows `anchors` [A] of one sample embed: a vector [H], or noise [A * K, H]."""
     if not noise_below:
         return vector
-    position = (anchors.unsqueeze(1) + 1 + torch.arange(num_k, device=anchors.device)).flatten()
+    position = (anchors.unsqueeze(1) + 1 + torch.arange(num_spec_tokens, device=anchors.device)).flatten()
     return F.embedding(noise_ids(torch.full_like(position, seed), position, position, noise_below), model.embedding)
 
 

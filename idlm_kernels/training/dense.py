@@ -81,21 +81,21 @@ class DenseModel:
         return CleanPass(hidden, keys, values)
 
     def masked(
-        self, clean: CleanPass, anchors: Tensor, num_k: int, mask_embedding: Tensor, lora: GatedLora | None
+        self, clean: CleanPass, anchors: Tensor, num_spec_tokens: int, mask_embedding: Tensor, lora: GatedLora | None
     ) -> Tensor:
         """Hidden states [B, A, K, H] of the MASK rows after clean rows `anchors` int64 [B, A], which all embed
         mask_embedding [H], or each its own row of [A * K, H] or [B, A * K, H]."""
         batch, count = anchors.shape
-        positions = anchors.unsqueeze(2) + 1 + torch.arange(num_k, device=anchors.device)
-        bias = _bias(visibility(anchors, clean.hidden.shape[1], num_k), self.dtype)
+        positions = anchors.unsqueeze(2) + 1 + torch.arange(num_spec_tokens, device=anchors.device)
+        bias = _bias(visibility(anchors, clean.hidden.shape[1], num_spec_tokens), self.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             own_k, own_v = k.transpose(1, 2), v.transpose(1, 2)
             return self._attend(q, [clean.k[layer], own_k], [clean.v[layer], own_v], bias)
 
-        x = mask_embedding.to(self.dtype).expand(batch, count * num_k, -1)
+        x = mask_embedding.to(self.dtype).expand(batch, count * num_spec_tokens, -1)
         hidden = self._run(x, positions.flatten(1), attend, lora)
-        return hidden.unflatten(1, (count, num_k))
+        return hidden.unflatten(1, (count, num_spec_tokens))
 
     def decode(self, ids: Tensor, lengths: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
         """Hidden states [B, H] of one more token each, ids int64 [B] at positions lengths [B].
@@ -177,13 +177,13 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, 0.0, -torch.inf).to(dtype)[:, None, None]
 
 
-def visibility(anchors: Tensor, length: int, num_k: int) -> Tensor:
+def visibility(anchors: Tensor, length: int, num_spec_tokens: int) -> Tensor:
     """What the MASK rows after clean rows `anchors` [B, A] see: bool [B, A * K, T + A * K].
 
     The first T = length columns are the clean rows of the sequence, the rest its MASK rows.
     """
     count = anchors.shape[1]
     clean = torch.arange(length, device=anchors.device) <= anchors.unsqueeze(2)
-    rows = torch.arange(count * num_k, device=anchors.device)
-    own = (rows // num_k == rows.unsqueeze(1) // num_k) & (rows <= rows.unsqueeze(1))
-    return torch.cat([clean.repeat_interleave(num_k, dim=1), own.expand(len(anchors), -1, -1)], dim=2)
+    rows = torch.arange(count * num_spec_tokens, device=anchors.device)
+    own = (rows // num_spec_tokens == rows.unsqueeze(1) // num_spec_tokens) & (rows <= rows.unsqueeze(1))
+    return torch.cat([clean.repeat_interleave(num_spec_tokens, dim=1), own.expand(len(anchors), -1, -1)], dim=2)

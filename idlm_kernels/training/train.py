@@ -78,7 +78,7 @@ class TrainSettings:
             raise ValueError(f"hard + soft is {self.hard + self.soft:g}, wanted 1: total variation is of distributions")
 
     @property
-    def num_k(self) -> int:
+    def num_spec_tokens(self) -> int:
         return self.stride - 1
 
     def rate(self, step: int) -> float:
@@ -111,11 +111,11 @@ class Batch:
 
 
 def make_batch(
-    samples: Sequence[Sample], num_k: int, spacing: int, generator: torch.Generator, device: torch.device
+    samples: Sequence[Sample], num_spec_tokens: int, spacing: int, generator: torch.Generator, device: torch.device
 ) -> Batch:
     """Blocks start at every spacing-th clean row of an answer (its last prompt row included), at a random offset."""
     length = max(len(s.prompt) + len(s.answer) for s in samples)
-    ids = torch.zeros(len(samples), length + num_k + 1, dtype=torch.int64)
+    ids = torch.zeros(len(samples), length + num_spec_tokens + 1, dtype=torch.int64)
     labelled = torch.full_like(ids, -1)
     rows = []
     for row, sample in enumerate(samples):
@@ -126,7 +126,7 @@ def make_batch(
         rows.append(torch.arange(start - 1 + offset, max(end - 2, start + offset), spacing))
     count = max(map(len, rows))
     anchors = torch.stack([F.pad(row, (0, count - len(row)), value=-1) for row in rows])
-    targets = anchors.clamp(min=0).unsqueeze(2) + 2 + torch.arange(num_k)
+    targets = anchors.clamp(min=0).unsqueeze(2) + 2 + torch.arange(num_spec_tokens)
     labels = labelled.unsqueeze(1).expand(-1, count, -1).gather(2, targets.clamp(max=labelled.shape[1] - 1))
     labels = torch.where(anchors.unsqueeze(2) < 0, -1, labels)
     next_ids = labelled[:, 1 : length + 1]
@@ -237,9 +237,9 @@ def loss_of(
         clean = model.clean(batch.ids)
     lora = trainee.lora
     embedded = lora.mask_embedding if batch.noise is None else F.embedding(batch.noise, model.embedding)
-    hidden = model.masked(clean, batch.anchors, settings.num_k, embedded, lora)
+    hidden = model.masked(clean, batch.anchors, settings.num_spec_tokens, embedded, lora)
     rows = batch.labels >= 0
-    weight = settings.offset_decay ** torch.arange(settings.num_k, device=model.device, dtype=torch.float32)
+    weight = settings.offset_decay ** torch.arange(settings.num_spec_tokens, device=model.device, dtype=torch.float32)
     weight = weight.expand(rows.shape)[rows]
     labels = vocabulary.index(batch.labels[rows])
     teacher = _teacher(model, clean, batch)
@@ -265,8 +265,8 @@ def loss_of(
 
 def _teacher(model: DenseModel, clean: CleanPass, batch: Batch) -> Tensor:
     """Hidden states [R, H] of the base model's own rows that predict what the trained MASK rows predict."""
-    num_k = batch.labels.shape[2]
-    at = batch.anchors.unsqueeze(2) + 1 + torch.arange(num_k, device=model.device)
+    num_spec_tokens = batch.labels.shape[2]
+    at = batch.anchors.unsqueeze(2) + 1 + torch.arange(num_spec_tokens, device=model.device)
     at = at.clamp(max=clean.hidden.shape[1] - 1).flatten(1).unsqueeze(2).expand(-1, -1, clean.hidden.shape[2])
     return clean.hidden.gather(1, at).unflatten(1, batch.labels.shape[1:])[batch.labels >= 0]
 
@@ -341,7 +341,7 @@ def train(
     while step < end:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = [samples[i] for i in order.batch(step)]
-        batch = make_batch(chosen, settings.num_k, settings.spacing, generator, model.device)
+        batch = make_batch(chosen, settings.num_spec_tokens, settings.spacing, generator, model.device)
         if settings.noise_below:
             shape = len(chosen), batch.labels[0].numel()
             batch.noise = torch.randint(1, settings.noise_below, shape, generator=generator).to(model.device)
@@ -359,7 +359,7 @@ def train(
         predictions = None
         if held_out and (last or step % evaluate_every == 0):
             below = settings.noise_below
-            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_k, below)
+            predictions = Predictions.of(model, trainee.lora, trainee.rerank, held_out, settings.num_spec_tokens, below)
         report(trainee, step, float(loss.detach()), predictions)
     return trainee
 

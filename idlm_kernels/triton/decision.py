@@ -22,7 +22,7 @@ class DecisionShape(NamedTuple):
     SLICES: int
     BLOCK_SLICES: int
     BLOCK_K: int
-    HAS_STATUS: bool
+    HAS_FLAGS: bool
 
 
 class Results(NamedTuple):
@@ -31,14 +31,14 @@ class Results(NamedTuple):
     tokens: Any  # int64 [B, K + 1]
     next_drafts: Any  # int64 [B, K]
     next_num_drafts: Any  # int32 [B]
-    status: Any  # int32 [B] or None
+    error_flags: Any  # int32 [B] or None
     stride_tokens: Any
     stride_next: Any
 
 
 @triton.jit
 def best_of_slices(slices, row, has_row, mask_id, SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr):
-    """Token and status bits of rows [n], from their slices."""
+    """Token and error flags of rows [n], from their slices."""
     s = tl.arange(0, BLOCK_SLICES)[None, :]
     place = row.to(tl.int64)[:, None] * SLICES + s
     inside = has_row[:, None] & (s < SLICES)
@@ -48,8 +48,8 @@ def best_of_slices(slices, row, has_row, mask_id, SLICES: tl.constexpr, BLOCK_SL
     token = tl.min(tl.where(score == tl.max(score, axis=1)[:, None], id_, kNoId), axis=1)
     is_empty = (flags & kFinite) == 0
     token = tl.where(is_empty, lowest_id(mask_id), token)
-    status = (flags & (kNan | kInf)) | tl.where(is_empty, kEmptyRow, 0)
-    return token, tl.where(has_row, status, 0)
+    error_flags = (flags & (kNan | kInf)) | tl.where(is_empty, kEmptyRow, 0)
+    return token, tl.where(has_row, error_flags, 0)
 
 
 @triton.jit
@@ -75,11 +75,11 @@ def commit(
     draft,  # [BLOCK_K]
     y,  # [BLOCK_K], token after draft i
     is_bad,  # [BLOCK_K]
-    status,  # [BLOCK_K]
+    error_flags,  # [BLOCK_K]
     mask_id,
     shape: tl.constexpr,
 ):
-    """Write what follows from a accepted drafts: tokens, new drafts and status."""
+    """Write what follows from a accepted drafts: tokens, new drafts and error_flags."""
     request = span.request
     i = tl.arange(0, shape.BLOCK_K)
     token = tl.where(i < a, draft, y.to(tl.int64))
@@ -89,16 +89,16 @@ def commit(
     first_mask, num_proposed = proposal(a, span, shape.K, shape.QUADRATIC)
     has_new = i < num_proposed
     new_row = span.start + first_mask + i
-    new, new_status = best_of_slices(slices, new_row, has_new, mask_id, shape.SLICES, shape.BLOCK_SLICES)
+    new, new_flags = best_of_slices(slices, new_row, has_new, mask_id, shape.SLICES, shape.BLOCK_SLICES)
     new = tl.where(has_new, new, -1).to(tl.int64)
     tl.store(results.next_drafts + request.to(tl.int64) * results.stride_next + i, new, mask=i < shape.K)
     tl.store(results.next_num_drafts + request, num_proposed)
-    if shape.HAS_STATUS:
-        bits = tl.reduce(status | new_status | tl.where(is_bad, kBadDraft, 0), 0, or_)
+    if shape.HAS_FLAGS:
+        bits = tl.reduce(error_flags | new_flags | tl.where(is_bad, kBadDraft, 0), 0, or_)
         if span.m_rows > 0:
             if tl.load(gNumDrafts + request) != span.n:
                 bits = bits | kBadDraft
-            tl.store(results.status + request, tl.load(results.status + request) | bits)
+            tl.store(results.error_flags + request, tl.load(results.error_flags + request) | bits)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def drafts_of(gDrafts, stride_drafts, span, is_clean, vocab_size, shape: tl.cons
         "gTokens",
         "gNextDrafts",
         "gNextNumDrafts",
-        "gStatus",
+        "gErrorFlags",
     ],
 )
 def _decide_kernel(
@@ -132,7 +132,7 @@ def _decide_kernel(
     gTokens,  # [B, K + 1]
     gNextDrafts,  # [B, K]
     gNextNumDrafts,  # [B]
-    gStatus,  # [B]
+    gErrorFlags,  # [B]
     vocab_size,
     mask_id,
     stride_drafts,
@@ -145,7 +145,7 @@ def _decide_kernel(
         tokens=gTokens,
         next_drafts=gNextDrafts,
         next_num_drafts=gNextNumDrafts,
-        status=gStatus,
+        error_flags=gErrorFlags,
         stride_tokens=stride_tokens,
         stride_next=stride_next,
     )
@@ -153,12 +153,12 @@ def _decide_kernel(
     span = span_of(gQueryStart, gNumDrafts, request, shape.K)
     i = tl.arange(0, shape.BLOCK_K)
     is_clean = (i <= span.n) & (i < span.m_rows)
-    y, status = best_of_slices(slices, span.start + i, is_clean, mask_id, shape.SLICES, shape.BLOCK_SLICES)
+    y, error_flags = best_of_slices(slices, span.start + i, is_clean, mask_id, shape.SLICES, shape.BLOCK_SLICES)
     draft, is_draft, is_bad = drafts_of(gDrafts, stride_drafts, span, is_clean, vocab_size, shape)
     rejected = is_draft & (is_bad | (draft != y.to(tl.int64)))
     a = tl.min(tl.where(rejected, i, span.n), axis=0)
     tl.store(gNumAccepted + request, tl.where(span.m_rows > 0, a, 0))
-    commit(slices, results, gNumDrafts, span, a, draft, y, is_bad, status, mask_id, shape)
+    commit(slices, results, gNumDrafts, span, a, draft, y, is_bad, error_flags, mask_id, shape)
 
 
 class Step(NamedTuple):
@@ -173,18 +173,18 @@ class Step(NamedTuple):
     id_limit: int
     mask_id: int
     quadratic: bool
-    status: Tensor | None
+    error_flags: Tensor | None
     out: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def shape(self, sampled: SampledSlices) -> DecisionShape:
-        num_k = self.drafts.shape[1]
+        num_spec_tokens = self.drafts.shape[1]
         return DecisionShape(
-            K=num_k,
+            K=num_spec_tokens,
             QUADRATIC=self.quadratic,
             SLICES=sampled.count,
             BLOCK_SLICES=next_power_of_2(sampled.count),
-            BLOCK_K=next_power_of_2(num_k + 1),
-            HAS_STATUS=self.status is not None,
+            BLOCK_K=next_power_of_2(num_spec_tokens + 1),
+            HAS_FLAGS=self.error_flags is not None,
         )
 
 
@@ -203,7 +203,7 @@ def decide(sampled: SampledSlices, step: Step) -> tuple[Tensor, Tensor, Tensor, 
         tokens,
         next_drafts,
         next_num_drafts,
-        step.status,
+        step.error_flags,
         step.logits.vocab_size,
         step.mask_id,
         step.drafts.stride(0),

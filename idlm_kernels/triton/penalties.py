@@ -56,7 +56,15 @@ def _entries(history, i):
 
 
 @triton.jit(
-    do_not_specialize=["num_k", "num_biases", "max_len", "stride_drafts", "stride_text", "stride_ids", "stride_bias"],
+    do_not_specialize=[
+        "num_spec_tokens",
+        "num_biases",
+        "max_len",
+        "stride_drafts",
+        "stride_text",
+        "stride_ids",
+        "stride_bias",
+    ],
     do_not_specialize_on_alignment=[
         *("gLogits", "gQueryStart", "gNumDrafts", "gDrafts", "gText", "gLengths", "gPromptLengths"),
         *("gPresence", "gFrequency", "gRepetition", "gBiasIds", "gBias"),
@@ -75,7 +83,7 @@ def _penalties_kernel(
     gRepetition,  # [B]
     gBiasIds,  # [B, S]
     gBias,  # [B, S]
-    num_k,
+    num_spec_tokens,
     num_biases,
     max_len,
     vocab_size,
@@ -90,7 +98,7 @@ def _penalties_kernel(
     follow_previous_launch()
     b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * kEntries
-    span = span_of(gQueryStart, gNumDrafts, b, num_k)
+    span = span_of(gQueryStart, gNumDrafts, b, num_spec_tokens)
     length = tl.minimum(tl.load(gLengths + b), max_len)
     presence, frequency = tl.load(gPresence + b), tl.load(gFrequency + b)
     repetition = tl.load(gRepetition + b)
@@ -128,7 +136,7 @@ def _penalties_kernel(
             if r > span.n:
                 visible = span.n
                 if QUADRATIC:
-                    visible = tl.minimum((r - 1 - span.n) // tl.maximum(num_k, 1), span.n)
+                    visible = tl.minimum((r - 1 - span.n) // tl.maximum(num_spec_tokens, 1), span.n)
             count = in_output
             for j in range(visible):
                 count += (token == tl.load(history.drafts + j)).to(tl.int32)
@@ -155,7 +163,7 @@ def apply_penalties(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.apply_penalties`."""
-    (batch, num_k), num_biases = drafts.shape, penalties.bias_ids.shape[1]
+    (batch, num_spec_tokens), num_biases = drafts.shape, penalties.bias_ids.shape[1]
     if batch == 0 or logits.dtype == torch.float64:
         return python_ref.apply_penalties(
             *(logits, query_start_loc, num_drafts, drafts, text, lengths, penalties), quadratic=quadratic, out=out
@@ -166,7 +174,7 @@ def apply_penalties(
         out.copy_(logits)
     launch(
         _penalties_kernel,
-        (batch, -(-(num_biases + text.shape[1] + num_k) // kEntries.value)),
+        (batch, -(-(num_biases + text.shape[1] + num_spec_tokens) // kEntries.value)),
         logits,
         out,
         query_start_loc,
@@ -180,7 +188,7 @@ def apply_penalties(
         penalties.repetition,
         penalties.bias_ids,
         penalties.bias,
-        num_k,
+        num_spec_tokens,
         num_biases,
         text.shape[1],
         logits.shape[1],

@@ -49,7 +49,7 @@ def add_exp(largest, total, z):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "num_k", "id_limit", "mask_id", "slice_ids", "stream"],
+    do_not_specialize=["batch", "num_spec_tokens", "id_limit", "mask_id", "slice_ids", "stream"],
     do_not_specialize_on_alignment=["gTemperature", "gMinP", "gSeed", "gPositions", "gQueryStart", "gNumDrafts"],
 )
 def _perturb_kernel(
@@ -64,7 +64,7 @@ def _perturb_kernel(
     gLargest,  # [T]
     slices,  # Slices
     batch,
-    num_k,
+    num_spec_tokens,
     id_limit,
     mask_id,
     slice_ids,
@@ -83,10 +83,10 @@ def _perturb_kernel(
     position = tl.load(gPositions + owner).to(tl.int32)
     if shape.BY_REQUEST:
         # Clean row i predicts position L + i; MASK row j of branch b predicts L + b + 1 + j (a chain has branch n).
-        span = span_of(gQueryStart, gNumDrafts, owner, num_k)
+        span = span_of(gQueryStart, gNumDrafts, owner, num_spec_tokens)
         n = span.n
         i = tl.program_id(0) - span.start
-        k = tl.maximum(num_k, 1)
+        k = tl.maximum(num_spec_tokens, 1)
         ahead = i
         if i > n:
             branch = n
@@ -166,7 +166,7 @@ def sampled_slices(
     stream: int,
     query_start_loc: Tensor | None = None,
     num_drafts: Tensor | None = None,
-    num_k: int = 0,
+    num_spec_tokens: int = 0,
     quadratic: bool = False,
     with_distribution: bool = False,
 ) -> SampledSlices:
@@ -229,7 +229,7 @@ def sampled_slices(
         largest,
         slices,
         batch,
-        num_k,
+        num_spec_tokens,
         id_limit,
         mask_id,
         slice_ids,

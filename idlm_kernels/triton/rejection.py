@@ -191,7 +191,7 @@ def _residual_kernel(
         "gTokens",
         "gNextDrafts",
         "gNextNumDrafts",
-        "gStatus",
+        "gErrorFlags",
     ],
 )
 def _conclude_kernel(
@@ -208,7 +208,7 @@ def _conclude_kernel(
     gTokens,  # [B, K + 1]
     gNextDrafts,  # [B, K]
     gNextNumDrafts,  # [B]
-    gStatus,  # [B]
+    gErrorFlags,  # [B]
     mask_id,
     stride_drafts,
     stride_tokens,
@@ -223,7 +223,7 @@ def _conclude_kernel(
         tokens=gTokens,
         next_drafts=gNextDrafts,
         next_num_drafts=gNextNumDrafts,
-        status=gStatus,
+        error_flags=gErrorFlags,
         stride_tokens=stride_tokens,
         stride_next=stride_next,
     )
@@ -236,7 +236,7 @@ def _conclude_kernel(
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_K)
         is_clean = (i <= n) & (i < m_rows)
-        y, status = best_of_slices(slices, start + i, is_clean, mask_id, shape.SLICES, shape.BLOCK_SLICES)
+        y, error_flags = best_of_slices(slices, start + i, is_clean, mask_id, shape.SLICES, shape.BLOCK_SLICES)
         draft, _, is_bad = drafts_of(gDrafts, stride_drafts, span, is_clean, vocab_size, shape)
         s = tl.arange(0, shape.BLOCK_SLICES)
         has_slice = s < shape.SLICES
@@ -245,7 +245,7 @@ def _conclude_kernel(
         best = tl.max(score, axis=0)
         residual_id = tl.min(tl.where(score == best, id_, kNoId), axis=0)
         y = tl.where(i == tl.where(best > float("-inf"), a, -1), residual_id, y)
-        commit(slices, results, gNumDrafts, span, a, draft, y, is_bad, status, mask_id, shape)
+        commit(slices, results, gNumDrafts, span, a, draft, y, is_bad, error_flags, mask_id, shape)
         is_new = i < num_proposed
         log_norm, cut = _distribution_of(slices, start + first_mask + i, is_new, shape)
         tl.store(gQCut + request * q_logits.stride_cut + i, cut, mask=is_new)
@@ -265,7 +265,7 @@ def _conclude_kernel(
 
 def judge(sampled: SampledSlices, step: Step, draft_dists: DraftDistributions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The decision of `rejection`: two launches."""
-    (batch, num_k), vocab_size = step.drafts.shape, step.logits.vocab_size
+    (batch, num_spec_tokens), vocab_size = step.drafts.shape, step.logits.vocab_size
     num_accepted, tokens, next_drafts, next_num_drafts = step.out
     score = torch.empty(batch, sampled.count, dtype=torch.float32, device=tokens.device)
     residual = Residual(score, torch.empty_like(score, dtype=torch.int32))
@@ -294,7 +294,7 @@ def judge(sampled: SampledSlices, step: Step, draft_dists: DraftDistributions) -
     )
     launch(
         _conclude_kernel,
-        (batch, triton.cdiv(vocab_size, kBlockCopy) if num_k else 1),
+        (batch, triton.cdiv(vocab_size, kBlockCopy) if num_spec_tokens else 1),
         tokens,
         step.logits,
         sampled.slices,
@@ -305,7 +305,7 @@ def judge(sampled: SampledSlices, step: Step, draft_dists: DraftDistributions) -
         tokens,
         next_drafts,
         next_num_drafts,
-        step.status,
+        step.error_flags,
         step.mask_id,
         step.drafts.stride(0),
         tokens.stride(0),

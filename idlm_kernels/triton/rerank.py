@@ -75,8 +75,8 @@ def rerank_drafts(
     """See `idlm_kernels.rerank_drafts`."""
     request = (first_mask, previous, positions, drafts, num_drafts, temperature, top_k, top_p, min_p, seed)
     weights = (embedding, head_rows, from_hidden, from_previous, from_state, to_query)
-    (batch, num_k), (num_rows, vocab_size), size = drafts.shape, logits.shape, hidden.shape[1]
-    if batch == 0 or num_k == 0 or torch.float64 in (x.dtype for x in (logits, hidden, *weights)):
+    (batch, num_spec_tokens), (num_rows, vocab_size), size = drafts.shape, logits.shape, hidden.shape[1]
+    if batch == 0 or num_spec_tokens == 0 or torch.float64 in (x.dtype for x in (logits, hidden, *weights)):
         rest = (id_limit, mask_id)
         return python_ref.rerank_drafts(
             logits, hidden, *request, *weights, *rest, draft_dists=draft_dists, greedy=greedy, out=out
@@ -88,10 +88,16 @@ def rerank_drafts(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    chunk_max, group_max = scratch(batch, num_k, num_groups, kGroup), scratch(batch, num_k, num_groups)
-    row_part = scratch(batch, num_k, width)
-    value, ids = scratch(batch, num_k, kCandidates), scratch(batch, num_k, kCandidates, dtype=torch.int32)
-    state, part = scratch(num_k, batch, width), scratch(batch, slices, kCandidates)
+    chunk_max, group_max = (
+        scratch(batch, num_spec_tokens, num_groups, kGroup),
+        scratch(batch, num_spec_tokens, num_groups),
+    )
+    row_part = scratch(batch, num_spec_tokens, width)
+    value, ids = (
+        scratch(batch, num_spec_tokens, kCandidates),
+        scratch(batch, num_spec_tokens, kCandidates, dtype=torch.int32),
+    )
+    state, part = scratch(num_spec_tokens, batch, width), scratch(batch, slices, kCandidates)
     cut, log_norm = (None, None) if draft_dists is None else (draft_dists.cut, draft_dists.log_norm)
     scored = (Candidates(part, value, ids), positions, temperature, top_k, top_p, min_p, seed)
     q = DraftLogits.of(draft_dists)
@@ -110,7 +116,7 @@ def rerank_drafts(
     groups = num_groups if draft_dists is None else triton.cdiv(vocab_size, kChunk * kGroup)
     launch(
         _maxima_kernel,
-        (batch * num_k, triton.cdiv(groups, kBlockGroups)),
+        (batch * num_spec_tokens, triton.cdiv(groups, kBlockGroups)),
         logits,
         logits,
         first_mask,
@@ -118,7 +124,7 @@ def rerank_drafts(
         chunk_max,
         group_max,
         q.logits,
-        num_k,
+        num_spec_tokens,
         num_rows,
         logits.stride(0),
         q.stride_request,
@@ -132,10 +138,10 @@ def rerank_drafts(
         num_warps=4,
     )
     w_tiles = triton.cdiv(width, kBlockW)
-    served = num_served(batch * num_k, w_tiles)
+    served = num_served(batch * num_spec_tokens, w_tiles)
     launch(
         _candidates_kernel,
-        (batch * num_k + w_tiles * triton.cdiv(batch * num_k, served),),
+        (batch * num_spec_tokens + w_tiles * triton.cdiv(batch * num_spec_tokens, served),),
         logits,
         logits,
         hidden,
@@ -148,7 +154,7 @@ def rerank_drafts(
         ids,
         row_part,
         batch,
-        num_k,
+        num_spec_tokens,
         num_rows,
         served,
         logits.stride(0),
@@ -165,7 +171,7 @@ def rerank_drafts(
     strides = (embedding.stride(0), from_previous.stride(0), from_state.stride(0))
     head = Head(embedding, from_previous, from_state, *strides)
     by_state, by_query = num_served(batch, w_tiles), num_served(batch, slices)
-    for j in range(num_k):
+    for j in range(num_spec_tokens):
         launch(
             _state_kernel,
             (w_tiles * triton.cdiv(batch, by_state),),
@@ -182,7 +188,7 @@ def rerank_drafts(
             result,
             batch,
             j,
-            num_k,
+            num_spec_tokens,
             by_state,
             mask_id,
             embedding.shape[0],
@@ -203,7 +209,7 @@ def rerank_drafts(
             part,
             batch,
             j,
-            num_k,
+            num_spec_tokens,
             by_query,
             to_query.stride(0),
             head_rows.stride(0),
@@ -221,12 +227,12 @@ def rerank_drafts(
         cut,
         log_norm,
         result,
-        num_k,
+        num_spec_tokens,
         mask_id,
         drafts.stride(0),
         result.stride(0),
         shape=shape,
-        BLOCK_DRAFTS=next_power_of_2(num_k),
+        BLOCK_DRAFTS=next_power_of_2(num_spec_tokens),
         num_warps=4,
     )
     return result

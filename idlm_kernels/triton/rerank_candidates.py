@@ -42,7 +42,7 @@ def _mask_row(gFirstMask, request, j, num_rows):
 
 
 @triton.jit(
-    do_not_specialize=["num_k", "num_rows", "id_limit", "mask_id", "num_groups"],
+    do_not_specialize=["num_spec_tokens", "num_rows", "id_limit", "mask_id", "num_groups"],
     do_not_specialize_on_alignment=["gFirstMask", "gNumDrafts"],
 )
 def _maxima_kernel(
@@ -52,7 +52,7 @@ def _maxima_kernel(
     gChunkMax,  # fp32 [B, K, groups, kGroup]
     gGroupMax,  # fp32 [B, K, groups]
     gQLogits,  # [B, K, V]
-    num_k,
+    num_spec_tokens,
     num_rows,
     stride_logits,
     stride_q_request,
@@ -68,7 +68,7 @@ def _maxima_kernel(
     follow_previous_launch()
     BLOCK_CHUNKS: tl.constexpr = BLOCK_GROUPS * kGroup
     place = tl.program_id(0).to(tl.int64)
-    request, j = place // num_k, place % num_k
+    request, j = place // num_spec_tokens, place % num_spec_tokens
     if tl.load(gNumDrafts + request) <= 0:
         return
     gRow = gLogits + _mask_row(gFirstMask, request, j, num_rows) * stride_logits
@@ -92,7 +92,7 @@ def _best(x, i, COUNT: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "num_k", "num_rows", "num_served", "id_limit", "mask_id", "num_groups"],
+    do_not_specialize=["batch", "num_spec_tokens", "num_rows", "num_served", "id_limit", "mask_id", "num_groups"],
     do_not_specialize_on_alignment=["gFirstMask", "gNumDrafts"],
 )
 def _candidates_kernel(
@@ -107,7 +107,7 @@ def _candidates_kernel(
     gId,  # int32 [B, K, 32]
     gRowPart,  # fp32 [B, K, W]
     batch,
-    num_k,
+    num_spec_tokens,
     num_rows,
     num_served,
     stride_logits,
@@ -125,10 +125,10 @@ def _candidates_kernel(
     W: tl.constexpr = shape.W
     H: tl.constexpr = shape.H
     BLOCK_W: tl.constexpr = shape.BLOCK_W
-    num_mask_rows = batch * num_k
+    num_mask_rows = batch * num_spec_tokens
     if tl.program_id(0) < num_mask_rows:
         place = tl.program_id(0).to(tl.int64)
-        request, j = place // num_k, place % num_k
+        request, j = place // num_spec_tokens, place % num_spec_tokens
         if tl.load(gNumDrafts + request) > 0:
             g = tl.arange(0, BLOCK_GROUPS)
             largest = tl.load(gGroupMax + place * num_groups + g, mask=g < num_groups, other=float("-inf"))
@@ -150,7 +150,10 @@ def _candidates_kernel(
         n = tile % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
         first = (tile // tiles * num_served).to(tl.int64)
         for row in range(first, tl.minimum(first + num_served, num_mask_rows)):
-            if tl.load(gNumDrafts + row // num_k) > 0:
-                gX = gHidden + _mask_row(gFirstMask, row // num_k, row % num_k, num_rows) * stride_hidden
+            if tl.load(gNumDrafts + row // num_spec_tokens) > 0:
+                gX = (
+                    gHidden
+                    + _mask_row(gFirstMask, row // num_spec_tokens, row % num_spec_tokens, num_rows) * stride_hidden
+                )
                 y, squares = _product(gFromHidden, gX, n, stride_from_hidden, W, H, BLOCK_W, shape.BLOCK_K)
                 tl.store(gRowPart + row * W + n, y * _inverse_rms(squares, H), mask=n < W)

@@ -117,14 +117,14 @@ def _choose(
     q,  # DraftDistributionArgs
     request,
     j,
-    num_k,
+    num_spec_tokens,
     mask_id,
     writes,
     shape: tl.constexpr,
 ):
     """Draft j of a request from the parts of its scores, the same for every caller; `writes` its distribution too."""
     c = tl.arange(0, kCandidates)
-    place = (request * num_k + j) * kCandidates + c
+    place = (request * num_spec_tokens + j) * kCandidates + c
     s = tl.arange(0, shape.BLOCK_SLICES)[:, None]
     gRequest = candidates.part + request * shape.SLICES * kCandidates
     gain = tl.sum(tl.load(gRequest + s * kCandidates + c[None, :], mask=s < shape.SLICES, other=0.0), axis=0)
@@ -162,7 +162,7 @@ def _choose(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "j", "num_k", "num_served", "mask_id", "num_tokens", "stride_out"],
+    do_not_specialize=["batch", "j", "num_spec_tokens", "num_served", "mask_id", "num_tokens", "stride_out"],
     do_not_specialize_on_alignment=[
         "gPrevious",
         "gNumDrafts",
@@ -196,7 +196,7 @@ def _state_kernel(
     gOut,  # int64 [B, K]
     batch,
     j,
-    num_k,
+    num_spec_tokens,
     num_served,
     mask_id,
     num_tokens,
@@ -221,13 +221,15 @@ def _state_kernel(
                 token = tl.load(gPrevious + request)
             else:
                 writes = tile == 0
-                token = _choose(candidates, gPositions, parameters, q, request, j - 1, num_k, mask_id, writes, shape)
+                token = _choose(
+                    candidates, gPositions, parameters, q, request, j - 1, num_spec_tokens, mask_id, writes, shape
+                )
                 if writes:
                     tl.store(gOut + request * stride_out + j - 1, token)
             token = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
             gX = head.embedding + token * head.stride_embedding
             y, squares = _product(head.from_previous, gX, n, head.stride_from_previous, W, H, BLOCK_W, shape.BLOCK_K)
-            row_part = tl.load(gRowPart + (request * num_k + j) * W + n, mask=n < W, other=0.0)
+            row_part = tl.load(gRowPart + (request * num_spec_tokens + j) * W + n, mask=n < W, other=0.0)
             x = row_part + y * _inverse_rms(squares, H)
             gMine = gState + (j * batch + request) * W
             if not IS_FIRST:
@@ -239,7 +241,9 @@ def _state_kernel(
             tl.store(gMine + n, silu_times(x, 1.0), mask=n < W)
 
 
-@triton.jit(do_not_specialize=["batch", "j", "num_k", "num_served"], do_not_specialize_on_alignment=["gNumDrafts"])
+@triton.jit(
+    do_not_specialize=["batch", "j", "num_spec_tokens", "num_served"], do_not_specialize_on_alignment=["gNumDrafts"]
+)
 def _score_kernel(
     gNumDrafts,  # [B]
     gState,  # [K, B, W]
@@ -249,7 +253,7 @@ def _score_kernel(
     gPart,  # fp32 [B, SLICES, 32]
     batch,
     j,
-    num_k,
+    num_spec_tokens,
     num_served,
     stride_to_query,
     stride_head,
@@ -267,7 +271,7 @@ def _score_kernel(
     first = (tl.program_id(0) // SLICES * num_served).to(tl.int64)
     for request in range(first, tl.minimum(first + num_served, batch)):
         if tl.load(gNumDrafts + request) > 0:
-            id_ = tl.load(gId + (request * num_k + j) * kCandidates + c).to(tl.int64)
+            id_ = tl.load(gId + (request * num_spec_tokens + j) * kCandidates + c).to(tl.int64)
             gRows = gHeadRows + id_[:, None] * stride_head + h[None, :]
             direction = tl.load(gRows, mask=(h < H)[None, :], other=0.0).to(tl.float32)
             gX = gState + (j * batch + request) * W
@@ -278,7 +282,7 @@ def _score_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_k", "mask_id", "stride_drafts", "stride_out"],
+    do_not_specialize=["num_spec_tokens", "mask_id", "stride_drafts", "stride_out"],
     do_not_specialize_on_alignment=[
         "gNumDrafts",
         "gDrafts",
@@ -307,7 +311,7 @@ def _last_kernel(
     gQCut,  # [B, K]
     gQLogNorm,  # [B, K]
     gOut,  # int64 [B, K]
-    num_k,
+    num_spec_tokens,
     mask_id,
     stride_drafts,
     stride_out,
@@ -321,9 +325,11 @@ def _last_kernel(
     request = tl.program_id(0).to(tl.int64)
     gMine = gOut + request * stride_out
     if tl.load(gNumDrafts + request) > 0:
-        draft = _choose(candidates, gPositions, parameters, q, request, num_k - 1, num_k, mask_id, True, shape)
-        tl.store(gMine + num_k - 1, draft)
+        draft = _choose(
+            candidates, gPositions, parameters, q, request, num_spec_tokens - 1, num_spec_tokens, mask_id, True, shape
+        )
+        tl.store(gMine + num_spec_tokens - 1, draft)
     else:
         i = tl.arange(0, BLOCK_DRAFTS)
-        before = tl.load(gDrafts + request * stride_drafts + i, mask=i < num_k, other=-1)
-        tl.store(gMine + i, before, mask=i < num_k)
+        before = tl.load(gDrafts + request * stride_drafts + i, mask=i < num_spec_tokens, other=-1)
+        tl.store(gMine + i, before, mask=i < num_spec_tokens)

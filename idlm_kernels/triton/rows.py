@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from python_ref.contract import GREEDY_BELOW, STATUS_BAD_DRAFT, STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN
+from python_ref.contract import FLAG_BAD_DRAFT, FLAG_EMPTY_ROW, FLAG_INF, FLAG_NAN, GREEDY_BELOW
 
 kGreedyBelow = tl.constexpr(GREEDY_BELOW)
 kLargest = tl.constexpr(3.4028234663852886e38)
-kNan, kInf = tl.constexpr(STATUS_NAN), tl.constexpr(STATUS_INF)
-kEmptyRow, kBadDraft = tl.constexpr(STATUS_EMPTY_ROW), tl.constexpr(STATUS_BAD_DRAFT)
+kNan, kInf = tl.constexpr(FLAG_NAN), tl.constexpr(FLAG_INF)
+kEmptyRow, kBadDraft = tl.constexpr(FLAG_EMPTY_ROW), tl.constexpr(FLAG_BAD_DRAFT)
 kFinite = tl.constexpr(1 << 30)  # inner bit: the slice has a finite logit
 kNoId = tl.constexpr(0x7FFFFFFF)
 
@@ -72,15 +72,19 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def span_of(gQueryStart, gNumDrafts, request, num_k):
+def span_of(gQueryStart, gNumDrafts, request, num_spec_tokens):
     start = tl.load(gQueryStart + request)
     m_rows = tl.load(gQueryStart + request + 1) - start
-    return Span(request=request, start=start, m_rows=m_rows, n=draft_count(gNumDrafts, request, m_rows, num_k))
+    return Span(
+        request=request, start=start, m_rows=m_rows, n=draft_count(gNumDrafts, request, m_rows, num_spec_tokens)
+    )
 
 
 @triton.jit
-def draft_count(gNumDrafts, request, m_rows, num_k):
-    return tl.minimum(tl.maximum(tl.load(gNumDrafts + request), 0), tl.minimum(tl.maximum(m_rows - 1, 0), num_k))
+def draft_count(gNumDrafts, request, m_rows, num_spec_tokens):
+    return tl.minimum(
+        tl.maximum(tl.load(gNumDrafts + request), 0), tl.minimum(tl.maximum(m_rows - 1, 0), num_spec_tokens)
+    )
 
 
 @triton.jit

@@ -24,25 +24,25 @@ from idlm_kernels.triton.structs import Logits, SamplingParameters
 from python_ref import STREAM_TARGET, DraftDistributions
 
 
-@triton.jit(do_not_specialize=["num_rows", "mask_id"], do_not_specialize_on_alignment=["gOut", "gStatus"])
+@triton.jit(do_not_specialize=["num_rows", "mask_id"], do_not_specialize_on_alignment=["gOut", "gErrorFlags"])
 def _pick_kernel(
     slices,  # Slices
     gOut,  # int64 [T]
-    gStatus,  # int32 [T]
+    gErrorFlags,  # int32 [T]
     num_rows,
     mask_id,
     SLICES: tl.constexpr,
     BLOCK_SLICES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    HAS_STATUS: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
 ):
     follow_previous_launch()
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     has_row = row < num_rows
-    token, status = best_of_slices(slices, row, has_row, mask_id, SLICES, BLOCK_SLICES)
+    token, error_flags = best_of_slices(slices, row, has_row, mask_id, SLICES, BLOCK_SLICES)
     tl.store(gOut + row, token.to(tl.int64), mask=has_row)
-    if HAS_STATUS:
-        tl.store(gStatus + row, tl.load(gStatus + row, mask=has_row, other=0) | status, mask=has_row)
+    if HAS_FLAGS:
+        tl.store(gErrorFlags + row, tl.load(gErrorFlags + row, mask=has_row, other=0) | error_flags, mask=has_row)
 
 
 def sample_rows(
@@ -58,7 +58,7 @@ def sample_rows(
     *,
     stream: int = STREAM_TARGET,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.sample_rows`."""
@@ -72,7 +72,7 @@ def sample_rows(
             mask_id,
             stream=stream,
             logit_bias=logit_bias,
-            status=status,
+            error_flags=error_flags,
             out=out,
         )
     num_rows = logits.shape[0]
@@ -87,13 +87,13 @@ def sample_rows(
         logits,
         sampled.slices,
         y,
-        status,
+        error_flags,
         num_rows,
         mask_id,
         SLICES=sampled.count,
         BLOCK_SLICES=next_power_of_2(sampled.count),
         BLOCK_ROWS=block_rows,
-        HAS_STATUS=status is not None,
+        HAS_FLAGS=error_flags is not None,
         num_warps=4,
     )
     return y
@@ -117,12 +117,12 @@ def verify_accept(
     rule: str,
     draft_dists: DraftDistributions | None = None,
     logit_bias: Tensor | None = None,
-    status: Tensor | None = None,
+    error_flags: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `idlm_kernels.verify_accept`."""
     parameters = SamplingParameters(temperature, top_k, top_p, min_p, seed)
-    batch, num_k = drafts.shape
+    batch, num_spec_tokens = drafts.shape
     is_fp64 = logits.dtype == torch.float64 or (logit_bias is not None and logit_bias.dtype == torch.float64)
     if is_fp64 or batch == 0:
         return python_ref.verify_accept(
@@ -138,13 +138,13 @@ def verify_accept(
             rule=rule,
             draft_dists=draft_dists,
             logit_bias=logit_bias,
-            status=status,
+            error_flags=error_flags,
             out=out,
         )
     if out is None:
         a, count = (torch.empty(batch, dtype=torch.int32, device=logits.device) for _ in range(2))
-        tokens = drafts.new_empty(batch, num_k + 1)
-        out = (a, tokens, drafts.new_empty(batch, num_k), count)
+        tokens = drafts.new_empty(batch, num_spec_tokens + 1)
+        out = (a, tokens, drafts.new_empty(batch, num_spec_tokens), count)
     step = Step(
         Logits.of(logits, logit_bias),
         query_start_loc,
@@ -155,7 +155,7 @@ def verify_accept(
         id_limit,
         mask_id,
         quadratic,
-        status,
+        error_flags,
         out,
     )
     sampled = sampled_slices(
@@ -167,7 +167,7 @@ def verify_accept(
         STREAM_TARGET,
         query_start_loc,
         num_drafts,
-        num_k,
+        num_spec_tokens,
         quadratic,
         with_distribution=rule == "rejection",
     )

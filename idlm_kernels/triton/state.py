@@ -59,7 +59,7 @@ def outcome_of(
         "gNumDrafts",
         "gLimits",
         "gStops",
-        "gFinish",
+        "gFinishReason",
         "gOut",
     ],
 )
@@ -74,7 +74,7 @@ def _advance_kernel(
     gNumDrafts,  # [B]
     gLimits,  # [B]
     gStops,  # [B, num_stops]
-    gFinish,  # [B]
+    gFinishReason,  # [B]
     gOut,  # [B]
     num_stops,
     stride_tokens,
@@ -89,22 +89,22 @@ def _advance_kernel(
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_WIDTH)
     token = tl.load(gTokens + b * stride_tokens + i, mask=i < WIDTH, other=-1)
-    finish = tl.load(gFinish + b)
-    if (finish != kRunning) | (tl.load(gTokens + b * stride_tokens) < 0):
+    finish_reason = tl.load(gFinishReason + b)
+    if (finish_reason != kRunning) | (tl.load(gTokens + b * stride_tokens) < 0):
         tl.store(gOut + b, 0)
         return
     committed = tl.load(gNumAccepted + b) + 1
     length, limit = tl.load(gLengths + b), tl.load(gLimits + b)
     gStop = gStops + b * stride_stops
-    emitted, finish = outcome_of(token, committed, length, limit, gStop, num_stops, WIDTH, BLOCK_WIDTH)
+    emitted, finish_reason = outcome_of(token, committed, length, limit, gStop, num_stops, WIDTH, BLOCK_WIDTH)
 
     tl.store(gText + b * stride_text + length + i, token, mask=i < emitted)
     tl.store(gLengths + b, length + emitted)
-    tl.store(gFinish + b, finish)
+    tl.store(gFinishReason + b, finish_reason)
     draft = tl.load(gNextDrafts + b * stride_next + i, mask=i < WIDTH - 1, other=-1)
     tl.store(gDrafts + b * stride_drafts + i, draft, mask=i < WIDTH - 1)
     num_next = tl.load(gNextNumDrafts + b)
-    tl.store(gNumDrafts + b, tl.where(finish == kRunning, num_next, 0))
+    tl.store(gNumDrafts + b, tl.where(finish_reason == kRunning, num_next, 0))
     tl.store(gOut + b, emitted)
 
 
@@ -120,7 +120,7 @@ def advance(
     num_drafts: Tensor,
     length_limits: Tensor,
     stop_ids: Tensor,
-    finish: Tensor,
+    finish_reason: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `idlm_kernels.advance`."""
@@ -142,7 +142,7 @@ def advance(
         num_drafts,
         length_limits,
         stop_ids,
-        finish,
+        finish_reason,
         emitted,
         stop_ids.shape[1],
         tokens.stride(0),

@@ -66,15 +66,15 @@ class Text(NamedTuple):
 
 
 @triton.jit
-def _rows_of(gNumDrafts, gFinish, request, batch, shape: tl.constexpr):
+def _rows_of(gNumDrafts, gFinishReason, request, batch, shape: tl.constexpr):
     """Drafts and rows of requests [n]; none of a request that does not run."""
     n = tl.load(gNumDrafts + request, mask=request < batch, other=0)
     n = tl.minimum(tl.maximum(n, 0), shape.K)
-    finish = tl.load(gFinish + request, mask=request < batch, other=kFailed)
+    finish_reason = tl.load(gFinishReason + request, mask=request < batch, other=kFailed)
     branches = 1
     if shape.QUADRATIC:
         branches = n + 1
-    return n, tl.where(finish == kRunning, 1 + n + branches * shape.K, 0)
+    return n, tl.where(finish_reason == kRunning, 1 + n + branches * shape.K, 0)
 
 
 @triton.jit(
@@ -82,21 +82,29 @@ def _rows_of(gNumDrafts, gFinish, request, batch, shape: tl.constexpr):
         *("batch", "mask_id", "noise_below", "page_size", "max_pages"),
         *("stride_text", "stride_drafts", "stride_table"),
     ],
-    do_not_specialize_on_alignment=["gText", "gLengths", "gDrafts", "gNumDrafts", "gFinish", "gPageTable", "gSeed"],
+    do_not_specialize_on_alignment=[
+        "gText",
+        "gLengths",
+        "gDrafts",
+        "gNumDrafts",
+        "gFinishReason",
+        "gPageTable",
+        "gSeed",
+    ],
 )
 def _plan_kernel(
     gText,  # [B, max_len]
     gLengths,  # [B]
     gDrafts,  # [B, K]
     gNumDrafts,  # [B]
-    gFinish,  # [B]
+    gFinishReason,  # [B]
     gPageTable,  # [B, max_pages]
     gSeed,  # [B]
     gIds,  # [B * R], as the next four
     gIsMask,
     gPositions,
     gSlots,
-    gTailMask,
+    gTreeMask,
     gSeqLens,  # [B]
     gQueryStart,  # [B + 1]
     batch,
@@ -114,10 +122,10 @@ def _plan_kernel(
     start, total = 0, 0
     for first in range(0, batch, kRequests):
         request = first + tl.arange(0, kRequests)
-        _, rows = _rows_of(gNumDrafts, gFinish, request, batch, shape)
+        _, rows = _rows_of(gNumDrafts, gFinishReason, request, batch, shape)
         start += tl.sum(tl.where(request < b, rows, 0), axis=0)
         total += tl.sum(rows, axis=0)
-    n, m = _rows_of(gNumDrafts, gFinish, b, batch, shape)
+    n, m = _rows_of(gNumDrafts, gFinishReason, b, batch, shape)
     length = tl.load(gLengths + b)
     if b == 0:
         tl.store(gQueryStart, 0)
@@ -162,22 +170,22 @@ def _plan_kernel(
     tl.store(gIsMask + place, is_row & (r > n), mask=inside)
     tl.store(gPositions + place, tl.where(is_row, position, 0).to(tl.int64), mask=inside)
     tl.store(gSlots + place, tl.where(has_page, slot, -1), mask=inside)
-    tl.store(gTailMask + place, tl.where(is_row, seen, 0), mask=inside)
+    tl.store(gTreeMask + place, tl.where(is_row, seen, 0), mask=inside)
 
 
 def plan_rows(
     state: StepState, mask_id: int, page_size: int, *, quadratic: bool, noise_below: int = 0, out: Planned | None = None
 ) -> Planned:
     """See `idlm_kernels.plan_rows`."""
-    (batch, num_k), device = state.drafts.shape, state.lengths.device
-    most = (num_k + 1) ** 2 if quadratic else 2 * num_k + 1
+    (batch, num_spec_tokens), device = state.drafts.shape, state.lengths.device
+    most = (num_spec_tokens + 1) ** 2 if quadratic else 2 * num_spec_tokens + 1
     if batch == 0:
         return python_ref.plan_rows(state, mask_id, page_size, quadratic=quadratic, noise_below=noise_below, out=out)
     if out is None:
         rows = batch * most
-        ids, positions, slots, tail_mask = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(4))
+        ids, positions, slots, tree_mask = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(4))
         is_mask, starts = torch.empty(rows, dtype=torch.bool, device=device), state.lengths.new_empty(batch + 1)
-        out = ids, is_mask, positions, slots, tail_mask, torch.empty_like(state.lengths), starts
+        out = ids, is_mask, positions, slots, tree_mask, torch.empty_like(state.lengths), starts
     launch(
         _plan_kernel,
         (batch,),
@@ -186,7 +194,7 @@ def plan_rows(
         state.lengths,
         state.drafts,
         state.num_drafts,
-        state.finish,
+        state.finish_reason,
         state.page_table,
         state.seed,
         *out,
@@ -198,7 +206,9 @@ def plan_rows(
         state.text.stride(0),
         state.drafts.stride(0),
         state.page_table.stride(0),
-        shape=PlanShape(K=num_k, R=most, QUADRATIC=quadratic, NOISE=noise_below > 0, BLOCK_R=next_power_of_2(most)),
+        shape=PlanShape(
+            K=num_spec_tokens, R=most, QUADRATIC=quadratic, NOISE=noise_below > 0, BLOCK_R=next_power_of_2(most)
+        ),
         num_warps=1,
     )
     return out
@@ -248,7 +258,7 @@ def _log_sum_exp(gRow, vocab_size):
     ],
     do_not_specialize_on_alignment=[
         *("gNumAccepted", "gTokens", "gNextDrafts", "gNextNumDrafts", "gText", "gLengths", "gDrafts", "gNumDrafts"),
-        *("gMaxDrafts", "gSource", "gLimits", "gStops", "gFinish", "gStatus", "gSeed", "gQueryStart", "gOut"),
+        *("gMaxDrafts", "gSource", "gLimits", "gStops", "gFinishReason", "gErrorFlags", "gSeed", "gQueryStart", "gOut"),
     ],
 )
 def _commit_kernel(
@@ -264,8 +274,8 @@ def _commit_kernel(
     gSource,  # [B]
     gLimits,  # [B]
     gStops,  # [B, num_stops]
-    gFinish,  # [B]
-    gStatus,  # [B]
+    gFinishReason,  # [B]
+    gErrorFlags,  # [B]
     gSeed,  # [B]
     gLogits,  # [T, V] or None
     gQueryStart,  # [B + 1] or None
@@ -294,7 +304,7 @@ def _commit_kernel(
     n, source = tl.load(gNumDrafts + b), tl.load(gSource + b)
     most = tl.minimum(tl.load(gMaxDrafts + b), shape.K)
     length, limit = tl.load(gLengths + b), tl.load(gLimits + b)
-    finish, status = tl.load(gFinish + b), tl.load(gStatus + b)
+    finish_reason, error_flags = tl.load(gFinishReason + b), tl.load(gErrorFlags + b)
     gDraft = gDrafts + b * stride_drafts + i
 
     if shape.PRETEND:
@@ -311,22 +321,24 @@ def _commit_kernel(
             drafts_again = drafts_again & (a == n)
         num_next = tl.where(drafts_again, shape.K, 0)
 
-    failed = (status & (kNan | kEmptyRow)) != 0
+    failed = (error_flags & (kNan | kEmptyRow)) != 0
     token = tl.where(failed, -1, token)
-    is_moving = (finish == kRunning) & (tl.max(tl.where(i == 0, token, -1), axis=0) >= 0)
+    is_moving = (finish_reason == kRunning) & (tl.max(tl.where(i == 0, token, -1), axis=0) >= 0)
     gStop = gStops + b * stride_stops
-    emitted, new_finish = outcome_of(token, a + 1, length, limit, gStop, num_stops, shape.K + 1, shape.BLOCK_N)
+    emitted, new_reason = outcome_of(token, a + 1, length, limit, gStop, num_stops, shape.K + 1, shape.BLOCK_N)
     emitted = tl.where(is_moving, emitted, 0)
     tl.store(gText + b * stride_text + length + i, token, mask=i < emitted)
     tl.store(gDraft, new_draft, mask=is_draft & is_moving)
-    new_n = tl.minimum(tl.where(is_moving, tl.where(new_finish == kRunning, num_next, 0), n), most)
-    finish = tl.where(is_moving, new_finish, tl.where(failed & (finish == kRunning), kFailed, finish))
+    new_n = tl.minimum(tl.where(is_moving, tl.where(new_reason == kRunning, num_next, 0), n), most)
+    finish_reason = tl.where(
+        is_moving, new_reason, tl.where(failed & (finish_reason == kRunning), kFailed, finish_reason)
+    )
     length += emitted
     new_source = tl.where(emitted > 0, tl.where(new_n > 0, kMaskDrafts, kNoDrafts), source)
 
     if shape.SUFFIX and shape.K > 0:
         tl.debug_barrier()  # the text is the CTA's own, written by some of its threads
-        if (finish == kRunning) & (most > 0):
+        if (finish_reason == kRunning) & (most > 0):
             text = Text(tokens=gText + b * stride_text, length=length, max_len=max_len)
             end, matched = _last_occurrence(text)
             if matched >= tl.where(new_n > 0, kOverrideMatch, kFillMatch):
@@ -338,13 +350,13 @@ def _commit_kernel(
     tl.store(gLengths + b, length)
     tl.store(gNumDrafts + b, new_n)
     tl.store(gSource + b, new_source)
-    tl.store(gFinish + b, finish)
+    tl.store(gFinishReason + b, finish_reason)
     gOutcome = gOut + b * stride_out
     tl.store(gOutcome, n.to(tl.int64))
     tl.store(gOutcome + 1, a.to(tl.int64))
     tl.store(gOutcome + 2, emitted.to(tl.int64))
-    tl.store(gOutcome + 3, finish.to(tl.int64))
-    tl.store(gOutcome + 4, status.to(tl.int64))
+    tl.store(gOutcome + 3, finish_reason.to(tl.int64))
+    tl.store(gOutcome + 4, error_flags.to(tl.int64))
     tl.store(gOutcome + 5, source.to(tl.int64))
     tl.store(gOutcome + kFigures + i, token, mask=is_token)
 
@@ -404,8 +416,8 @@ def commit_step(
         state.draft_source,
         state.length_limits,
         state.stop_ids,
-        state.finish,
-        state.status,
+        state.finish_reason,
+        state.error_flags,
         state.seed,
         logits,
         query_start_loc,

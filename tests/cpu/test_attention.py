@@ -31,7 +31,7 @@ class Request:
     k: Tensor
     v: Tensor
     length: int
-    tail_mask: list[int] | None = None
+    tree_mask: list[int] | None = None
 
     def at(self, length: int, rows: slice) -> Request:
         """Some of the rows, when the cache is `length` long."""
@@ -82,9 +82,9 @@ def arguments(requests: list[Request], paging: Paging) -> tuple[tuple[Tensor, ..
         torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(),
     )
     options = {"max_query_len": max(int(counts.max()), 1), **paging.options}
-    if any(r.tail_mask is not None for r in requests):
-        masks = [b for r in requests for b in r.tail_mask or []] + [0] * paging.padding_rows
-        options["tail_mask"] = torch.tensor(masks, dtype=torch.int64)
+    if any(r.tree_mask is not None for r in requests):
+        masks = [b for r in requests for b in r.tree_mask or []] + [0] * paging.padding_rows
+        options["tree_mask"] = torch.tensor(masks, dtype=torch.int64)
     return args, options
 
 
@@ -161,9 +161,9 @@ def test_padded_requests_and_rows_that_see_nothing() -> None:
         assert (out[rows] == 0).all()
         assert (lse[rows] == -INF).all()
     assert torch.equal(out[2:5], attend([seen])[0])
-    # A row of a tail mask without bits, in a request that has nothing else.
+    # A row of a tree mask without bits, in a request that has nothing else.
     blind = request(shape, 3, 3)
-    blind.tail_mask = [1, 0, 0b101]
+    blind.tree_mask = [1, 0, 0b101]
     args, options = arguments([blind], Paging())
     lse = torch.empty(3, 4)
     out = strided_attention(*args, **options, lse=lse)
@@ -301,7 +301,7 @@ def quadratic_masks(n: int, k: int) -> list[int]:
 @pytest.mark.parametrize("length", [16, 130, 391])
 def test_bits_of_a_quadratic_plan(shape: tuple[int, int, int], length: int, num_threads: int) -> None:
     r = request(shape, length, 16)
-    r.tail_mask = quadratic_masks(3, 3)
+    r.tree_mask = quadratic_masks(3, 3)
     rows = attend([r])[0]
     args, options = arguments([r], Paging())
     want = python_ref.strided_attention(*(x.double() if x.is_floating_point() else x for x in args), **options)
@@ -311,14 +311,14 @@ def test_bits_of_a_quadratic_plan(shape: tuple[int, int, int], length: int, num_
         assert torch.equal(attend([r.at(length - 15 + i, slice(i, i + 1))])[0][0], rows[i])
     # Next to requests of other plans, and split over several items.
     chain = request(shape, 200, 7, seed=5)
-    chain.tail_mask = [(2 << i) - 1 for i in range(7)]
+    chain.tree_mask = [(2 << i) - 1 for i in range(7)]
     assert torch.equal(attend([chain, r], Paging(page_size=3))[1], rows)
     assert torch.equal(attend([chain, r])[0], attend([request(shape, 200, 7, seed=5)])[0])
 
 
-def test_the_rows_of_a_tail_mask_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rows_of_a_tree_mask_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     r = request((4, 2, 8), 391, 16)
-    r.tail_mask = quadratic_masks(3, 3)
+    r.tree_mask = quadratic_masks(3, 3)
     want = attend([r])[0]
     monkeypatch.setattr(attention, "MAX_ROWS", 3)
     attention._plan.cache_clear()
@@ -328,7 +328,7 @@ def test_the_rows_of_a_tail_mask_may_be_split(monkeypatch: pytest.MonkeyPatch) -
 
 def test_64_rows_fill_the_mask() -> None:
     r = request((4, 2, 8), 200, 64)
-    r.tail_mask = [-1] * 64  # bit 63 is the sign
+    r.tree_mask = [-1] * 64  # bit 63 is the sign
     last = r.at(200, slice(63, 64))
     assert torch.equal(attend([r])[0][63], attend([last])[0][0])
 
@@ -451,7 +451,7 @@ def test_rows_beyond_max_query_len_are_padding() -> None:
     for tail in (False, True):
         r, other = request(SHAPES["tiny"], 40, 16), request(SHAPES["tiny"], 9, 3, seed=5)
         if tail:
-            r.tail_mask, other.tail_mask = quadratic_masks(3, 3), [1, 3, 5]
+            r.tree_mask, other.tree_mask = quadratic_masks(3, 3), [1, 3, 5]
         args, options = arguments([r, other], Paging())
         whole = strided_attention(*args, **options)
         for function in (strided_attention, python_ref.strided_attention):

@@ -127,9 +127,9 @@ def test_rows_that_see_what_their_masks_say(page_size: int, isa: str, monkeypatc
     sees = torch.rand(64, 64, generator=random).tril() > 0.5
     sees |= torch.eye(64, dtype=torch.bool)
     masks = [sum(1 << j for j in range(64) if row[j]) for row in sees.tolist()]
-    tail_mask = torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks])
+    tree_mask = torch.tensor([m - (1 << 64) if m >> 63 else m for m in masks])
     is_mask = torch.rand(64, generator=random) > 0.5
-    rows = dataclasses.replace(rows, tail_mask=tail_mask, is_mask=is_mask, has_masks=True)
+    rows = dataclasses.replace(rows, tree_mask=tree_mask, is_mask=is_mask, has_masks=True)
     got = []
     for model in (fast, slow):
         cache = model.new_cache(64, page_size)
@@ -516,13 +516,13 @@ def test_a_forward_keeps_the_rotary_table_that_it_began_with(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("num_k", "quadratic"),
+    ("num_spec_tokens", "quadratic"),
     [(0, False), (0, True), (1, False), (3, False), (31, False), (1, True), (3, True), (7, True)],
 )
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-def test_rows_of_a_plan(num_k: int, quadratic: bool, page_size: int) -> None:
+def test_rows_of_a_plan(num_spec_tokens: int, quadratic: bool, page_size: int) -> None:
     for seed in range(5):
-        state = random_places(seed, num_k, page_size)
+        state = random_places(seed, num_spec_tokens, page_size)
         how: dict[str, Any] = {"quadratic": quadratic, "noise_below": (0, 151_669)[seed % 2]}
         want = python_ref.plan_rows(state, 60, page_size, **how)
         out = tuple(torch.full_like(x, 1) for x in want)
@@ -532,19 +532,21 @@ def test_rows_of_a_plan(num_k: int, quadratic: bool, page_size: int) -> None:
                 assert x.dtype == y.dtype and torch.equal(x, y)
 
 
-@pytest.mark.parametrize("num_k", [0, 1, 4])
-def test_the_commit_of_a_step(num_k: int) -> None:
+@pytest.mark.parametrize("num_spec_tokens", [0, 1, 4])
+def test_the_commit_of_a_step(num_spec_tokens: int) -> None:
     for seed in range(40):
-        mine, other = random_commit(seed, num_k), random_commit(seed, num_k)
+        mine, other = random_commit(seed, num_spec_tokens), random_commit(seed, num_spec_tokens)
         if seed % 5 == 0:
-            starts = torch.arange(13, dtype=torch.int32) * (num_k + 1)
+            starts = torch.arange(13, dtype=torch.int32) * (num_spec_tokens + 1)
             logits = {"logits": torch.randn(int(starts[-1]), 7), "query_start_loc": starts}
             mine, other = mine | logits, other | logits
         if seed % 2:  # places of a larger batch, whose drafts are more
-            wide = torch.full((12, num_k + 2), 9)
-            wide[:, :num_k] = mine["state"].drafts
-            mine["state"] = dataclasses.replace(mine["state"], drafts=wide[:, :num_k])
-            out = torch.full((14, 6 + 2 * (num_k + 1)), -7)[1:13, : 6 + (num_k + 1) * (1 + ("logits" in mine))]
+            wide = torch.full((12, num_spec_tokens + 2), 9)
+            wide[:, :num_spec_tokens] = mine["state"].drafts
+            mine["state"] = dataclasses.replace(mine["state"], drafts=wide[:, :num_spec_tokens])
+            out = torch.full((14, 6 + 2 * (num_spec_tokens + 1)), -7)[
+                1:13, : 6 + (num_spec_tokens + 1) * (1 + ("logits" in mine))
+            ]
             mine["out"] = out
         assert torch.equal(cpu_state.commit_step(**mine), python_ref.commit_step(**other))
         for field in dataclasses.fields(StepState):

@@ -138,10 +138,12 @@ def test_sample_rows(seed: int, faults: bool, draws: None) -> None:
     bias = None if rng.random() < 0.7 else torch.randn(rows, vocab_size)
     results = []
     for op in (python_ref.sample_rows, sample_rows):
-        status, out = torch.full((rows,), 16, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
-        given = op(logits, positions, *params, *limits, stream=seed % 2, logit_bias=bias, status=status, out=out)
+        error_flags, out = torch.full((rows,), 16, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
+        given = op(
+            logits, positions, *params, *limits, stream=seed % 2, logit_bias=bias, error_flags=error_flags, out=out
+        )
         assert given is out
-        results.append((out, status))
+        results.append((out, error_flags))
     for want, got in zip(*results, strict=True):
         assert torch.equal(got, want)
     if faults:
@@ -190,7 +192,7 @@ class Problem:
 
     def run(self, op) -> tuple[list[Tensor], DraftDistributions | None]:
         state = self.draft_dists and DraftDistributions(*(x.clone() for x in vars(self.draft_dists).values()))
-        status = torch.zeros_like(self.num_drafts)
+        error_flags = torch.zeros_like(self.num_drafts)
         result = op(
             self.logits,
             self.query_start_loc,
@@ -203,9 +205,9 @@ class Problem:
             rule=self.rule,
             draft_dists=state,
             logit_bias=self.bias,
-            status=status,
+            error_flags=error_flags,
         )
-        return [*result, status], state
+        return [*result, error_flags], state
 
 
 @pytest.fixture
@@ -238,7 +240,7 @@ def test_rejection_takes_requests_together_where_ids_are_few(monkeypatch: pytest
 def check_verify_accept(problem: Problem) -> None:
     want, want_state = problem.run(python_ref.verify_accept)
     got, state = problem.run(verify_accept)
-    names = ("num_accepted", "tokens", "next_drafts", "next_num_drafts", "status")
+    names = ("num_accepted", "tokens", "next_drafts", "next_num_drafts", "error_flags")
     for name, x, y in zip(names, want, got, strict=True):
         assert x.dtype == y.dtype, name
         assert torch.equal(x, y), name
@@ -249,14 +251,14 @@ def check_verify_accept(problem: Problem) -> None:
 
 
 def test_the_random_problems_cover_what_they_should() -> None:
-    """All counts of accepted drafts, requests with and without proposals, and every status bit occur above."""
+    """All counts of accepted drafts, requests with and without proposals, and every error flag occur above."""
     accepted, proposed, flags = set(), set(), 0
     for seed in range(60):
         for faults in (False, True):
-            (a, _, _, n, status), _ = Problem(seed, "match", faults).run(verify_accept)
+            (a, _, _, n, error_flags), _ = Problem(seed, "match", faults).run(verify_accept)
             accepted |= set(a.tolist())
             proposed |= set(n.tolist())
-            flags |= int(np.bitwise_or.reduce(status.numpy()))
+            flags |= int(np.bitwise_or.reduce(error_flags.numpy()))
     assert accepted == proposed == {0, 1, 2, 3, 4}
     assert flags == 15
 

@@ -38,7 +38,7 @@ def test_equals_ar(generator: Generator, prompt: str, plan: str, stride: int, sa
     ar = generator.generate([ids], params, plan="ar")[0]
     assert strided.token_ids == ar.token_ids and strided.text == ar.text
     assert strided.forwards <= ar.forwards == ar.tokens
-    assert strided.status == 0 and len(strided.text) > 0
+    assert strided.error_flags == 0 and len(strided.text) > 0
 
 
 def test_a_batch_of_all_cases(generator: Generator) -> None:

@@ -329,7 +329,7 @@ def test_a_forward_that_raises_ends_its_batch_only(lag: int, models: list[Genera
 
 def test_nan_in_one_request_leaves_the_others_alone(models: list[Generator]) -> None:
     def step(decoder: Decoder, state: DecodeState) -> Tensor:
-        for page in state.page_table[(state.seed == 7) & (state.finish == RUNNING), 0].tolist():
+        for page in state.page_table[(state.seed == 7) & (state.finish_reason == RUNNING), 0].tolist():
             decoder.cache.v[0][page, 0] = float("nan")
         return decode_step(decoder, state)
 

@@ -73,8 +73,8 @@ def test_rows_of_a_step(kind: str, stride: int, compiled: bool, monkeypatch: pyt
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
         pytest.skip(f"no CPU kernels here: {native.status()}")
-    plan, num_k = StepPlan(kind, stride), stride - 1  # type: ignore[arg-type]
-    state = noisy_state([num_k, 0, num_k], stride)
+    plan, num_spec_tokens = StepPlan(kind, stride), stride - 1  # type: ignore[arg-type]
+    state = noisy_state([num_spec_tokens, 0, num_spec_tokens], stride)
     plain = plan_rows(plan, dataclasses.replace(state, noise_below=0), 16)
     rows = plan_rows(plan, state, 16)
     assert torch.equal(rows.ids[~rows.is_mask], plain.ids[~rows.is_mask])

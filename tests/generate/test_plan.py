@@ -29,11 +29,11 @@ def make_state(lengths: list[int], num_drafts: list[int], stride: int, page_size
     for b, n in enumerate(num_drafts):
         state.drafts[b, :n] = torch.tensor([50 + i for i in range(n)])
     for b in absent:
-        state.finish[b] = LENGTH
+        state.finish_reason[b] = LENGTH
     return state
 
 
-def expected_rows(state: DecodeState, b: int, kind: str, num_k: int) -> list[tuple[int, bool, int, set[int]]]:
+def expected_rows(state: DecodeState, b: int, kind: str, num_spec_tokens: int) -> list[tuple[int, bool, int, set[int]]]:
     """(id, is MASK, position, visible step rows) of each row of request b, read off design section 3."""
     length, n = int(state.lengths[b]), int(state.num_drafts[b])
     rows = [(int(state.text[b, length - 1]), False, length - 1, {0})]
@@ -41,7 +41,7 @@ def expected_rows(state: DecodeState, b: int, kind: str, num_k: int) -> list[tup
         rows.append((int(state.drafts[b, i - 1]), False, length - 1 + i, set(range(i + 1))))
     for branch in {"ar": [], "chain": [n], "quadratic": list(range(n + 1))}[kind]:
         first = len(rows)
-        for j in range(num_k):
+        for j in range(num_spec_tokens):
             seen = set(range(branch + 1)) | set(range(first, first + j + 1))
             rows.append((MASK_ID, True, length + branch + j, seen))
     return rows
@@ -55,16 +55,22 @@ CASES = [("ar", 1), *(("chain", n) for n in (2, 3, 4, 8, 32)), *(("quadratic", n
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_rows_follow_the_design(backend: str, kind: str, stride: int, page_size: int) -> None:
     plan = StepPlan(kind, stride)  # type: ignore[arg-type]
-    num_k = plan.num_drafts
+    num_spec_tokens = plan.num_drafts
     lengths = [1, 5, 12, 2, 9]
-    state = make_state(lengths, [num_k, 0, min(1, num_k), num_k, num_k], plan.stride, page_size, absent={3})
+    state = make_state(
+        lengths,
+        [num_spec_tokens, 0, min(1, num_spec_tokens), num_spec_tokens, num_spec_tokens],
+        plan.stride,
+        page_size,
+        absent={3},
+    )
     with use_backend(backend):
         rows = plan_rows(plan, state, page_size)
     total = len(lengths) * plan.max_rows
     assert rows.ids.shape == (total,)
     start = 0
     for b in range(len(lengths)):
-        want = [] if b == 3 else expected_rows(state, b, kind, num_k)
+        want = [] if b == 3 else expected_rows(state, b, kind, num_spec_tokens)
         assert rows.query_start_loc[b] == start
         assert rows.seq_lens[b] == (lengths[b] - 1 + len(want) if want else 0)
         for r, (token, is_mask, position, seen) in enumerate(want):
@@ -74,10 +80,10 @@ def test_rows_follow_the_design(backend: str, kind: str, stride: int, page_size:
             page = int(state.page_table[b, slot // page_size])
             assert rows.slot_mapping[t] == page * page_size + slot % page_size
             if kind == "quadratic":
-                assert rows.tail_mask is not None
-                assert {j for j in range(64) if int(rows.tail_mask[t]) >> j & 1} == seen
+                assert rows.tree_mask is not None
+                assert {j for j in range(64) if int(rows.tree_mask[t]) >> j & 1} == seen
             else:
-                assert rows.tail_mask is None and seen == set(range(r + 1)), "a chain is plain causal attention"
+                assert rows.tree_mask is None and seen == set(range(r + 1)), "a chain is plain causal attention"
         start += len(want)
     assert rows.query_start_loc[-1] == start
     assert (rows.slot_mapping[start:] == -1).all() and not rows.is_mask[start:].any()

@@ -73,8 +73,8 @@ def test_stop_strings(stop: tuple[str, ...], steps: list[list[int]], text: str, 
     out = output(stop=stop)
     shown = ""
     for i, step in enumerate(steps):
-        finish = STOPPED if i == len(steps) - 1 else RUNNING
-        event = out.take(step, 3, len(step) - 1, finish)
+        finish_reason = STOPPED if i == len(steps) - 1 else RUNNING
+        event = out.take(step, 3, len(step) - 1, finish_reason)
         shown += event.text
         if out.finish_reason is not None:
             break
@@ -366,6 +366,6 @@ def test_nan_logits_end_the_request(make_generator: MakeGenerator) -> None:
     clean = generator.generate([[1, 2]], SamplingParams(max_tokens=4))[0]
     generator.model.norm.fill_(float("nan"))
     dirty = generator.generate([[1, 2]], SamplingParams(max_tokens=4))[0]
-    assert (clean.status, clean.error) == (0, None)
-    assert dirty.status & 5 == 5 and dirty.finish_reason == "error" and "NaN" in str(dirty.error)
+    assert (clean.error_flags, clean.error) == (0, None)
+    assert dirty.error_flags & 5 == 5 and dirty.finish_reason == "error" and "NaN" in str(dirty.error)
     assert dirty.token_ids == []

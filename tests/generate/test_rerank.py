@@ -60,7 +60,7 @@ def test_nan_drafts_nothing_that_harms(make_generator: MakeGenerator) -> None:
         generator.model.rerank_head, to_query=torch.full((32, WIDTH), torch.nan)
     )
     found = generator.generate([[5, 6]], SamplingParams(max_tokens=20), plan="quadratic", stride=4)[0]
-    assert found.token_ids == want.token_ids and found.status == 0 and found.error is None
+    assert found.token_ids == want.token_ids and found.error_flags == 0 and found.error is None
 
 
 @pytest.mark.parametrize(("plan", "stride"), [("chain", 3), ("quadratic", 3), ("quadratic", 4)])

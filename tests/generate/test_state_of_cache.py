@@ -92,7 +92,7 @@ def test_rows_see_nothing_that_they_must_not(plan: str, stride: int, make_genera
                 other.is_mask[changed] = False
                 logits, _ = generator.model.forward(other, decoder.cache)
                 for r in range(rows.ids.shape[0]):
-                    mask = 2 ** (r + 1) - 1 if rows.tail_mask is None else int(rows.tail_mask[r])
+                    mask = 2 ** (r + 1) - 1 if rows.tree_mask is None else int(rows.tree_mask[r])
                     sees = r < m and mask >> changed & 1
                     assert torch.equal(logits[r], base[r]) == (not sees), (changed, r)
                     checked += 1

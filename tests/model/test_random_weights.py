@@ -23,7 +23,7 @@ def test_equal_seeds_give_equal_weights() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(one.tensor(name), other.tensor(name))
     results = Generator(Transformer(one)).generate([[1, 2]], SamplingParams(max_tokens=5))
-    assert results[0].tokens == 5 and results[0].status == 0
+    assert results[0].tokens == 5 and results[0].error_flags == 0
 
 
 def test_shapes_by_name_and_by_config(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def check_hidden(softgpu: ModuleType | None = None) -> None:
         k, v = call["k_cache"].clone(), call["v_cache"].clone()
         k[page, offset], v[page, offset] = 7.0, -9.0
         got = run(call.changed(k_cache=k, v_cache=v)).result[:16]
-        sees = torch.tensor([bool(mask >> hidden & 1) for mask in call["tail_mask"][:16].tolist()])
+        sees = torch.tensor([bool(mask >> hidden & 1) for mask in call["tree_mask"][:16].tolist()])
         check_bits(got[~sees], whole[~sees])
         assert not same_bits(got[sees], whole[sees])
 
@@ -179,7 +179,7 @@ def check_unseen(call: Call, ctas: int = MANY) -> None:
     clean, table = run(call, ctas), call["page_table"]
     page_size = call["k_cache"].shape[1]
     length, m = int(call["seq_lens"][0]), int(call["query_start_loc"][1])
-    tail = call.arguments.get("tail_mask")
+    tail = call.arguments.get("tree_mask")
     padded = None if tail is None else tail[None, :m]
     visible = visible_slots(torch.tensor([m]), torch.tensor([length]), m, length, padded, call["window"])[0]
     for slot, value in ((length - m + 1, math.inf), (length - 2, math.nan), (length - m - 4, -math.inf)):

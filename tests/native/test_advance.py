@@ -18,9 +18,9 @@ def built(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("num_stops", [0, 1, 3])
-@pytest.mark.parametrize("num_k", [0, 1, 3, 31])
-def test_advance(num_k: int, num_stops: int, device: torch.device) -> None:
-    problem = Advance(batch=33, num_k=num_k, num_stops=num_stops, max_len=70)
+@pytest.mark.parametrize("num_spec_tokens", [0, 1, 3, 31])
+def test_advance(num_spec_tokens: int, num_stops: int, device: torch.device) -> None:
+    problem = Advance(batch=33, num_spec_tokens=num_spec_tokens, num_stops=num_stops, max_len=70)
     for seed in range(20):
         check(problem.call("cpu", seed), backend.advance, device)
 
@@ -33,7 +33,7 @@ def test_schedules(schedule: str, softgpu: ModuleType, device: torch.device) -> 
 
 def test_strict_bounds(softgpu: ModuleType) -> None:
     arguments = Advance(batch=7).call("cpu", 2).arguments | {"out": torch.zeros(7, dtype=torch.int32)}
-    written = {"text", "lengths", "drafts", "num_drafts", "finish", "out"}
+    written = {"text", "lengths", "drafts", "num_drafts", "finish_reason", "out"}
     with softgpu.configured(strict=1):
         for name, x in arguments.items():
             softgpu.register(x, writable=name in written)
@@ -45,4 +45,4 @@ def test_strict_bounds(softgpu: ModuleType) -> None:
 def test_empty_batch_and_long_plans(device: torch.device) -> None:
     assert Advance(batch=0).call("cpu").run(backend.advance, device).result.shape == (0,)
     with pytest.raises(ValueError, match="32 columns"):
-        Advance(batch=2, num_k=32, max_len=80).call("cpu").run(backend.advance, device)
+        Advance(batch=2, num_spec_tokens=32, max_len=80).call("cpu").run(backend.advance, device)

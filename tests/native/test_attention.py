@@ -64,7 +64,7 @@ def test_tree() -> None:
     check_tree()
 
 
-def test_tail_masks() -> None:
+def test_tree_masks() -> None:
     check_tail()
 
 

@@ -66,11 +66,11 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
         "true",
     ),
     "tail bit of the neighbour": (check_tail, "softmax.cuh", "tail << step :", "tail << step << 1 :"),
-    "a tail mask hides nothing from a tile": (
+    "a tree mask hides nothing from a tile": (
         check_tail,
         "softmax.cuh",
-        "if (p.tail_mask != nullptr) return end <= r.first;",
-        "if (p.tail_mask != nullptr) return end <= r.length;",
+        "if (p.tree_mask != nullptr) return end <= r.first;",
+        "if (p.tree_mask != nullptr) return end <= r.length;",
     ),
     "sum not rescaled": (check_values, "kernel.cuh", "t[h] = __fmaf_rn(t[h], share[h], sum);", "t[h] += sum;"),
     "o not rescaled": (check_values, "kernel.cuh", "o[panel][e] *= share[e / 2 % 2];", "o[panel][e] *= 1.0f;"),
@@ -185,7 +185,7 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
 # The others take as long, and show what many tests see.
 FIRST = {
     "the slot of the next row is seen",
-    "a tail mask hides nothing from a tile",
+    "a tree mask hides nothing from a tile",
     "leaves begin where the row's window does",
     "the tree is a chain",
     "the counter is not set back",

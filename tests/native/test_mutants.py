@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "drafts of the wrong branch",
         "kernel.cuh",
-        "(p.quadratic ? accepted * p.num_k : 0)",
-        "(p.quadratic ? r.num_drafts * p.num_k : 0)",
+        "(p.quadratic ? accepted * p.num_spec_tokens : 0)",
+        "(p.quadratic ? r.num_drafts * p.num_spec_tokens : 0)",
     ),
     Mutant(
         "q is left out of the residual",
@@ -96,13 +96,13 @@ def battery(softgpu: ModuleType) -> None:
 
     rows = Rows.make(1, 61, torch.float32, generator, mixes=(Mix(),))
     tensors = [x for x in vars(rows).values() if isinstance(x, torch.Tensor)]
-    ids, status = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    ids, error_flags = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     with softgpu.configured(strict=1):
-        for x in (*tensors, ids, status):
+        for x in (*tensors, ids, error_flags):
             softgpu.register(x)
         args, options = rows.arguments()
-        backend.sample_rows(*args, **options, status=status, out=ids)
-        for x in (*tensors, ids, status):
+        backend.sample_rows(*args, **options, error_flags=error_flags, out=ids)
+        for x in (*tensors, ids, error_flags):
             softgpu.unregister(x)
     assert torch.equal(ids, python_ref.sample_rows(*args, **options))
 

@@ -171,10 +171,10 @@ def test_any_address_and_stride(offset: int, device: torch.device, generator: to
         wide = torch.full((20, 333 + 19), math.nan, dtype=dtype)
         wide[:, offset : offset + 333] = rows.logits
         rows = replace(rows, logits=wide.to(device)[:, offset : offset + 333])
-        ids, status = rows.run(backend, device)
+        ids, error_flags = rows.run(backend, device)
         rows = replace(rows, logits=rows.logits.cpu())
         expected, wanted = rows.run(python_ref)  # type: ignore[arg-type]
-        assert torch.equal(status, wanted)
+        assert torch.equal(error_flags, wanted)
         tally.add(str(dtype), ids == expected, rows.decided())
     tally.hold()
 

@@ -13,7 +13,7 @@ import python_ref
 from idlm_kernels.native import backend
 from idlm_kernels.testing.decided import MIXES, Mix, Step, Tally, check_step, check_stored, decided_requests
 from python_ref import DraftDistributions
-from python_ref.contract import STATUS_BAD_DRAFT
+from python_ref.contract import FLAG_BAD_DRAFT
 from tests.softgpu_support import SCHEDULES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -37,12 +37,12 @@ def test_ragged_batches(
     rule: str, quadratic: bool, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
     tally = Tally()
-    for num_k, vocab_size in ((3, 37), (1, 8), (0, 64), (7, 256), (2, 1000), (3, 5003)):
+    for num_spec_tokens, vocab_size in ((3, 37), (1, 8), (0, 64), (7, 256), (2, 1000), (3, 5003)):
         for closeness in (0.05, 0.5):
             step = Step.make(
-                16, num_k, vocab_size, dtype, generator, quadratic=quadratic, rule=rule, closeness=closeness
+                16, num_spec_tokens, vocab_size, dtype, generator, quadratic=quadratic, rule=rule, closeness=closeness
             )
-            check_step(step, backend, device, tally, f"K={num_k} V={vocab_size} closeness={closeness}")
+            check_step(step, backend, device, tally, f"K={num_spec_tokens} V={vocab_size} closeness={closeness}")
     tally.hold()
 
 
@@ -128,7 +128,7 @@ def test_bad_drafts_and_counts(rule: str, device: torch.device, generator: torch
     step.drafts[8:, 0] = torch.tensor([-1, 64, 2**31, 2**32 + 5, -(2**63), 63, 2, 2**63 - 1])
     check_step(step, backend, device, tally)
     tally.hold()
-    flagged = step.run(backend, device).status & STATUS_BAD_DRAFT
+    flagged = step.run(backend, device).error_flags & FLAG_BAD_DRAFT
     assert flagged[:5].bool().all()
 
 
@@ -151,7 +151,7 @@ def test_faulty_rows(rule: str, device: torch.device, generator: torch.Generator
                 else:
                     step.logits[row] = 0.25
             got, expected = step.run(backend, device), step.run(python_ref)  # type: ignore[arg-type]
-            assert torch.equal(got.status, expected.status)
+            assert torch.equal(got.error_flags, expected.error_flags)
             tally.add(f"{dtype} {round_}", got.equal(expected), decided_requests(step))
     tally.hold()
 
@@ -298,9 +298,9 @@ def test_strict_bounds(
                     kept = []
                     q = options["draft_dists"]
                     distributions = [q.logits, q.cut, q.log_norm] if isinstance(q, DraftDistributions) else []
-                    for x in (*args, options["status"], *distributions):
+                    for x in (*args, options["error_flags"], *distributions):
                         if isinstance(x, torch.Tensor) and x.numel():
-                            writable = x is options["status"] or any(x is y for y in distributions)
+                            writable = x is options["error_flags"] or any(x is y for y in distributions)
                             kept.append(softgpu.register(x, writable=writable))
                     try:
                         return backend.verify_accept(*args, **options)  # type: ignore[arg-type]
@@ -312,12 +312,12 @@ def test_strict_bounds(
             assert got.equal(expected)[decided_requests(step)].all()
 
 
-@pytest.mark.parametrize("num_k", [0, 3])
+@pytest.mark.parametrize("num_spec_tokens", [0, 3])
 def test_match_commits_what_autoregressive_sampling_gives(
-    num_k: int, device: torch.device, generator: torch.Generator
+    num_spec_tokens: int, device: torch.device, generator: torch.Generator
 ) -> None:
     """The bits of a row's sample do not know the plan: sample_rows of the clean rows gives the committed tokens."""
-    step = Step.make(10, num_k, 3001, torch.bfloat16, generator, quadratic=True, rule="match", kinds=(2,))
+    step = Step.make(10, num_spec_tokens, 3001, torch.bfloat16, generator, quadratic=True, rule="match", kinds=(2,))
     got = step.run(backend, device)
     for b in range(10):
         clean = int(step.num_drafts[b]) + 1

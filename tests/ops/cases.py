@@ -51,8 +51,8 @@ def _attention(variant: str) -> Arguments:
         "query_start_loc": _int32(0, rows[0], sum(rows), sum(rows)),
         "max_query_len": 4,
     }
-    if variant == "tail_mask":
-        args |= {"tail_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor(0.5)}
+    if variant == "tree_mask":
+        args |= {"tree_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor(0.5)}
         args |= {"v_scale": torch.tensor(2.0), "lse": torch.zeros(6, 4)}
     if variant == "window":
         args |= {"window": 2}
@@ -73,7 +73,7 @@ def _sample_rows(variant: str) -> Arguments:
     args = {"logits": _randn(4, 9), "positions": torch.tensor([3, 1, 4, 1]), **_parameters(4)}
     args |= {"id_limit": 8, "mask_id": 2}
     if variant == "full":
-        args |= {"stream": 1, "logit_bias": _randn(4, 9, seed=1), "status": torch.zeros(4, dtype=torch.int32)}
+        args |= {"stream": 1, "logit_bias": _randn(4, 9, seed=1), "error_flags": torch.zeros(4, dtype=torch.int32)}
     if variant == "other":
         args["logits"] = torch.full((4, 9), float("nan"))
     return args
@@ -101,7 +101,7 @@ def _verify_accept(variant: str) -> Arguments:
         draft_dists.log_norm.fill_(3.0)
         args |= {"rule": "rejection", "draft_dists": draft_dists, "quadratic": variant == "full"}
     if variant == "full":
-        args |= {"logit_bias": _randn(13, 9, seed=5), "status": torch.zeros(3, dtype=torch.int32)}
+        args |= {"logit_bias": _randn(13, 9, seed=5), "error_flags": torch.zeros(3, dtype=torch.int32)}
     return args
 
 
@@ -181,7 +181,7 @@ def _advance(variant: str) -> Arguments:
         "num_drafts": _int32(2, 2, 2),
         "length_limits": _int32(8, 8, 8),
         "stop_ids": torch.tensor([[5, -1], [-1, -1], [-1, 4]]),
-        "finish": _int32(0, 0, 1) if other else _int32(0, 0, 0),
+        "finish_reason": _int32(0, 0, 1) if other else _int32(0, 0, 0),
     }
 
 
@@ -197,8 +197,8 @@ def _state(variant: str) -> StepState:
         draft_source=_int32(1, 0, 1),
         length_limits=_int32(8, 8, 8),
         stop_ids=torch.tensor([[5, -1], [-1, -1], [-1, 4]]),
-        finish=_int32(0, 3, 0) if other else _int32(0, 0, 3),
-        status=_int32(0, 1, 0) if other else _int32(0, 2, 0),
+        finish_reason=_int32(0, 3, 0) if other else _int32(0, 0, 3),
+        error_flags=_int32(0, 1, 0) if other else _int32(0, 2, 0),
         page_table=torch.tensor([[3, 1, 5], [4, 2, 0], [0, 0, 0]], dtype=torch.int32),
         seed=torch.tensor([1, -2, 2**62]),
     )
@@ -290,7 +290,7 @@ def _prepare_weight(variant: str) -> Arguments:
 
 
 _BUILDERS: dict[str, tuple[Callable[[str], Arguments], tuple[str, ...]]] = {
-    "strided_attention": (_attention, ("plain", "tail_mask", "window")),
+    "strided_attention": (_attention, ("plain", "tree_mask", "window")),
     "sample_rows": (_sample_rows, ("plain", "full")),
     "verify_accept": (_verify_accept, ("plain", "rejection", "full")),
     "top_logprobs": (_top_logprobs, ("plain",)),

@@ -242,13 +242,13 @@ def test_inner_stride(op, name):
 
 WRITTEN = {
     "strided_attention": ("lse",),
-    "sample_rows": ("status",),
-    "verify_accept": ("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm", "status"),
+    "sample_rows": ("error_flags",),
+    "verify_accept": ("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm", "error_flags"),
     "rerank_drafts": ("draft_dists.logits", "draft_dists.cut", "draft_dists.log_norm"),
-    "advance": ("text", "lengths", "drafts", "num_drafts", "finish"),
+    "advance": ("text", "lengths", "drafts", "num_drafts", "finish_reason"),
     "commit_step": (
         *("state.text", "state.lengths", "state.drafts", "state.num_drafts"),
-        *("state.draft_source", "state.finish"),
+        *("state.draft_source", "state.finish_reason"),
     ),
     "rms_norm": ("residual",),
     "qk_norm_rope_append": ("k_cache", "v_cache"),
@@ -373,8 +373,8 @@ def test_bad_options(op, name, values, kind):
 
 
 def test_bad_combinations():
-    attention = arguments("strided_attention", "tail_mask")
-    assert "tail_mask" in refused("strided_attention", attention | {"window": 3}, ValueError, "window")
+    attention = arguments("strided_attention", "tree_mask")
+    assert "tree_mask" in refused("strided_attention", attention | {"window": 3}, ValueError, "window")
     refused("strided_attention", attention | {"max_query_len": 65}, ValueError, "max_query_len")
     public("strided_attention")(**attention | {"max_query_len": 64})
     odd_heads = arguments("strided_attention")
@@ -600,6 +600,22 @@ def test_the_drafts_distributions_are_taken_by_their_old_names():
     args["q_state"] = args.pop("draft_dists")
     with pytest.warns(DeprecationWarning, match="q_state is now draft_dists"):
         public("verify_accept")(**args)
+
+
+@pytest.mark.parametrize(
+    ("op", "old", "new"),
+    [
+        ("strided_attention", "tail_mask", "tree_mask"),
+        ("sample_rows", "status", "error_flags"),
+        ("verify_accept", "status", "error_flags"),
+        ("advance", "finish", "finish_reason"),
+    ],
+)
+def test_arguments_are_taken_by_their_old_names(op, old, new):
+    args = with_all_arguments(op)
+    args[old] = args.pop(new)
+    with pytest.warns(DeprecationWarning, match=f"{op}: {old} is now {new}"):
+        public(op)(**args)
 
 
 def test_the_rule_of_verify_accept_is_taken_by_its_old_name():

@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         changed("strided_attention", seq_lens=lambda x: (x - 1).clamp(min=0)),
         "off",
     ),
-    "the tail mask is ignored": ("strided_attention", changed("strided_attention", tail_mask=lambda x: None), "off"),
+    "the tree mask is ignored": ("strided_attention", changed("strided_attention", tree_mask=lambda x: None), "off"),
     "attention by row count": (
         "strided_attention",
         after("strided_attention", lambda y, _: nudged(y, 1)),
@@ -195,8 +195,8 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "NaN is no fault": (
         "sample_rows",
-        after("sample_rows", lambda y, a: (a["status"].bitwise_and_(6), y)[1]),
-        "status",
+        after("sample_rows", lambda y, a: (a["error_flags"].bitwise_and_(6), y)[1]),
+        "error_flags",
     ),
     "another branch": ("verify_accept", changed("verify_accept", quadratic=lambda x: not x), "the result.* differs"),
     "a distribution of more ids": (
@@ -225,9 +225,13 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
         "a distribution of a next draft is off by",
     ),
     "stops are ignored": ("advance", changed("advance", stop_ids=lambda x: x.fill_(-1)), "the result.* differs"),
-    "ended requests go on": ("advance", changed("advance", finish=torch.zeros_like), "the result.* differs"),
+    "ended requests go on": ("advance", changed("advance", finish_reason=torch.zeros_like), "the result.* differs"),
     "padding has slots": ("plan_rows", after("plan_rows", lambda y, _: (*y[:3], y[3].abs(), *y[4:])), "differs in"),
-    "NaN is committed": ("commit_step", changed("commit_step", state=with_part("status", lambda x: x * 0)), "differ"),
+    "NaN is committed": (
+        "commit_step",
+        changed("commit_step", state=with_part("error_flags", lambda x: x * 0)),
+        "differ",
+    ),
     "drafts are forgotten": (
         "commit_step",
         changed("commit_step", state=with_part("drafts", Tensor.clone)),

@@ -91,8 +91,8 @@ def test_vllm_cache_and_metadata_pass_as_they_are() -> None:
 class VllmHost:
     """What vLLM does around a speculator, in small: blocks, rows, greedy verification of 2 K speculative tokens."""
 
-    def __init__(self, generator: Generator, num_k: int):
-        self.model, self.num_k = generator.model, num_k
+    def __init__(self, generator: Generator, num_spec_tokens: int):
+        self.model, self.num_spec_tokens = generator.model, num_spec_tokens
         config = self.model.config
         shape = (32, 2, 16, config.num_kv_heads, config.head_dim)  # as get_kv_cache_shape has it
         views = [vllm.kv_views(torch.zeros(shape)) for _ in range(config.num_layers)]
@@ -122,7 +122,7 @@ class VllmHost:
             data.page_table,
             data.seq_lens,
             data.query_start_loc,
-            data.tail_mask,
+            data.tree_mask,
             data.max_query_len,
         )
         logits, _ = self.model.forward(rows, self.cache)
@@ -133,7 +133,7 @@ class VllmHost:
         logits, loc = self.forward(texts, [0] * len(texts))
         texts = [[*text, int(logits[end - 1].argmax())] for text, end in zip(texts, loc[1:], strict=True)]
         ends = [len(text) - 1 + count for text in texts]
-        tokens, n = torch.full((len(texts), 2 * self.num_k), MASK), torch.zeros(len(texts), dtype=torch.int32)
+        tokens, n = torch.full((len(texts), 2 * self.num_spec_tokens), MASK), torch.zeros(len(texts), dtype=torch.int32)
         steps = 0
         while any(len(text) < end for text, end in zip(texts, ends, strict=True)):
             steps += 1
@@ -142,8 +142,8 @@ class VllmHost:
             best = logits.argmax(1).view(len(texts), -1)
             accepted = (best[:, :-1] == tokens).long().cumprod(1).sum(1)
             texts = [[*text, *b[: a + 1]] for text, b, a in zip(texts, best.tolist(), accepted.tolist(), strict=True)]
-            drafts = logits[vllm.mask_rows(loc, n, self.num_k)].argmax(-1)
-            tokens, n = vllm.speculative_tokens(drafts, loc, n, 2 * self.num_k - accepted, MASK)
+            drafts = logits[vllm.mask_rows(loc, n, self.num_spec_tokens)].argmax(-1)
+            tokens, n = vllm.speculative_tokens(drafts, loc, n, 2 * self.num_spec_tokens - accepted, MASK)
         return [text[:end] for text, end in zip(texts, ends, strict=True)], steps
 
 
@@ -154,7 +154,7 @@ def test_vllm_decodes_with_drafts_from_mask_rows(make_generator: Callable[..., G
     generator = make_generator(oracle_checkpoint(config) if perfect else MemoryCheckpoint(config))
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
     expected = generator.generate(prompts, SamplingParams(max_tokens=21), plan="ar")
-    texts, steps = VllmHost(generator, num_k=3).decode(prompts, 21)
+    texts, steps = VllmHost(generator, num_spec_tokens=3).decode(prompts, 21)
     assert texts == [prompt + r.token_ids for prompt, r in zip(prompts, expected, strict=True)]
     assert steps == 6 if perfect else steps <= 20  # 1 of the prompt; the first step 1 token, then 4 each
 
@@ -273,17 +273,17 @@ def test_sglang_pool_becomes_pages(page_size: int) -> None:
     assert decode.query_start_loc.tolist() == [0, 1, 2, 3] and decode.seq_lens.tolist() == [17, 5, 9]
 
 
-def test_sglang_tree_masks_become_tail_masks() -> None:
+def test_sglang_tree_masks_become_tree_masks() -> None:
     """The mask of a quadratic step as SGLang writes it, against that of the plan."""
     state = tiny_state([[1, 2, 3, 4], [5, 6]], max_pages=4, num_drafts=2)
     state.num_drafts[:] = 2
     rows = plan_rows(StepPlan("quadratic", 3), state, page_size=16)
-    assert rows.tail_mask is not None
+    assert rows.tree_mask is not None
     prefix = state.lengths - 1
-    sees = (rows.tail_mask.view(2, 9, 1) >> torch.arange(9)) & 1
+    sees = (rows.tree_mask.view(2, 9, 1) >> torch.arange(9)) & 1
     custom = [torch.cat([torch.ones(9, n), sees[b]], dim=1).bool().flatten() for b, n in enumerate(prefix.tolist())]
     mask = torch.cat([*custom, torch.zeros(50, dtype=torch.bool)])  # SGLang's buffer may be longer
-    assert torch.equal(sglang.tail_mask_of(mask, prefix, 9), rows.tail_mask)
+    assert torch.equal(sglang.tree_mask_of(mask, prefix, 9), rows.tree_mask)
     mode = SimpleNamespace(is_decode_or_idle=lambda: False, is_target_verify=lambda: True)
     batch = SimpleNamespace(
         forward_mode=mode,
@@ -293,12 +293,12 @@ def test_sglang_tree_masks_become_tail_masks() -> None:
     )
     metadata = sglang.metadata_of(batch, sglang_pool([13, 11], 4)[0], 4)
     assert torch.equal(metadata.query_start_loc, rows.query_start_loc)
-    assert torch.equal(metadata.seq_lens, rows.seq_lens) and torch.equal(metadata.tail_mask, rows.tail_mask)
+    assert torch.equal(metadata.seq_lens, rows.seq_lens) and torch.equal(metadata.tree_mask, rows.tree_mask)
 
 
 @pytest.mark.parametrize("quadratic", [False, True], ids=["chain", "quadratic"])
 def test_sglang_verify_takes_the_rows_that_a_request_uses(quadratic: bool) -> None:
-    num_k, width = 2, 9 if quadratic else 5
+    num_spec_tokens, width = 2, 9 if quadratic else 5
     num_drafts = torch.tensor([2, 0, 2]).int()
     logits = randn(3 * width, 61)
     best = logits.argmax(1).view(3, width)
@@ -308,7 +308,7 @@ def test_sglang_verify_takes_the_rows_that_a_request_uses(quadratic: bool) -> No
     one = torch.ones(3)
     sampling = {"temperature": 0 * one, "top_k": torch.zeros(3).int(), "top_p": one, "min_p": 0 * one}
     sampling["seed"] = torch.zeros(3, dtype=torch.int64)
-    how = {"id_limit": 61, "mask_id": -1, "quadratic": quadratic, "rule": "match", "num_k": num_k}
+    how = {"id_limit": 61, "mask_id": -1, "quadratic": quadratic, "rule": "match", "num_spec_tokens": num_spec_tokens}
     accepted, tokens, drafts, count = sglang.verify(logits, ids, num_drafts, torch.tensor([4, 9, 2]), sampling, **how)
     assert accepted.tolist() == [2, 0, 1]
     assert tokens.tolist() == [best[0, :3].tolist(), [int(best[1, 0]), -1, -1], [*best[2, :2].tolist(), -1]]

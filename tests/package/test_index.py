@@ -80,10 +80,10 @@ def test_the_drawing_of_a_step_is_what_a_step_has() -> None:
     state.drafts.copy_(torch.tensor([[1, 5]]))
     state.num_drafts.fill_(2)
     rows = plan_rows(StepPlan("quadratic", 3), state, page_size=16)
-    assert rows.tail_mask is not None and [int(number) for number, *_ in drawn] == list(range(9))
+    assert rows.tree_mask is not None and [int(number) for number, *_ in drawn] == list(range(9))
     length = 3
     for r, (_, word, offset, cells) in enumerate(drawn):
         assert (word == "MASK") == bool(rows.is_mask[r])
         assert length + int(offset or 0) == int(rows.positions[r])
         seen = [cell == "x" for cell in cells if cell in "x."]
-        assert seen == [bool(int(rows.tail_mask[r]) >> j & 1) for j in range(9)], f"row {r}"
+        assert seen == [bool(int(rows.tree_mask[r]) >> j & 1) for j in range(9)], f"row {r}"

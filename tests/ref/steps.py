@@ -90,9 +90,9 @@ ID_LIMIT, MASK_ID = 11, 4
 VOCAB = 13
 
 
-def parameters_of(steps: list[Step], num_k: int) -> tuple[Tensor, ...]:
+def parameters_of(steps: list[Step], num_spec_tokens: int) -> tuple[Tensor, ...]:
     """The positional arguments of verify_accept before id_limit. Unused draft entries hold a poison id."""
-    drafts = torch.full((len(steps), num_k), 2**40)
+    drafts = torch.full((len(steps), num_spec_tokens), 2**40)
     for b, step in enumerate(steps):
         drafts[b, : len(step.drafts)] = torch.tensor(step.drafts, dtype=torch.int64)
     rows = [step.logits for step in steps]
@@ -116,49 +116,53 @@ def parameters_of(steps: list[Step], num_k: int) -> tuple[Tensor, ...]:
     )
 
 
-def verify(steps: list[Step], num_k: int, *, quadratic: bool, rule: str = "match", **options: Any) -> tuple[list, ...]:
-    """The four results of verify_accept and the status, as lists."""
-    status = torch.zeros(len(steps), dtype=torch.int32)
-    args = parameters_of(steps, num_k)
-    results = verify_accept(*args, ID_LIMIT, MASK_ID, quadratic=quadratic, rule=rule, status=status, **options)
-    return tuple(x.tolist() for x in (*results, status))
+def verify(
+    steps: list[Step], num_spec_tokens: int, *, quadratic: bool, rule: str = "match", **options: Any
+) -> tuple[list, ...]:
+    """The four results of verify_accept and the error_flags, as lists."""
+    error_flags = torch.zeros(len(steps), dtype=torch.int32)
+    args = parameters_of(steps, num_spec_tokens)
+    results = verify_accept(
+        *args, ID_LIMIT, MASK_ID, quadratic=quadratic, rule=rule, error_flags=error_flags, **options
+    )
+    return tuple(x.tolist() for x in (*results, error_flags))
 
 
-def random_commit(seed: int, num_k: int | None = None, device: Any = "cpu", **options: Any) -> dict[str, Any]:
+def random_commit(seed: int, num_spec_tokens: int | None = None, device: Any = "cpu", **options: Any) -> dict[str, Any]:
     """Arguments of commit_step for some requests of every kind; texts of few ids, so that they repeat themselves."""
     with torch.device("cpu"):
-        args = _random_commit(seed, num_k) | options
+        args = _random_commit(seed, num_spec_tokens) | options
     return {name: mapped(lambda x: x.to(device), value) for name, value in args.items()}
 
 
-def _random_commit(seed: int, num_k: int | None) -> dict[str, Any]:
+def _random_commit(seed: int, num_spec_tokens: int | None) -> dict[str, Any]:
     random = torch.Generator().manual_seed(seed)
 
     def ints(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(low, high, shape, generator=random, dtype=dtype)
 
     batch, max_len = 12, 40
-    num_k = int(ints(0, 5)) if num_k is None else num_k
+    num_spec_tokens = int(ints(0, 5)) if num_spec_tokens is None else num_spec_tokens
     lengths = ints(1, max_len + 1, batch)
-    num_drafts, present = ints(0, num_k + 1, batch), ints(0, 8, batch) > 0
-    accepted = torch.minimum(ints(0, num_k + 1, batch), num_drafts) * present
-    tokens = ints(0, 3, batch, num_k + 1, dtype=torch.int64)
-    tokens[(torch.arange(num_k + 1) > accepted.unsqueeze(1)) | ~present.unsqueeze(1)] = -1
+    num_drafts, present = ints(0, num_spec_tokens + 1, batch), ints(0, 8, batch) > 0
+    accepted = torch.minimum(ints(0, num_spec_tokens + 1, batch), num_drafts) * present
+    tokens = ints(0, 3, batch, num_spec_tokens + 1, dtype=torch.int64)
+    tokens[(torch.arange(num_spec_tokens + 1) > accepted.unsqueeze(1)) | ~present.unsqueeze(1)] = -1
     proposed = (ints(0, 2, batch) > 0) & present
-    next_drafts = ints(0, 3, batch, num_k, dtype=torch.int64)
+    next_drafts = ints(0, 3, batch, num_spec_tokens, dtype=torch.int64)
     next_drafts[~proposed] = -1
-    finish = torch.tensor([0] * 8 + [1, 2, 3, 4])[ints(0, 12, batch).long()]
+    finish_reason = torch.tensor([0] * 8 + [1, 2, 3, 4])[ints(0, 12, batch).long()]
     state = StepState(
         text=ints(0, 3, batch, max_len, dtype=torch.int64),
         lengths=lengths,
-        drafts=ints(-1, 3, batch, num_k, dtype=torch.int64),
+        drafts=ints(-1, 3, batch, num_spec_tokens, dtype=torch.int64),
         num_drafts=num_drafts,
-        max_drafts=torch.where(ints(0, 4, batch) > 0, num_k, ints(0, 3, batch)).to(torch.int32),
+        max_drafts=torch.where(ints(0, 4, batch) > 0, num_spec_tokens, ints(0, 3, batch)).to(torch.int32),
         draft_source=ints(0, 3, batch),
         length_limits=torch.minimum(lengths + ints(0, 12, batch), torch.tensor(max_len)),
         stop_ids=torch.where(ints(0, 6, batch, 2) > 0, -1, ints(0, 3, batch, 2)).long(),
-        finish=finish.to(torch.int32),
-        status=torch.tensor([0, 0, 0, 0, 1, 2, 4, 8])[ints(0, 8, batch).long()].to(torch.int32),
+        finish_reason=finish_reason.to(torch.int32),
+        error_flags=torch.tensor([0, 0, 0, 0, 1, 2, 4, 8])[ints(0, 8, batch).long()].to(torch.int32),
         page_table=torch.zeros(batch, 1, dtype=torch.int32),
         seed=ints(-(2**62), 2**62, batch, dtype=torch.int64),
     )
@@ -166,7 +170,7 @@ def _random_commit(seed: int, num_k: int | None) -> dict[str, Any]:
         "num_accepted": accepted.to(torch.int32),
         "tokens": tokens,
         "next_drafts": next_drafts,
-        "next_num_drafts": (proposed * num_k).to(torch.int32),
+        "next_num_drafts": (proposed * num_spec_tokens).to(torch.int32),
         "state": state,
         "quadratic": bool(ints(0, 2)),
         "suffix": bool(ints(0, 2)),
@@ -174,9 +178,9 @@ def _random_commit(seed: int, num_k: int | None) -> dict[str, Any]:
     }
 
 
-def random_places(seed: int, num_k: int, page_size: int, device: Any = "cpu") -> StepState:
+def random_places(seed: int, num_spec_tokens: int, page_size: int, device: Any = "cpu") -> StepState:
     """A state for plan_rows: requests of every number of drafts, idle places, some that reach beyond their pages."""
-    state: StepState = random_commit(seed, num_k)["state"]
+    state: StepState = random_commit(seed, num_spec_tokens)["state"]
     (batch, max_len), random = state.text.shape, torch.Generator().manual_seed(seed)
     pages = -(-(max_len + 4) // page_size)
     table = torch.randperm(batch * pages, generator=random, device="cpu").view(batch, pages).to(torch.int32)

@@ -98,7 +98,7 @@ def problem(
 
 
 def sees(seq_len: int, m: int, i: int, slot: int, tail_bits: int | None, window: int) -> bool:
-    """The contract, word for word. tail_bits: the row's mask as a Python int, None without a tail_mask."""
+    """The contract, word for word. tail_bits: the row's mask as a Python int, None without a tree_mask."""
     if tail_bits is not None:
         return slot < seq_len - m or bool(tail_bits >> (slot - (seq_len - m)) & 1)
     newest = seq_len - m + i
@@ -108,7 +108,7 @@ def sees(seq_len: int, m: int, i: int, slot: int, tail_bits: int | None, window:
 def brute_force(
     p: Problem,
     *,
-    tail_mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     sm_scale: float | None = None,
     window: int = -1,
     k_scale: float = 1.0,
@@ -123,7 +123,7 @@ def brute_force(
         start, stop = p.query_start_loc[b : b + 2].tolist()
         seq_len, m = int(p.seq_lens[b]), stop - start
         for i in range(m):
-            tail_bits = None if tail_mask is None else int(tail_mask[start + i]) & (2**64 - 1)
+            tail_bits = None if tree_mask is None else int(tree_mask[start + i]) & (2**64 - 1)
             slots = [s for s in range(seq_len) if sees(seq_len, m, i, s, tail_bits, window)]
             if not slots:
                 continue
@@ -140,16 +140,16 @@ def brute_force(
     return out, lse
 
 
-def check(p: Problem, tail_mask: Tensor | None = None, **options) -> None:
+def check(p: Problem, tree_mask: Tensor | None = None, **options) -> None:
     """Output and lse against the brute force; both written over NaN so that no entry is left out."""
     rows, num_heads, _ = p.q.shape
     lse = torch.full((rows, num_heads), math.nan, dtype=torch.float32)
     out = torch.full_like(p.q, math.nan)
-    got = p.run(tail_mask=tail_mask, lse=lse, out=out, **options)
+    got = p.run(tree_mask=tree_mask, lse=lse, out=out, **options)
     assert got is out
     scales = {name: float(options[name]) for name in ("k_scale", "v_scale") if options.get(name) is not None}
     plain = {name: value for name, value in options.items() if name not in ("k_scale", "v_scale")}
-    want, want_lse = brute_force(p, tail_mask=tail_mask, **plain, **scales)
+    want, want_lse = brute_force(p, tree_mask=tree_mask, **plain, **scales)
     torch.testing.assert_close(out, want, **FP64)
     torch.testing.assert_close(lse, want_lse.float(), rtol=1e-6, atol=1e-6)
 
@@ -178,22 +178,22 @@ def test_random_trees(page_size, seed):
     p = problem(RAGGED, page_size=page_size, padding_rows=2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.randint(0, 2**32, (len(p.q),), generator=generator) for _ in range(2))
-    check(p, tail_mask=(high << 32) | low)
+    check(p, tree_mask=(high << 32) | low)
 
 
 def test_64_rows_use_every_bit():
     p = problem([(70, 64), (3, 1)], heads=(2, 1), head_dim=4, page_size=16)
     generator = torch.Generator().manual_seed(1)
     low, high = (torch.randint(0, 2**32, (len(p.q),), generator=generator) for _ in range(2))
-    check(p, tail_mask=(high << 32) | low)
+    check(p, tree_mask=(high << 32) | low)
     last_bit_only = torch.full((len(p.q),), -(2**63))
-    check(p, tail_mask=last_bit_only)
+    check(p, tree_mask=last_bit_only)
 
 
-def quadratic_masks(n: int, num_k: int) -> list[int]:
+def quadratic_masks(n: int, num_spec_tokens: int) -> list[int]:
     """Bits of each row of a quadratic step, from the words of the design: row order, then who sees whom."""
     rows: list[tuple[str, int, int]] = [("clean", i, 0) for i in range(n + 1)]
-    rows += [("mask", b, j) for b in range(n + 1) for j in range(num_k)]
+    rows += [("mask", b, j) for b in range(n + 1) for j in range(num_spec_tokens)]
 
     def visible(row: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
         kind, b, j = row
@@ -209,19 +209,19 @@ def signed(bits: int) -> int:
     return bits - 2**64 if bits >= 2**63 else bits
 
 
-@pytest.mark.parametrize("num_k", [1, 3, 7])
-def test_quadratic_layout(num_k):
+@pytest.mark.parametrize("num_spec_tokens", [1, 3, 7])
+def test_quadratic_layout(num_spec_tokens):
     """Requests with 0..K drafts in one batch; K = 7 makes the 64 rows of N = 8."""
-    masks = [quadratic_masks(n, num_k) for n in sorted({0, 1, num_k})]
+    masks = [quadratic_masks(n, num_spec_tokens) for n in sorted({0, 1, num_spec_tokens})]
     requests = [(5 + b + len(bits), len(bits)) for b, bits in enumerate(masks)]
     p = problem(requests, heads=(2, 1), head_dim=4, page_size=3)
-    check(p, tail_mask=torch.tensor([signed(bits) for row in masks for bits in row]))
+    check(p, tree_mask=torch.tensor([signed(bits) for row in masks for bits in row]))
 
 
-def test_a_causal_tail_mask_is_plain_causal_attention():
+def test_a_causal_tree_mask_is_plain_causal_attention():
     p = problem([(9, 5), (6, 6)])
     bits = [(2 << i) - 1 for _, m in [(9, 5), (6, 6)] for i in range(m)]
-    assert torch.equal(p.run(tail_mask=torch.tensor(bits)), p.run())
+    assert torch.equal(p.run(tree_mask=torch.tensor(bits)), p.run())
 
 
 def test_visible_set_read_out():
@@ -243,14 +243,14 @@ def test_visible_set_read_out():
     assert seen(window=2) == [[3, 4, 5], [4, 5, 6], [5, 6, 7], [6, 7, 8]]
     cached = [0, 1, 2, 3, 4]
     masks = torch.tensor([0b0001, 0b1000, 0b0000, 0b0110])
-    assert seen(tail_mask=masks) == [[*cached, 5], [*cached, 8], cached, [*cached, 6, 7]]
+    assert seen(tree_mask=masks) == [[*cached, 5], [*cached, 8], cached, [*cached, 6, 7]]
 
 
 def test_rows_that_see_nothing():
     """A step without a cached prefix and a mask of 0; a padded request that still has rows; padding rows."""
     p = problem([(3, 3), (4, 2)], padding_rows=2)
-    tail_mask = torch.tensor([0, 0b1, 0b110, 0b1, 0b11, -1, -1])
-    check(p, tail_mask=tail_mask)
+    tree_mask = torch.tensor([0, 0b1, 0b110, 0b1, 0b11, -1, -1])
+    check(p, tree_mask=tree_mask)
     p.seq_lens[1] = 0
     p.keys[1], p.values[1] = p.keys[1][:0], p.values[1][:0]
     check(p)
@@ -303,14 +303,14 @@ def test_a_row_is_untouched_by_what_it_must_not_see():
     masks = quadratic_masks(2, 2)
     p = problem([(4 + len(masks), len(masks))], dtype=torch.float32, page_size=3, heads=(2, 1))
     seq_len, m = 4 + len(masks), len(masks)
-    tail_mask = torch.tensor([signed(bits) for bits in masks])
-    before = p.run(tail_mask=tail_mask)
+    tree_mask = torch.tensor([signed(bits) for bits in masks])
+    before = p.run(tree_mask=tree_mask)
     for slot in range(seq_len):
         page, offset = int(p.page_table[0, slot // 3]), slot % 3
         saved = p.k_cache[page, offset].clone(), p.v_cache[page, offset].clone()
         p.k_cache[page, offset] += 1.0
         p.v_cache[page, offset] *= -7.0
-        after = p.run(tail_mask=tail_mask)
+        after = p.run(tree_mask=tree_mask)
         for i in range(m):
             seen = sees(seq_len, m, i, slot, masks[i], -1)
             assert torch.equal(after[i], before[i]) != seen, f"row {i}, slot {slot}"
@@ -420,8 +420,8 @@ def test_random_problems(data):
         padding_rows=data.draw(st.integers(0, 2)),
         seed=data.draw(st.integers(0, 999)),
     )
-    if data.draw(st.booleans(), label="tail_mask"):
+    if data.draw(st.booleans(), label="tree_mask"):
         masks = st.integers(-(2**63), 2**63 - 1)
-        check(p, tail_mask=torch.tensor([data.draw(masks) for _ in range(len(p.q))], dtype=torch.int64))
+        check(p, tree_mask=torch.tensor([data.draw(masks) for _ in range(len(p.q))], dtype=torch.int64))
     else:
         check(p, window=data.draw(st.sampled_from([-1, 0, 1, 3])))

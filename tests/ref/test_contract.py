@@ -19,8 +19,8 @@ STEP = {
     "kSuffixDrafts": contract.SUFFIX_DRAFTS,
     "kFillMatch": contract.FILL_MATCH,
     "kOverrideMatch": contract.OVERRIDE_MATCH,
-    "kNan": contract.STATUS_NAN,
-    "kEmptyRow": contract.STATUS_EMPTY_ROW,
+    "kNan": contract.FLAG_NAN,
+    "kEmptyRow": contract.FLAG_EMPTY_ROW,
     "kStreamAccept": contract.STREAM_ACCEPT,
     "kStreamInput": contract.STREAM_INPUT,
     "kCandidates": contract.NUM_CANDIDATES,
@@ -28,10 +28,10 @@ STEP = {
 # Of every C++ source that names them: the constants, as it must have them.
 NUMBERS = {
     "include/idlm/sampling.h": {
-        "kStatusNan": contract.STATUS_NAN,
-        "kStatusInf": contract.STATUS_INF,
-        "kStatusEmptyRow": contract.STATUS_EMPTY_ROW,
-        "kStatusBadDraft": contract.STATUS_BAD_DRAFT,
+        "kFlagNan": contract.FLAG_NAN,
+        "kFlagInf": contract.FLAG_INF,
+        "kFlagEmptyRow": contract.FLAG_EMPTY_ROW,
+        "kFlagBadDraft": contract.FLAG_BAD_DRAFT,
         "kStreamTarget": contract.STREAM_TARGET,
         "kStreamDraft": contract.STREAM_DRAFT,
         "kStreamAccept": contract.STREAM_ACCEPT,
@@ -49,15 +49,15 @@ def test_cpp_sources_have_the_same_numbers(source: str) -> None:
     assert {name: found.get(name) for name in NUMBERS[source]} == NUMBERS[source]
 
 
-def test_every_status_bit_and_stream_of_the_header_is_in_the_contract() -> None:
+def test_every_error_flag_and_stream_of_the_header_is_in_the_contract() -> None:
     text = (ROOT / "csrc" / "include" / "idlm" / "sampling.h").read_text()
-    named = set(re.findall(r"\b(k(?:Status|Stream)[A-Z]\w*) = \d", text))
+    named = set(re.findall(r"\b(k(?:Flag|Stream)[A-Z]\w*) = \d", text))
     assert named == set(NUMBERS["include/idlm/sampling.h"])
 
 
 def test_the_numbers_stand_in_one_python_file() -> None:
     own = {name for name in vars(contract) if name.isupper()}
-    assert own >= {"RUNNING", "STATUS_NAN", "STREAM_TARGET", "GREEDY_BELOW"}
+    assert own >= {"RUNNING", "FLAG_NAN", "STREAM_TARGET", "GREEDY_BELOW"}
     for folder in ("python_ref", "idlm_kernels"):
         for path in (ROOT / folder).rglob("*.py"):
             if path == Path(contract.__file__):

@@ -20,12 +20,12 @@ def by_loops(call: Call) -> torch.Tensor:
         start, end = call["query_start_loc"][b : b + 2].tolist()
         n, length = int(call["num_drafts"][b]), int(call["lengths"][b])
         prompt_length = min(int(p.prompt_lengths[b]), length)
-        num_k = call["drafts"].shape[1]
+        num_spec_tokens = call["drafts"].shape[1]
         bias: dict[int, float] = {}
         for token, value in zip(p.bias_ids[b].tolist(), p.bias[b].tolist(), strict=True):
             bias.setdefault(token, value)
         for r in range(end - start):
-            branch = (r - n - 1) // num_k if call["quadratic"] else n
+            branch = (r - n - 1) // num_spec_tokens if call["quadratic"] else n
             drafts = r if r <= n else branch
             output = call["text"][b, prompt_length:length].tolist() + call["drafts"][b, :drafts].tolist()
             seen = set(output) | set(call["text"][b, :prompt_length].tolist())

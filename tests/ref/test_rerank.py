@@ -30,7 +30,7 @@ SAMPLERS = {
 
 def problem(
     batch: int = 4,
-    num_k: int = 3,
+    num_spec_tokens: int = 3,
     vocab_size: int = 83,
     hidden: int = 16,
     width: int = 5,
@@ -48,15 +48,15 @@ def problem(
         return torch.randint(high, shape, generator=generator)
 
     parameters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampler}
-    rows = batch * (num_k + 2)
+    rows = batch * (num_spec_tokens + 2)
     return {
         "logits": normal(rows, vocab_size + 2, scale=3),
         "hidden": normal(rows, hidden),
-        "first_mask": (torch.arange(batch) * (num_k + 2) + 1).int(),
+        "first_mask": (torch.arange(batch) * (num_spec_tokens + 2) + 1).int(),
         "previous": integers(vocab_size, batch),
         "positions": integers(900, batch).int(),
-        "drafts": integers(vocab_size, batch, num_k),
-        "num_drafts": torch.where(torch.arange(batch) == 2, 0, num_k).int(),
+        "drafts": integers(vocab_size, batch, num_spec_tokens),
+        "num_drafts": torch.where(torch.arange(batch) == 2, 0, num_spec_tokens).int(),
         **{
             name: torch.full((batch,), value, dtype=torch.int32 if name == "top_k" else torch.float32)
             for name, value in parameters.items()
@@ -118,7 +118,9 @@ def by_hand(args: dict[str, Any], stream: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_against_a_loop(dtype: torch.dtype, sampler: str, rejection: bool) -> None:
-    for seed, shape in enumerate([{}, {"batch": 1, "num_k": 1}, {"vocab_size": 20, "num_k": 2}, {"num_k": 7}]):
+    for seed, shape in enumerate(
+        [{}, {"batch": 1, "num_spec_tokens": 1}, {"vocab_size": 20, "num_spec_tokens": 2}, {"num_spec_tokens": 7}]
+    ):
         args = problem(dtype=dtype, seed=seed, **shape, **SAMPLERS[sampler])
         q = distributions_for(args) if rejection else None
         found = rerank_drafts(**args, draft_dists=q)
@@ -133,7 +135,7 @@ def test_against_a_loop(dtype: torch.dtype, sampler: str, rejection: bool) -> No
 def test_the_distribution_that_is_kept_is_the_one_sampled_from(sampler: str) -> None:
     """Over 4096 seeds: chi-square of each draft against its own q; q adds up to 1."""
     batch = 4096
-    one = problem(batch=1, num_k=2, vocab_size=40, dtype=torch.float32, **SAMPLERS[sampler])
+    one = problem(batch=1, num_spec_tokens=2, vocab_size=40, dtype=torch.float32, **SAMPLERS[sampler])
     args = dict(one)
     for name in (
         "first_mask",

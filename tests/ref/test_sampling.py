@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from idlm_kernels import use_backend
-from python_ref import STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN, STREAM_DRAFT, STREAM_TARGET, gumbel
+from python_ref import FLAG_EMPTY_ROW, FLAG_INF, FLAG_NAN, STREAM_DRAFT, STREAM_TARGET, gumbel
 from python_ref.sampling import truncation_cut
 from tests.ref.steps import sample
 
@@ -28,9 +28,9 @@ def _references():
 
 
 def status_of(logits: Any, **options: Any) -> tuple[list[int], list[int]]:
-    status = torch.zeros(1 if torch.as_tensor(logits).dim() == 1 else len(logits), dtype=torch.int32)
-    ids = sample(logits, status=status, **options)
-    return ids.tolist(), status.tolist()
+    error_flags = torch.zeros(1 if torch.as_tensor(logits).dim() == 1 else len(logits), dtype=torch.int32)
+    ids = sample(logits, error_flags=error_flags, **options)
+    return ids.tolist(), error_flags.tolist()
 
 
 SEEDS = torch.arange(400)  # enough for an id of probability 5 % to appear (misses: 1e-9)
@@ -168,14 +168,14 @@ def test_out_of_range_parameters_still_give_a_token():
 @pytest.mark.parametrize(
     ("row", "token", "bits"),
     [
-        ([0.0, NAN, 1e38, 1.0], 2, STATUS_NAN),
-        ([NAN, NAN, NAN, 1.0], 3, STATUS_NAN),
-        ([0.0, INF, 1.0, 2.0], 1, STATUS_INF),
-        ([0.0, 1.0, INF, INF], 2, STATUS_INF),  # a tie that noise cannot break: the lowest id
-        ([NAN, INF, -INF, 0.0], 1, STATUS_NAN | STATUS_INF),
-        ([-INF] * 4, 0, STATUS_EMPTY_ROW),
-        ([NAN] * 4, 0, STATUS_NAN | STATUS_EMPTY_ROW),
-        ([NAN, -INF, -INF, NAN], 0, STATUS_NAN | STATUS_EMPTY_ROW),
+        ([0.0, NAN, 1e38, 1.0], 2, FLAG_NAN),
+        ([NAN, NAN, NAN, 1.0], 3, FLAG_NAN),
+        ([0.0, INF, 1.0, 2.0], 1, FLAG_INF),
+        ([0.0, 1.0, INF, INF], 2, FLAG_INF),  # a tie that noise cannot break: the lowest id
+        ([NAN, INF, -INF, 0.0], 1, FLAG_NAN | FLAG_INF),
+        ([-INF] * 4, 0, FLAG_EMPTY_ROW),
+        ([NAN] * 4, 0, FLAG_NAN | FLAG_EMPTY_ROW),
+        ([NAN, -INF, -INF, NAN], 0, FLAG_NAN | FLAG_EMPTY_ROW),
         ([-INF, -INF, -5.0, -INF], 2, 0),
         ([-FP32_MAX, -INF, -INF, -INF], 0, 0),
         ([0.0, FP32_MAX, 0.0, 0.0], 1, 0),
@@ -185,15 +185,15 @@ def test_out_of_range_parameters_still_give_a_token():
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}])
 def test_bad_rows(row, token, bits, temperature, truncation):
     for seed in range(5):
-        ids, status = status_of(row, temperature=temperature, seed=seed, **truncation)
-        assert (ids, status) == ([token], [bits])
+        ids, error_flags = status_of(row, temperature=temperature, seed=seed, **truncation)
+        assert (ids, error_flags) == ([token], [bits])
 
 
 def test_an_empty_row_gives_the_lowest_allowed_id():
-    assert status_of([-INF] * 4, mask_id=0) == ([1], [STATUS_EMPTY_ROW])
-    assert status_of([-INF] * 4, mask_id=0, temperature=0.0) == ([1], [STATUS_EMPTY_ROW])
-    assert status_of([-INF] * 4, mask_id=2, id_limit=2) == ([0], [STATUS_EMPTY_ROW])
-    assert status_of([3.0, -INF, 5.0, 9.0], mask_id=0, id_limit=2) == ([1], [STATUS_EMPTY_ROW])
+    assert status_of([-INF] * 4, mask_id=0) == ([1], [FLAG_EMPTY_ROW])
+    assert status_of([-INF] * 4, mask_id=0, temperature=0.0) == ([1], [FLAG_EMPTY_ROW])
+    assert status_of([-INF] * 4, mask_id=2, id_limit=2) == ([0], [FLAG_EMPTY_ROW])
+    assert status_of([3.0, -INF, 5.0, 9.0], mask_id=0, id_limit=2) == ([1], [FLAG_EMPTY_ROW])
 
 
 def test_bad_values_of_forbidden_ids_are_no_fault():
@@ -201,10 +201,10 @@ def test_bad_values_of_forbidden_ids_are_no_fault():
     assert status_of([1.0, NAN, 0.0, INF], mask_id=1, id_limit=3, temperature=0.0) == ([0], [0])
 
 
-def test_status_bits_are_added_to_what_is_there():
-    status = torch.tensor([16, 32, 1], dtype=torch.int32)
-    sample([[0.0, NAN], [0.0, 1.0], [INF, 0.0]], status=status)
-    assert status.tolist() == [17, 32, 3]
+def test_error_flags_are_added_to_what_is_there():
+    error_flags = torch.tensor([16, 32, 1], dtype=torch.int32)
+    sample([[0.0, NAN], [0.0, 1.0], [INF, 0.0]], error_flags=error_flags)
+    assert error_flags.tolist() == [17, 32, 3]
 
 
 @pytest.mark.parametrize("logit", [0.0, -1e4, 3e38, -3e38])
@@ -286,12 +286,12 @@ def test_logit_bias_bans_and_forces():
     assert sample([0.0, 9.0, 1.0, 0.0], temperature=0.0, logit_bias=bias).tolist() == [2]
     assert status_of([0.0, 9.0, 1.0, 0.0], temperature=0.0, logit_bias=torch.full((1, 4), -INF)) == (
         [0],
-        [STATUS_EMPTY_ROW],
+        [FLAG_EMPTY_ROW],
     )
-    status = torch.zeros(1, dtype=torch.int32)
+    error_flags = torch.zeros(1, dtype=torch.int32)
     both = torch.tensor([[INF, 0.0, 0.0, 0.0]])  # -inf + inf is a NaN, and a NaN is out
-    assert sample([-INF, 1.0, 0.0, 0.0], temperature=0.0, logit_bias=both, status=status).tolist() == [1]
-    assert status.tolist() == [STATUS_NAN]
+    assert sample([-INF, 1.0, 0.0, 0.0], temperature=0.0, logit_bias=both, error_flags=error_flags).tolist() == [1]
+    assert error_flags.tolist() == [FLAG_NAN]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -301,9 +301,9 @@ def test_logit_bias_is_added_in_fp32(dtype):
     bias = torch.tensor([[-0.05, 0.0]], dtype=dtype)
     assert sample(logits, dtype=dtype, temperature=0.0, logit_bias=bias).tolist() == [1]
     if dtype == torch.float16:
-        large, status = torch.tensor([[60000.0, 0.0]], dtype=dtype), torch.zeros(1, dtype=torch.int32)
-        assert sample(large, dtype=dtype, logit_bias=large, status=status).tolist() == [0]
-        assert status.tolist() == [0]
+        large, error_flags = torch.tensor([[60000.0, 0.0]], dtype=dtype), torch.zeros(1, dtype=torch.int32)
+        assert sample(large, dtype=dtype, logit_bias=large, error_flags=error_flags).tolist() == [0]
+        assert error_flags.tolist() == [0]
 
 
 def test_logit_bias_equals_biased_logits():
@@ -364,9 +364,9 @@ def test_random_rows_in_plain_python(data):
 
     allowed = [i for i in range(vocab_size) if i < id_limit and i != mask_id]
     x = {i: FP32_MAX if row[i] == INF else row[i] for i in allowed if row[i] == row[i] and row[i] != -INF}
-    bits = STATUS_NAN * any(row[i] != row[i] for i in allowed) | STATUS_INF * any(row[i] == INF for i in allowed)
+    bits = FLAG_NAN * any(row[i] != row[i] for i in allowed) | FLAG_INF * any(row[i] == INF for i in allowed)
     if not x:
-        x, bits = {allowed[0]: 0.0}, bits | STATUS_EMPTY_ROW
+        x, bits = {allowed[0]: 0.0}, bits | FLAG_EMPTY_ROW
     if temperature == 0:
         largest = max(x.values())
         want = min(i for i in x if x[i] == largest)

@@ -246,8 +246,8 @@ class Decode:
 
     def rows(self, length: Tensor, pending: Tensor, drafts: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """Packed logits rows of one step, and query_start_loc."""
-        num_k = drafts.shape[1]
-        m = 1 + n + (n + 1 if self.quadratic else 1) * num_k
+        num_spec_tokens = drafts.shape[1]
+        m = 1 + n + (n + 1 if self.quadratic else 1) * num_spec_tokens
         start = torch.nn.functional.pad(m.cumsum(0), (1, 0))
         request = torch.repeat_interleave(torch.arange(len(m)), m)
         r = torch.arange(len(request)) - start[request]
@@ -256,24 +256,30 @@ class Decode:
         clean = r <= row_n
         after = known[request, torch.where(clean, r, 0)]
         logits = self.p[(length[request] + r) % len(self.p), after]
-        if num_k:
+        if num_spec_tokens:
             index = (r - 1 - row_n).clamp(min=0)
-            branch = index // num_k if self.quadratic else row_n
-            proposals = self.q[branch.clamp(max=num_k), index % num_k, known[request, branch.clamp(max=num_k)]]
+            branch = index // num_spec_tokens if self.quadratic else row_n
+            proposals = self.q[
+                branch.clamp(max=num_spec_tokens),
+                index % num_spec_tokens,
+                known[request, branch.clamp(max=num_spec_tokens)],
+            ]
             logits = torch.where(clean.unsqueeze(1), logits, proposals)
         return logits, start.to(torch.int32)
 
-    def run(self, count: int, num_k: int, horizon: int = 4) -> tuple[Tensor, Tensor]:
+    def run(self, count: int, num_spec_tokens: int, horizon: int = 4) -> tuple[Tensor, Tensor]:
         """The first `horizon` tokens [count, horizon] after token 0 at position 0, and how often a = 0..K occurred in
         each step [horizon, K + 1]; the first step verifies no drafts."""
         seed = torch.arange(count)
         vocab_size = self.p.shape[-1]
-        text = torch.zeros(count, 1 + horizon + num_k + 1, dtype=torch.int64)
+        text = torch.zeros(count, 1 + horizon + num_spec_tokens + 1, dtype=torch.int64)
         length = torch.ones(count, dtype=torch.int64)
-        drafts, n = torch.full((count, num_k), -1), torch.zeros(count, dtype=torch.int64)
+        drafts, n = torch.full((count, num_spec_tokens), -1), torch.zeros(count, dtype=torch.int64)
         draft_dists = None
         if self.rule == "rejection":
-            draft_dists = DraftDistributions.empty(count, num_k, vocab_size, torch.float32, torch.device("cpu"))
+            draft_dists = DraftDistributions.empty(
+                count, num_spec_tokens, vocab_size, torch.float32, torch.device("cpu")
+            )
         accepted, every = [], torch.arange(count)
         for _ in range(horizon):
             logits, start = self.rows(length, text[every, length - 1], drafts, n)
@@ -294,11 +300,11 @@ class Decode:
             if self.spoil is not None:
                 assert draft_dists is not None
                 self.spoil(drafts, next_n, draft_dists)
-            for j in range(num_k + 1):
+            for j in range(num_spec_tokens + 1):
                 slot = length + j
                 write = (j <= a) & (slot <= horizon)
                 text[every[write], slot[write]] = tokens[write, j]
-            accepted.append(counts_of(a, num_k + 1))
+            accepted.append(counts_of(a, num_spec_tokens + 1))
             length = (length + a + 1).clamp(max=horizon + 1)
             n = next_n.long()
         return text[:, 1 : 1 + horizon], torch.stack(accepted)
@@ -325,18 +331,18 @@ def path_counts(text: Tensor) -> Tensor:
     return counts_of(cells(*text.unbind(1), num_ids=IDS), IDS ** text.shape[1])
 
 
-def tables(seed: int, num_k: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
+def tables(seed: int, num_spec_tokens: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
     """Random p (period 2) and q: q differs between branches, draft indices and last tokens."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.randn(2, IDS, IDS, generator=generator) * spread
-    q = torch.randn(num_k + 1, num_k, IDS, IDS, generator=generator) * spread
+    q = torch.randn(num_spec_tokens + 1, num_spec_tokens, IDS, IDS, generator=generator) * spread
     return p, q
 
 
-def constant(p: list[float], q: list[float], num_k: int) -> tuple[Tensor, Tensor]:
+def constant(p: list[float], q: list[float], num_spec_tokens: int) -> tuple[Tensor, Tensor]:
     """The same weights everywhere."""
     p_row, q_row = torch.tensor(p).log(), torch.tensor(q).log()
-    return p_row.expand(1, IDS, IDS), q_row.expand(num_k + 1, num_k, IDS, IDS)
+    return p_row.expand(1, IDS, IDS), q_row.expand(num_spec_tokens + 1, num_spec_tokens, IDS, IDS)
 
 
 # name -> (weights of p, weights of q, the acceptance probability sum min(p, q))
@@ -377,14 +383,14 @@ TRUNCATIONS = {
 }
 
 
-@pytest.mark.parametrize(("quadratic", "num_k"), [(False, 2), (False, 3), (True, 2), (True, 3)])
+@pytest.mark.parametrize(("quadratic", "num_spec_tokens"), [(False, 2), (False, 3), (True, 2), (True, 3)])
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def test_rejection_emits_the_ar_distribution(name, quadratic, num_k):
+def test_rejection_emits_the_ar_distribution(name, quadratic, num_spec_tokens):
     """A Markov model, proposals that differ between branches, and every truncation on p and q alike."""
-    decode = Decode(*tables(num_k + 20, num_k), sampling=TRUNCATIONS[name], quadratic=quadratic)
-    text, accepted = decode.run(SEEDS, num_k)
+    decode = Decode(*tables(num_spec_tokens + 20, num_spec_tokens), sampling=TRUNCATIONS[name], quadratic=quadratic)
+    text, accepted = decode.run(SEEDS, num_spec_tokens)
     assert (accepted.sum(0)[:2] > 0).all()
-    assert_follows(path_counts(text), decode.ar_distribution(), f"{name}, K = {num_k}")
+    assert_follows(path_counts(text), decode.ar_distribution(), f"{name}, K = {num_spec_tokens}")
 
 
 @pytest.mark.parametrize("quadratic", [False, True])

@@ -36,13 +36,13 @@ class Request:
     n: int
     limit: int
     stop_ids: list[int]
-    finish: int = RUNNING
+    finish_reason: int = RUNNING
 
 
 def step_in_python(r: Request) -> int:
     """Advance one request, token after token; returns how many were committed."""
     had_rows = r.tokens[0] != -1
-    if r.finish != RUNNING or not had_rows:
+    if r.finish_reason != RUNNING or not had_rows:
         return 0
     emitted = 0
     for token in r.tokens[: r.accepted + 1]:
@@ -52,12 +52,12 @@ def step_in_python(r: Request) -> int:
         r.length += 1
         emitted += 1
         if token in r.stop_ids:
-            r.finish = STOPPED
+            r.finish_reason = STOPPED
             break
-    if r.finish == RUNNING and r.length >= r.limit:
-        r.finish = LENGTH
+    if r.finish_reason == RUNNING and r.length >= r.limit:
+        r.finish_reason = LENGTH
     r.drafts = list(r.next_drafts)
-    r.n = r.next_n if r.finish == RUNNING else 0
+    r.n = r.next_n if r.finish_reason == RUNNING else 0
     return emitted
 
 
@@ -73,7 +73,7 @@ def run(requests: list[Request], out: torch.Tensor | None = None) -> tuple[list[
         "lengths": column("length"),
         "drafts": column("drafts", torch.int64).view(len(requests), width - 1),
         "num_drafts": column("n"),
-        "finish": column("finish"),
+        "finish_reason": column("finish_reason"),
     }
     constant = {
         "length_limits": column("limit"),
@@ -99,7 +99,7 @@ def state_of(requests: list[Request]) -> dict[str, Any]:
         "lengths": [r.length for r in requests],
         "drafts": [r.drafts for r in requests],
         "num_drafts": [r.n for r in requests],
-        "finish": [r.finish for r in requests],
+        "finish_reason": [r.finish_reason for r in requests],
     }
 
 
@@ -132,7 +132,7 @@ def test_a_plain_step():
     r = request()
     assert check([r]) == [3]
     assert r.text[:8] == [10, 11, 12, 13, 14, 21, 22, 23]
-    assert (r.length, r.finish, r.drafts, r.n) == (8, RUNNING, [31, 32], 2)
+    assert (r.length, r.finish_reason, r.drafts, r.n) == (8, RUNNING, [31, 32], 2)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_stops_inside_a_step(stop_ids, emitted):
     """The stop id is committed, nothing after it; an id of the prompt stops nothing."""
     r = request(stop_ids=stop_ids)
     assert check([r]) == [emitted]
-    assert (r.finish, r.n) == ((RUNNING, 2) if emitted == 3 and 23 not in stop_ids else (STOPPED, 0))
+    assert (r.finish_reason, r.n) == ((RUNNING, 2) if emitted == 3 and 23 not in stop_ids else (STOPPED, 0))
     assert r.text[5 + emitted :] == [0] * (7 - emitted)
 
 
@@ -151,19 +151,19 @@ def test_stops_inside_a_step(stop_ids, emitted):
 def test_limits_inside_a_step(room):
     r = request(limit=5 + room)
     assert check([r]) == [min(room, 3)]
-    assert (r.finish, r.n) == ((LENGTH, 0) if room <= 3 else (RUNNING, 2))
+    assert (r.finish_reason, r.n) == ((LENGTH, 0) if room <= 3 else (RUNNING, 2))
 
 
 def test_a_stop_at_the_limit_is_a_stop():
     r = request(limit=6, stop_ids=[21, -1])
     assert check([r]) == [1]
-    assert r.finish == STOPPED
+    assert r.finish_reason == STOPPED
 
 
 def test_a_stop_beyond_the_limit_is_not_seen():
     r = request(limit=6, stop_ids=[22, -1])
     assert check([r]) == [1]
-    assert r.finish == LENGTH
+    assert r.finish_reason == LENGTH
 
 
 def test_a_stop_id_among_rejected_drafts_does_not_stop():
@@ -172,7 +172,7 @@ def test_a_stop_id_among_rejected_drafts_does_not_stop():
     assert check([r]) == [1]
     r = request(accepted=0, tokens=[21, 22, 23], stop_ids=[22, -1])
     assert check([r]) == [1]
-    assert r.finish == RUNNING
+    assert r.finish_reason == RUNNING
 
 
 def test_a_context_filled_to_the_last_entry():
@@ -181,11 +181,11 @@ def test_a_context_filled_to_the_last_entry():
     assert r.text == [*range(100, 110), 21, 22]
 
 
-@pytest.mark.parametrize("finish", [STOPPED, LENGTH])
-def test_finished_requests_are_untouched(finish):
+@pytest.mark.parametrize("finish_reason", [STOPPED, LENGTH])
+def test_finished_requests_are_untouched(finish_reason):
     """Also drafts that were never cleared, of a request that somebody else ended."""
-    r = request(finish=finish, n=2, drafts=[7, 8])
-    before = request(finish=finish, n=2, drafts=[7, 8])
+    r = request(finish_reason=finish_reason, n=2, drafts=[7, 8])
+    before = request(finish_reason=finish_reason, n=2, drafts=[7, 8])
     assert check([r]) == [0]
     assert r == before
 
@@ -214,7 +214,7 @@ def test_no_stop_ids_at_all():
 
 def test_out_is_written_and_returned():
     out = torch.full((2,), -9, dtype=torch.int32)
-    emitted, _ = run([request(), request(finish=STOPPED)], out)
+    emitted, _ = run([request(), request(finish_reason=STOPPED)], out)
     assert emitted == out.tolist() == [3, 0]
 
 
@@ -239,7 +239,7 @@ def requests_of_width(draw: Any, width: int, num_stops: int) -> Request:
         n=draw(st.integers(0, width - 1)),
         limit=draw(st.integers(length, MAX_LEN)),
         stop_ids=[draw(st.one_of(st.just(-1), ids)) for _ in range(num_stops)],
-        finish=draw(st.sampled_from([RUNNING, RUNNING, RUNNING, STOPPED, LENGTH])),
+        finish_reason=draw(st.sampled_from([RUNNING, RUNNING, RUNNING, STOPPED, LENGTH])),
     )
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_kernels import StepState, commit_step, use_backend
-from python_ref import STATUS_EMPTY_ROW, STATUS_INF, STATUS_NAN, uniform
+from python_ref import FLAG_EMPTY_ROW, FLAG_INF, FLAG_NAN, uniform
 from python_ref.contract import FAILED, LENGTH, MASK_DRAFTS, NO_DRAFTS, RUNNING, STOPPED, SUFFIX_DRAFTS
 from python_ref.step import LONGEST_MATCH, OUTCOME, suffix_drafts
 from tests.ref.steps import random_commit
@@ -61,7 +61,7 @@ def committed(args: dict[str, Any], b: int) -> tuple[list[int], dict[str, Any]]:
     state = {f.name: getattr(args["state"], f.name)[b].tolist() for f in dataclasses.fields(StepState)}
     a, tokens = int(args["num_accepted"][b]), args["tokens"][b].tolist()
     next_drafts, next_n = args["next_drafts"][b].tolist(), int(args["next_num_drafts"][b])
-    n, source, num_k = state["num_drafts"], state["draft_source"], len(next_drafts)
+    n, source, num_spec_tokens = state["num_drafts"], state["draft_source"], len(next_drafts)
     if args["acceptance"] is not None:
         has_rows, sampled = tokens[0] >= 0, max(0, *tokens, -1)
         a = 0
@@ -71,13 +71,13 @@ def committed(args: dict[str, Any], b: int) -> tuple[list[int], dict[str, Any]]:
                 break
             a += 1
         tokens = [*(max(0, d) for d in state["drafts"][:a]), sampled] if has_rows else []
-        tokens += [-1] * (num_k + 1 - len(tokens))
-        next_n = num_k if has_rows and (args["quadratic"] or a == n) else 0
+        tokens += [-1] * (num_spec_tokens + 1 - len(tokens))
+        next_n = num_spec_tokens if has_rows and (args["quadratic"] or a == n) else 0
         next_drafts = [max(0, d) for d in next_drafts]
-    if failed := bool(state["status"] & (STATUS_NAN | STATUS_EMPTY_ROW)):
+    if failed := bool(state["error_flags"] & (FLAG_NAN | FLAG_EMPTY_ROW)):
         tokens = [-1] * len(tokens)
     emitted = 0
-    if state["finish"] == RUNNING and tokens[0] >= 0:
+    if state["finish_reason"] == RUNNING and tokens[0] >= 0:
         for token in tokens[: a + 1]:
             if state["lengths"] == state["length_limits"]:
                 break
@@ -85,23 +85,23 @@ def committed(args: dict[str, Any], b: int) -> tuple[list[int], dict[str, Any]]:
             state["lengths"] += 1
             emitted += 1
             if token in state["stop_ids"]:
-                state["finish"] = STOPPED
+                state["finish_reason"] = STOPPED
                 break
-        if state["finish"] == RUNNING and state["lengths"] >= state["length_limits"]:
-            state["finish"] = LENGTH
-        state["drafts"], state["num_drafts"] = next_drafts, next_n if state["finish"] == RUNNING else 0
-    if failed and state["finish"] == RUNNING:
-        state["finish"] = FAILED
+        if state["finish_reason"] == RUNNING and state["lengths"] >= state["length_limits"]:
+            state["finish_reason"] = LENGTH
+        state["drafts"], state["num_drafts"] = next_drafts, next_n if state["finish_reason"] == RUNNING else 0
+    if failed and state["finish_reason"] == RUNNING:
+        state["finish_reason"] = FAILED
     state["num_drafts"] = min(state["num_drafts"], state["max_drafts"])
     if emitted:
         state["draft_source"] = MASK_DRAFTS if state["num_drafts"] else NO_DRAFTS
-    if args["suffix"] and num_k and state["max_drafts"] and state["finish"] == RUNNING:
-        drafts, matched = by_search(state["text"][: state["lengths"]], num_k)
+    if args["suffix"] and num_spec_tokens and state["max_drafts"] and state["finish_reason"] == RUNNING:
+        drafts, matched = by_search(state["text"][: state["lengths"]], num_spec_tokens)
         if matched >= (6 if state["num_drafts"] else 2):
             rest = state["drafts"][len(drafts) :]  # no drafts; nobody reads them
             state |= {"drafts": drafts + rest, "num_drafts": min(len(drafts), state["max_drafts"])}
             state["draft_source"] = SUFFIX_DRAFTS
-    return [n, a, emitted, state["finish"], state["status"], source, *tokens], state
+    return [n, a, emitted, state["finish_reason"], state["error_flags"], source, *tokens], state
 
 
 def check(args: dict[str, Any]) -> torch.Tensor:
@@ -128,29 +128,29 @@ def test_the_random_steps_hold_every_case() -> None:
     for seed in range(40):
         args = random_commit(seed)
         outcome = commit_step(**args)
-        seen |= {("finish", int(x)) for x in outcome[:, OUTCOME.index("finish")]}
+        seen |= {("finish_reason", int(x)) for x in outcome[:, OUTCOME.index("finish_reason")]}
         seen |= {("draft_source", int(x)) for x in args["state"].draft_source}
         seen |= {("emitted", int(x)) for x in outcome[:, OUTCOME.index("num_emitted")]}
         seen |= {("acceptance", int(args["acceptance"] is not None)), ("suffix", int(args["suffix"]))}
-    assert seen >= {("finish", x) for x in range(5)} | {("draft_source", x) for x in range(3)}
+    assert seen >= {("finish_reason", x) for x in range(5)} | {("draft_source", x) for x in range(3)}
     assert seen >= {("emitted", x) for x in range(5)} | {(x, y) for x in ("acceptance", "suffix") for y in (0, 1)}
 
 
 @pytest.mark.parametrize(
-    ("status", "finish"), [(STATUS_NAN, FAILED), (STATUS_EMPTY_ROW, FAILED), (STATUS_INF, RUNNING), (8, RUNNING)]
+    ("error_flags", "finish_reason"), [(FLAG_NAN, FAILED), (FLAG_EMPTY_ROW, FAILED), (FLAG_INF, RUNNING), (8, RUNNING)]
 )
-def test_a_request_ends_before_the_token_that_nan_would_decide(status: int, finish: int) -> None:
+def test_a_request_ends_before_the_token_that_nan_would_decide(error_flags: int, finish_reason: int) -> None:
     args = random_commit(0, suffix=False, acceptance=None)
-    args["state"].finish.zero_()
-    args["state"].status.fill_(status)
+    args["state"].finish_reason.zero_()
+    args["state"].error_flags.fill_(error_flags)
     args["state"].stop_ids.fill_(-1)
     args["state"].length_limits.fill_(args["state"].text.shape[1])
     args["state"].lengths.clamp_(max=20)
     args["tokens"].clamp_(min=0)
     before = args["state"].lengths.clone()
     outcome = check(args)
-    assert (outcome[:, OUTCOME.index("finish")] == finish).all()
-    assert torch.equal(args["state"].lengths, before) == (finish == FAILED)
+    assert (outcome[:, OUTCOME.index("finish_reason")] == finish_reason).all()
+    assert torch.equal(args["state"].lengths, before) == (finish_reason == FAILED)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels import DraftDistributions, use_backend, verify_accept
-from python_ref import STATUS_BAD_DRAFT, STATUS_NAN, STREAM_DRAFT, gumbel, uniform
+from python_ref import FLAG_BAD_DRAFT, FLAG_NAN, STREAM_DRAFT, gumbel, uniform
 from tests.ref.distributions import transformed_distribution
 from tests.ref.steps import ID_LIMIT, MASK_ID, VOCAB, Step, parameters_of, verify
 
@@ -24,33 +24,33 @@ def _references():
         yield
 
 
-def match_in_python(step: Step, num_k: int, quadratic: bool) -> tuple[int, list[int], list[int], int]:
+def match_in_python(step: Step, num_spec_tokens: int, quadratic: bool) -> tuple[int, list[int], list[int], int]:
     """The decision of one request in `match`, sentence by sentence from the design."""
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     m, n, length = len(step.logits), len(step.drafts), step.position + 1
     if m == 0:
-        return 0, [-1] * (num_k + 1), [-1] * num_k, 0
+        return 0, [-1] * (num_spec_tokens + 1), [-1] * num_spec_tokens, 0
     y = [step.sampled(i, length + i, **limits) for i in range(n + 1)]
     a = 0
     while a < n and y[a] == step.drafts[a]:
         a += 1
     tokens = [*step.drafts[:a], y[a]]
     branches = range(n + 1) if quadratic else [n]
-    first_row = {b: 1 + n + k * num_k for k, b in enumerate(branches)}
+    first_row = {b: 1 + n + k * num_spec_tokens for k, b in enumerate(branches)}
     next_drafts: list[int] = []
-    if num_k and a in first_row and first_row[a] + num_k <= m:
+    if num_spec_tokens and a in first_row and first_row[a] + num_spec_tokens <= m:
         new_length = length + a + 1
-        next_drafts = [step.sampled(first_row[a] + j, new_length + j, **limits) for j in range(num_k)]
-    padding = [-1] * (num_k + 1 - len(tokens))
-    return a, tokens + padding, next_drafts or [-1] * num_k, len(next_drafts)
+        next_drafts = [step.sampled(first_row[a] + j, new_length + j, **limits) for j in range(num_spec_tokens)]
+    padding = [-1] * (num_spec_tokens + 1 - len(tokens))
+    return a, tokens + padding, next_drafts or [-1] * num_spec_tokens, len(next_drafts)
 
 
-def random_steps(generator: np.random.Generator, num_k: int, plan: str, dtype: torch.dtype) -> list[Step]:
+def random_steps(generator: np.random.Generator, num_spec_tokens: int, plan: str, dtype: torch.dtype) -> list[Step]:
     """A ragged batch; most drafts are right, so that every number of accepted drafts occurs."""
     steps = []
     for _ in range(generator.integers(1, 6)):
-        n = 0 if plan == "ar" else int(generator.integers(0, num_k + 1))
-        rows = {"ar": 1, "chain": 1 + n + num_k, "quadratic": 1 + n + (n + 1) * num_k}[plan]
+        n = 0 if plan == "ar" else int(generator.integers(0, num_spec_tokens + 1))
+        rows = {"ar": 1, "chain": 1 + n + num_spec_tokens, "quadratic": 1 + n + (n + 1) * num_spec_tokens}[plan]
         if generator.random() < 0.15:
             n = rows = 0  # a padded request
         step = Step(
@@ -72,19 +72,21 @@ def random_steps(generator: np.random.Generator, num_k: int, plan: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("plan", "num_k"), [("ar", 0), ("ar", 3), ("chain", 1), ("chain", 4), ("quadratic", 3)])
-def test_match_against_python(plan, num_k, dtype):
-    generator = np.random.default_rng(num_k)
+@pytest.mark.parametrize(
+    ("plan", "num_spec_tokens"), [("ar", 0), ("ar", 3), ("chain", 1), ("chain", 4), ("quadratic", 3)]
+)
+def test_match_against_python(plan, num_spec_tokens, dtype):
+    generator = np.random.default_rng(num_spec_tokens)
     accepted = set()
     for _ in range(25):
-        steps = random_steps(generator, num_k, plan, dtype)
-        a, tokens, next_drafts, next_n, status = verify(steps, num_k, quadratic=plan == "quadratic")
+        steps = random_steps(generator, num_spec_tokens, plan, dtype)
+        a, tokens, next_drafts, next_n, error_flags = verify(steps, num_spec_tokens, quadratic=plan == "quadratic")
         for b, step in enumerate(steps):
-            want = match_in_python(step, num_k, plan == "quadratic")
+            want = match_in_python(step, num_spec_tokens, plan == "quadratic")
             assert (a[b], tokens[b], next_drafts[b], next_n[b]) == want
             accepted.add(a[b])
-        assert status == [0] * len(steps)
-    assert accepted == (set(range(num_k + 1)) if plan != "ar" else {0})
+        assert error_flags == [0] * len(steps)
+    assert accepted == (set(range(num_spec_tokens + 1)) if plan != "ar" else {0})
 
 
 def test_match_gives_the_ar_token_at_every_position():
@@ -99,10 +101,10 @@ def test_match_gives_the_ar_token_at_every_position():
             assert verify([later], 3, quadratic=False)[1] == [[y[i], -1, -1, -1]]
 
 
-def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch.float32) -> list[Step]:
+def rejection_steps(seed: int, plan: str, num_spec_tokens: int, dtype: torch.dtype = torch.float32) -> list[Step]:
     """A batch whose requests all have rows and K drafts at temperature > 0 or 0."""
     generator = np.random.default_rng(seed)
-    rows = 1 + num_k + (num_k + 1 if plan == "quadratic" else 1) * num_k
+    rows = 1 + num_spec_tokens + (num_spec_tokens + 1 if plan == "quadratic" else 1) * num_spec_tokens
     return [
         Step(
             torch.tensor(generator.normal(size=(rows, VOCAB)) * 2, dtype=dtype),
@@ -122,18 +124,18 @@ def rejection_steps(seed: int, plan: str, num_k: int, dtype: torch.dtype = torch
 @pytest.mark.parametrize("quadratic", [False, True])
 def test_requests_do_not_affect_each_other(rule, quadratic):
     """Any request alone, or in another order, decides the same."""
-    num_k, plan = 3, "quadratic" if quadratic else "chain"
-    steps = rejection_steps(5, plan, num_k)
+    num_spec_tokens, plan = 3, "quadratic" if quadratic else "chain"
+    steps = rejection_steps(5, plan, num_spec_tokens)
 
     def two_steps(chosen: list[Step]) -> list[tuple]:
         """Drafts proposed by a first step, verified in a second one."""
-        draft_dists = DraftDistributions.empty(len(chosen), num_k, VOCAB, torch.float32, torch.device("cpu"))
+        draft_dists = DraftDistributions.empty(len(chosen), num_spec_tokens, VOCAB, torch.float32, torch.device("cpu"))
         options = {"quadratic": quadratic, "rule": rule, "draft_dists": draft_dists if rule == "rejection" else None}
-        first = [replace(s, logits=s.logits[: 1 + num_k]) for s in chosen]
-        _, _, drafts, n, _ = verify(first, num_k, **options)
-        assert n == [num_k] * len(chosen)
+        first = [replace(s, logits=s.logits[: 1 + num_spec_tokens]) for s in chosen]
+        _, _, drafts, n, _ = verify(first, num_spec_tokens, **options)
+        assert n == [num_spec_tokens] * len(chosen)
         second = [replace(s, drafts=d, position=s.position + 1) for s, d in zip(chosen, drafts, strict=True)]
-        results = verify(second, num_k, **options)
+        results = verify(second, num_spec_tokens, **options)
         distributions = (draft_dists.logits.tolist(), draft_dists.cut.tolist(), draft_dists.log_norm.tolist())
         return list(zip(*results, *(distributions if rule == "rejection" else ()), strict=True))
 
@@ -177,44 +179,48 @@ def rejection_in_python(step: Step, q_rows: Tensor) -> tuple[int, list[int]] | N
 @pytest.mark.parametrize("plan", ["chain", "quadratic"])
 def test_rejection_against_python(plan, dtype):
     """Acceptance u q(x) < p(x), the residual max(0, p - q), the bonus token of p, drafts of q with stream 1."""
-    num_k, accepted, skipped = 3, [], 0
+    num_spec_tokens, accepted, skipped = 3, [], 0
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     for trial in range(12):
-        steps = rejection_steps(trial, plan, num_k, dtype)
-        proposing = rejection_steps(trial + 1000, plan, num_k, dtype)
+        steps = rejection_steps(trial, plan, num_spec_tokens, dtype)
+        proposing = rejection_steps(trial + 1000, plan, num_spec_tokens, dtype)
         for step, other in zip(steps, proposing, strict=True):
-            other.logits = other.logits[: 1 + num_k]
+            other.logits = other.logits[: 1 + num_spec_tokens]
             if trial % 2:  # distributions close to p, so that drafts are often accepted
-                other.logits[1:] = step.logits[:num_k] + 0.2 * other.logits[1:]
+                other.logits[1:] = step.logits[:num_spec_tokens] + 0.2 * other.logits[1:]
             for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
                 setattr(other, name, getattr(step, name))
             other.position = step.position - 1
-        draft_dists = DraftDistributions.empty(len(steps), num_k, VOCAB, dtype, torch.device("cpu"))
+        draft_dists = DraftDistributions.empty(len(steps), num_spec_tokens, VOCAB, dtype, torch.device("cpu"))
         options = {"quadratic": plan == "quadratic", "rule": "rejection", "draft_dists": draft_dists}
-        _, _, drafts, _, _ = verify(proposing, num_k, **options)
+        _, _, drafts, _, _ = verify(proposing, num_spec_tokens, **options)
         for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
             first = step.position + 1
-            assert drafts[b] == [other.sampled(1 + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
+            assert drafts[b] == [
+                other.sampled(1 + j, first + j, STREAM_DRAFT, **limits) for j in range(num_spec_tokens)
+            ]
             assert torch.equal(draft_dists.logits[b], other.logits[1:])
             step.drafts = drafts[b]
-        a, tokens, next_drafts, next_n, status = verify(steps, num_k, **options)
+        a, tokens, next_drafts, next_n, error_flags = verify(steps, num_spec_tokens, **options)
         for b, (step, other) in enumerate(zip(steps, proposing, strict=True)):
             want = rejection_in_python(step, other.logits[1:])
             if want is None:
                 skipped += 1
             else:
-                assert (a[b], tokens[b]) == (want[0], want[1] + [-1] * (num_k - want[0]))
+                assert (a[b], tokens[b]) == (want[0], want[1] + [-1] * (num_spec_tokens - want[0]))
             accepted.append(a[b])
-            if plan == "chain" and a[b] < num_k:
-                assert (next_drafts[b], next_n[b]) == ([-1] * num_k, 0)
+            if plan == "chain" and a[b] < num_spec_tokens:
+                assert (next_drafts[b], next_n[b]) == ([-1] * num_spec_tokens, 0)
                 assert torch.equal(draft_dists.logits[b], other.logits[1:])
                 continue
-            row = 1 + num_k + (a[b] * num_k if plan == "quadratic" else 0)
+            row = 1 + num_spec_tokens + (a[b] * num_spec_tokens if plan == "quadratic" else 0)
             first = step.position + a[b] + 2
-            assert next_drafts[b] == [step.sampled(row + j, first + j, STREAM_DRAFT, **limits) for j in range(num_k)]
-            assert next_n[b] == num_k
-            assert torch.equal(draft_dists.logits[b], step.logits[row : row + num_k])
-        assert status == [0] * len(steps)
+            assert next_drafts[b] == [
+                step.sampled(row + j, first + j, STREAM_DRAFT, **limits) for j in range(num_spec_tokens)
+            ]
+            assert next_n[b] == num_spec_tokens
+            assert torch.equal(draft_dists.logits[b], step.logits[row : row + num_spec_tokens])
+        assert error_flags == [0] * len(steps)
     assert set(accepted) == {0, 1, 2, 3}
     assert skipped < len(accepted) / 20
 
@@ -299,8 +305,8 @@ def test_bad_draft_ids(rule, bad):
         q = step.logits[:3].clone()  # q = p: a draft that p can give is accepted
         q[1, y[1]] += 20.0  # but the residual of the bad one would never give the sample of p
         plain_distribution(draft_dists, q)
-    a, tokens, _, next_n, status = verify([step], 3, quadratic=True, rule=rule, draft_dists=draft_dists)
-    assert (a, tokens, next_n, status) == ([1], [[y[0], y[1], -1, -1]], [3], [STATUS_BAD_DRAFT])
+    a, tokens, _, next_n, error_flags = verify([step], 3, quadratic=True, rule=rule, draft_dists=draft_dists)
+    assert (a, tokens, next_n, error_flags) == ([1], [[y[0], y[1], -1, -1]], [3], [FLAG_BAD_DRAFT])
 
 
 @pytest.mark.parametrize("rule", ["match", "rejection"])
@@ -328,8 +334,8 @@ def test_bad_draft_counts(count, used):
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts, step.count = y[:3], count
-    a, tokens, _, _, status = verify([step], 3, quadratic=True)
-    assert (a, status) == ([used], [STATUS_BAD_DRAFT])
+    a, tokens, _, _, error_flags = verify([step], 3, quadratic=True)
+    assert (a, error_flags) == ([used], [FLAG_BAD_DRAFT])
     assert tokens == [y[: used + 1] + [-1] * (3 - used)]
 
 
@@ -339,26 +345,33 @@ def test_a_count_beyond_the_rows():
     limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
     y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(4)]
     step.drafts, step.logits = y[:3], step.logits[:2]
-    a, tokens, next_drafts, next_n, status = verify([step], 3, quadratic=False)
-    assert (a, tokens, status) == ([1], [[y[0], y[1], -1, -1]], [STATUS_BAD_DRAFT])
+    a, tokens, next_drafts, next_n, error_flags = verify([step], 3, quadratic=False)
+    assert (a, tokens, error_flags) == ([1], [[y[0], y[1], -1, -1]], [FLAG_BAD_DRAFT])
     assert (next_drafts, next_n) == ([[-1, -1, -1]], [0])
 
 
 def test_status_covers_the_rows_that_are_used():
     """Clean rows 0..n and the MASK rows of the accepted branch; a bad row elsewhere is no fault. Bits are added."""
-    num_k = 2
+    num_spec_tokens = 2
     for row in range(9):  # 3 clean rows, then branches 0, 1, 2
-        (step, *_) = rejection_steps(6, "quadratic", num_k)
+        (step, *_) = rejection_steps(6, "quadratic", num_spec_tokens)
         limits = {"id_limit": ID_LIMIT, "mask_id": MASK_ID}
         y = [step.sampled(i, step.position + 1 + i, **limits) for i in range(3)]
         step.drafts = [y[0], (y[1] + 1) % 4]  # a = 1
-        clean = verify([step], num_k, quadratic=True)
+        clean = verify([step], num_spec_tokens, quadratic=True)
         assert (clean[0], clean[4]) == ([1], [0])
         step.logits[row, 0] = NAN
-        status = torch.tensor([32], dtype=torch.int32)
-        verify_accept(*parameters_of([step], num_k), ID_LIMIT, MASK_ID, quadratic=True, rule="match", status=status)
+        error_flags = torch.tensor([32], dtype=torch.int32)
+        verify_accept(
+            *parameters_of([step], num_spec_tokens),
+            ID_LIMIT,
+            MASK_ID,
+            quadratic=True,
+            rule="match",
+            error_flags=error_flags,
+        )
         used = row < 3 or row in (5, 6)
-        assert status.tolist() == [32 + (STATUS_NAN if used else 0)], f"row {row}"
+        assert error_flags.tolist() == [32 + (FLAG_NAN if used else 0)], f"row {row}"
 
 
 def test_status_is_that_of_the_request():
@@ -366,7 +379,7 @@ def test_status_is_that_of_the_request():
     first, second, third = rejection_steps(6, "chain", 2)[:3]
     first.logits[0, 0], second.logits = NAN, second.logits[:1]
     third.logits = third.logits[:0]
-    assert verify([first, second, third], 2, quadratic=False)[4] == [STATUS_NAN, 0, 0]
+    assert verify([first, second, third], 2, quadratic=False)[4] == [FLAG_NAN, 0, 0]
 
 
 def test_padded_requests_change_nothing_and_have_no_status():
@@ -375,10 +388,10 @@ def test_padded_requests_change_nothing_and_have_no_status():
         s.logits = s.logits[:3]
     empty = Step(step.logits[:0], [], 0, 0.0, 0, 1.0, 0.0, 0, count=5)
     alone = verify([step, other], 2, quadratic=False)
-    a, tokens, next_drafts, next_n, status = verify([empty, step, empty, other, empty], 2, quadratic=False)
+    a, tokens, next_drafts, next_n, error_flags = verify([empty, step, empty, other, empty], 2, quadratic=False)
     for b in (0, 2, 4):
-        assert (a[b], tokens[b], next_drafts[b], next_n[b], status[b]) == (0, [-1, -1, -1], [-1, -1], 0, 0)
-    picked = tuple([x[1], x[3]] for x in (a, tokens, next_drafts, next_n, status))
+        assert (a[b], tokens[b], next_drafts[b], next_n[b], error_flags[b]) == (0, [-1, -1, -1], [-1, -1], 0, 0)
+    picked = tuple([x[1], x[3]] for x in (a, tokens, next_drafts, next_n, error_flags))
     assert picked == alone
 
 

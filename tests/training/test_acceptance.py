@@ -28,8 +28,8 @@ class Walk:
     verified: list[int] = field(default_factory=lambda: [0] * 9)
     accepted: list[int] = field(default_factory=lambda: [0] * 9)
 
-    def over(self, stands: Tensor, num_k: int, quadratic: bool) -> Walk:
-        pending, last, drafts = 0, len(stands) - 1, num_k
+    def over(self, stands: Tensor, num_spec_tokens: int, quadratic: bool) -> Walk:
+        pending, last, drafts = 0, len(stands) - 1, num_spec_tokens
         while pending < last:
             stood = 0
             while stood < drafts and pending + stood < last and bool(stands[pending, stood]):
@@ -39,17 +39,17 @@ class Walk:
                 self.verified[j] += 1
                 self.accepted[j] += j < stood
             self.tokens, self.forwards, pending = self.tokens + committed, self.forwards + 1, pending + committed
-            drafts = num_k if quadratic or stood == drafts else 0
+            drafts = num_spec_tokens if quadratic or stood == drafts else 0
         return self
 
 
-def random_stands(lengths: list[int], num_k: int, share: float, seed: int = 0) -> list[Tensor]:
+def random_stands(lengths: list[int], num_spec_tokens: int, share: float, seed: int = 0) -> list[Tensor]:
     """As Predictions holds them: nothing stands beyond the end of an answer."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for n in lengths:
-        stands = torch.rand(n, num_k, generator=generator) < share
-        inside = torch.arange(n).unsqueeze(1) + 1 + torch.arange(num_k) < n
+        stands = torch.rand(n, num_spec_tokens, generator=generator) < share
+        inside = torch.arange(n).unsqueeze(1) + 1 + torch.arange(num_spec_tokens) < n
         found.append(stands & inside)
     return found
 
@@ -58,29 +58,29 @@ def random_stands(lengths: list[int], num_k: int, share: float, seed: int = 0) -
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
-@pytest.mark.parametrize("num_k", [1, 2, 3, 5])
-def test_tokens_per_forward_are_those_of_a_walk(num_k: int, share: float) -> None:
-    plain, other = (random_stands([1, 2, 3, 4, 9, 40, 77], num_k, share, seed) for seed in (0, 1))
+@pytest.mark.parametrize("num_spec_tokens", [1, 2, 3, 5])
+def test_tokens_per_forward_are_those_of_a_walk(num_spec_tokens: int, share: float) -> None:
+    plain, other = (random_stands([1, 2, 3, 4, 9, 40, 77], num_spec_tokens, share, seed) for seed in (0, 1))
     predictions = Predictions(plain, other)
     for reranked, stands in ((False, plain), (True, other)):
         for quadratic in (False, True):
-            for stride in [*range(2, num_k + 2), None]:
+            for stride in [*range(2, num_spec_tokens + 2), None]:
                 walk = Walk()
                 for one in stands:
-                    walk.over(one, num_k if stride is None else stride - 1, quadratic)
+                    walk.over(one, num_spec_tokens if stride is None else stride - 1, quadratic)
                 found = predictions.tpf(quadratic=quadratic, reranked=reranked, stride=stride)
                 assert found == walk.tokens / walk.forwards
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
-@pytest.mark.parametrize("num_k", [1, 3, 5])
-def test_acceptance_is_a_share_of_what_would_be_verified(num_k: int, share: float) -> None:
-    plain, other = (random_stands([1, 2, 3, 4, 9, 40], num_k, share, seed) for seed in (0, 1))
+@pytest.mark.parametrize("num_spec_tokens", [1, 3, 5])
+def test_acceptance_is_a_share_of_what_would_be_verified(num_spec_tokens: int, share: float) -> None:
+    plain, other = (random_stands([1, 2, 3, 4, 9, 40], num_spec_tokens, share, seed) for seed in (0, 1))
     for reranked, stands in ((False, plain), (True, other)):
-        verified, accepted = [0] * num_k, [0] * num_k
+        verified, accepted = [0] * num_spec_tokens, [0] * num_spec_tokens
         for one in stands:
             for i in range(len(one)):
-                for j in range(num_k):
+                for j in range(num_spec_tokens):
                     if i + 1 + j >= len(one):
                         break
                     verified[j] += 1
@@ -89,7 +89,7 @@ def test_acceptance_is_a_share_of_what_would_be_verified(num_k: int, share: floa
                     accepted[j] += 1
         want = [a / max(1, v) for a, v in zip(accepted, verified, strict=True)]
         assert Predictions(plain, other).acceptance(reranked=reranked) == want
-        assert share < 1 or want == [1.0] * num_k, "drafts beyond the end of an answer are no failures"
+        assert share < 1 or want == [1.0] * num_spec_tokens, "drafts beyond the end of an answer are no failures"
 
 
 # The figures of a model

@@ -83,8 +83,8 @@ def test_the_checkpoint_is_loaded_and_decodes(dtype: torch.dtype, converted: Con
 def test_blocks_tile_the_answer() -> None:
     """From a random offset on, each token is the label of one MASK row and each position holds one MASK."""
     samples = random_samples([(3, 11), (2, 8), (5, 20)])
-    for num_k in (1, 2, 3):
-        batch = make_batch(samples, num_k, num_k, noise(), CPU)
+    for num_spec_tokens in (1, 2, 3):
+        batch = make_batch(samples, num_spec_tokens, num_spec_tokens, noise(), CPU)
         for b, sample in enumerate(samples):
             start, end = len(sample.prompt), len(sample.prompt) + len(sample.answer)
             positions = Counter(
@@ -94,16 +94,16 @@ def test_blocks_tile_the_answer() -> None:
                 if label >= 0
             )
             first = min(positions)
-            assert start <= first < start + num_k
+            assert start <= first < start + num_spec_tokens
             assert positions == Counter(range(first, end - 1)), "the last token is predicted by the row before it"
 
 
 def test_every_step_tiles_with_the_blocks_of_its_stride(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[tuple[int, int]] = []
 
-    def spy(chosen: Any, num_k: int, spacing: int, generator: torch.Generator, device: torch.device) -> Any:
-        tiles.append((num_k, spacing))
-        return make_batch(chosen, num_k, spacing, generator, device)
+    def spy(chosen: Any, num_spec_tokens: int, spacing: int, generator: torch.Generator, device: torch.device) -> Any:
+        tiles.append((num_spec_tokens, spacing))
+        return make_batch(chosen, num_spec_tokens, spacing, generator, device)
 
     monkeypatch.setattr(module, "make_batch", spy)
     start = dense(MemoryCheckpoint(tiny_config(vocab_size=48, mask_token_id=47), scale=0.1))

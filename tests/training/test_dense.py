@@ -36,11 +36,11 @@ def logits_of(model: DenseModel, hidden: Tensor) -> Tensor:
     return F.linear(hidden, model.head)
 
 
-def after_prefill(model: Transformer, length: int, num_k: int) -> tuple[DecodeState, Any]:
+def after_prefill(model: Transformer, length: int, num_spec_tokens: int) -> tuple[DecodeState, Any]:
     """A request whose text is IDS[:length] and whose drafts are the ids that follow, ready for a step."""
-    state = tiny_state([IDS[:length]], 8, num_k)
-    state.drafts.copy_(torch.tensor([IDS[length : length + num_k]]))
-    state.num_drafts.fill_(num_k)
+    state = tiny_state([IDS[:length]], 8, num_spec_tokens)
+    state.drafts.copy_(torch.tensor([IDS[length : length + num_spec_tokens]]))
+    state.num_drafts.fill_(num_spec_tokens)
     cache = model.new_cache(8, PAGE_SIZE)
     if length > 1:
         model.forward(prefill_rows(state, [0], [length - 1], 0, PAGE_SIZE), cache)
@@ -50,35 +50,35 @@ def after_prefill(model: Transformer, length: int, num_k: int) -> tuple[DecodeSt
 # Visibility
 
 
-@pytest.mark.parametrize("num_k", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_spec_tokens", [1, 2, 3, 5])
 @pytest.mark.parametrize("anchors", [[[0]], [[3, 3, 0]], [[1, 4, 7], [6, 2, 0]]])
-def test_visibility_is_that_of_the_design(anchors: list[list[int]], num_k: int) -> None:
+def test_visibility_is_that_of_the_design(anchors: list[list[int]], num_spec_tokens: int) -> None:
     length = 8
-    seen = visibility(torch.tensor(anchors), length, num_k)
+    seen = visibility(torch.tensor(anchors), length, num_spec_tokens)
     count = len(anchors[0])
-    assert seen.shape == (len(anchors), count * num_k, length + count * num_k)
+    assert seen.shape == (len(anchors), count * num_spec_tokens, length + count * num_spec_tokens)
     for b, row_anchors in enumerate(anchors):
         for block, anchor in enumerate(row_anchors):
-            for j in range(num_k):
-                own = {length + block * num_k + i for i in range(j + 1)}
+            for j in range(num_spec_tokens):
+                own = {length + block * num_spec_tokens + i for i in range(j + 1)}
                 want = set(range(anchor + 1)) | own
-                assert set(seen[b, block * num_k + j].nonzero().flatten().tolist()) == want
+                assert set(seen[b, block * num_spec_tokens + j].nonzero().flatten().tolist()) == want
 
 
-@pytest.mark.parametrize(("kind", "num_k"), [("chain", 1), ("chain", 3), ("quadratic", 1), ("quadratic", 3)])
-def test_visibility_is_that_of_a_step(kind: str, num_k: int) -> None:
+@pytest.mark.parametrize(("kind", "num_spec_tokens"), [("chain", 1), ("chain", 3), ("quadratic", 1), ("quadratic", 3)])
+def test_visibility_is_that_of_a_step(kind: str, num_spec_tokens: int) -> None:
     """Step row r is column L - 1 + r: clean rows at their position, then the MASK rows, block by block."""
     length = 6
-    plan = StepPlan(kind, num_k + 1)  # type: ignore[arg-type]
-    state = tiny_state([IDS[:length]], 8, num_k)
-    state.num_drafts.fill_(num_k)
+    plan = StepPlan(kind, num_spec_tokens + 1)  # type: ignore[arg-type]
+    state = tiny_state([IDS[:length]], 8, num_spec_tokens)
+    state.num_drafts.fill_(num_spec_tokens)
     rows = plan_rows(plan, state, PAGE_SIZE)
     total = int(rows.query_start_loc[-1])
-    branches = range(num_k + 1) if kind == "quadratic" else [num_k]
-    seen = visibility(torch.tensor([[length - 1 + b for b in branches]]), length + num_k, num_k)[0]
-    assert total == num_k + 1 + len(seen)
-    for row, columns in enumerate(seen, num_k + 1):
-        bits = int(rows.tail_mask[row]) if rows.tail_mask is not None else (2 << row) - 1
+    branches = range(num_spec_tokens + 1) if kind == "quadratic" else [num_spec_tokens]
+    seen = visibility(torch.tensor([[length - 1 + b for b in branches]]), length + num_spec_tokens, num_spec_tokens)[0]
+    assert total == num_spec_tokens + 1 + len(seen)
+    for row, columns in enumerate(seen, num_spec_tokens + 1):
+        bits = int(rows.tree_mask[row]) if rows.tree_mask is not None else (2 << row) - 1
         want = set(range(length - 1)) | {length - 1 + r for r in range(total) if bits >> r & 1}
         assert set(columns.nonzero().flatten().tolist()) == want
 
@@ -101,25 +101,31 @@ def test_clean_rows_are_those_of_the_paged_model(changes: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("kind", "num_k"), [("chain", 3), ("quadratic", 3), ("quadratic", 1)])
-def test_mask_rows_are_those_of_a_step(changes: dict[str, Any], kind: str, num_k: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "num_spec_tokens"), [("chain", 3), ("quadratic", 3), ("quadratic", 1)])
+def test_mask_rows_are_those_of_a_step(
+    changes: dict[str, Any], kind: str, num_spec_tokens: int, tmp_path: Path
+) -> None:
     checkpoint = MemoryCheckpoint(tiny_config(**changes), seed=4)
     model, lora, length = dense(checkpoint), noisy_lora(checkpoint.config), 7
     with use_backend("torch"):
         paged = exported(tmp_path, checkpoint, Trainee(lora, None))
-        state, cache = after_prefill(paged, length, num_k)
-        rows = plan_rows(StepPlan(kind, num_k + 1), state, PAGE_SIZE)  # type: ignore[arg-type]
+        state, cache = after_prefill(paged, length, num_spec_tokens)
+        rows = plan_rows(StepPlan(kind, num_spec_tokens + 1), state, PAGE_SIZE)  # type: ignore[arg-type]
         step, _ = paged.forward(rows, cache)
-    branches = range(num_k + 1) if kind == "quadratic" else [num_k]
+    branches = range(num_spec_tokens + 1) if kind == "quadratic" else [num_spec_tokens]
     anchors = torch.tensor([[length - 1 + b for b in branches]])
     with torch.no_grad():
         clean = model.clean(torch.tensor([IDS]))
-        masked = logits_of(model, model.masked(clean, anchors, num_k, lora.mask_embedding, lora))[0].flatten(0, 1)
-    first = num_k + 1
+        masked = logits_of(model, model.masked(clean, anchors, num_spec_tokens, lora.mask_embedding, lora))[0].flatten(
+            0, 1
+        )
+    first = num_spec_tokens + 1
     torch.testing.assert_close(step[first : first + len(masked)], masked, rtol=1e-4, atol=1e-4)
-    ordinary = logits_of(model, clean.hidden[0, length - 1 : length + num_k])
+    ordinary = logits_of(model, clean.hidden[0, length - 1 : length + num_spec_tokens])
     torch.testing.assert_close(step[:first], ordinary, rtol=1e-4, atol=1e-4)
-    without = logits_of(model, model.masked(clean, anchors, num_k, lora.mask_embedding, None))[0].flatten(0, 1)
+    without = logits_of(model, model.masked(clean, anchors, num_spec_tokens, lora.mask_embedding, None))[0].flatten(
+        0, 1
+    )
     assert (without - masked).abs().max() > 0.1, "the adapter has a say"
 
 

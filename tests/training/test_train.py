@@ -64,15 +64,15 @@ def same(one: Trainee, other: Trainee) -> bool:
 # Batches
 
 
-@pytest.mark.parametrize("num_k", [1, 3])
+@pytest.mark.parametrize("num_spec_tokens", [1, 3])
 @pytest.mark.parametrize("spacing", [1, 2, 3, 7])
-def test_blocks_and_labels(num_k: int, spacing: int) -> None:
+def test_blocks_and_labels(num_spec_tokens: int, spacing: int) -> None:
     """Each labelled row of each block against the layout, and every label of the answer where blocks are dense."""
     samples = random_samples([(1, 9), (4, 1), (3, 2), (6, 3), (2, 16)])
-    batch = make_batch(samples, num_k, spacing, noise(), CPU)
+    batch = make_batch(samples, num_spec_tokens, spacing, noise(), CPU)
     length = max(len(s.prompt) + len(s.answer) for s in samples)
     assert batch.ids.shape == batch.next_ids.shape == (5, length)
-    assert batch.labels.shape == (*batch.anchors.shape, num_k)
+    assert batch.labels.shape == (*batch.anchors.shape, num_spec_tokens)
     for b, sample in enumerate(samples):
         text, start = sample.prompt + sample.answer, len(sample.prompt)
         assert batch.ids[b].tolist() == text + [0] * (length - len(text))
@@ -84,7 +84,7 @@ def test_blocks_and_labels(num_k: int, spacing: int) -> None:
                 continue
             trained.append(anchor)
             assert anchor >= start - 1
-            want = [text[t] if t < len(text) else -1 for t in range(anchor + 2, anchor + 2 + num_k)]
+            want = [text[t] if t < len(text) else -1 for t in range(anchor + 2, anchor + 2 + num_spec_tokens)]
             assert labels == want
         first = range(start - 1, start - 1 + spacing)
         blocks = [list(range(anchor, len(text) - 2, spacing)) for anchor in first]
@@ -117,9 +117,9 @@ def test_each_step_has_its_own_noise(
 ) -> None:
     seeds: list[int] = []
 
-    def spy(chosen: Any, num_k: int, spacing: int, generator: torch.Generator, device: torch.device) -> Any:
+    def spy(chosen: Any, num_spec_tokens: int, spacing: int, generator: torch.Generator, device: torch.device) -> Any:
         seeds.append(generator.initial_seed())
-        return make_batch(chosen, num_k, spacing, generator, device)
+        return make_batch(chosen, num_spec_tokens, spacing, generator, device)
 
     monkeypatch.setattr(module, "make_batch", spy)
     train(model, samples, [], SMALL, tmp_path / "run")

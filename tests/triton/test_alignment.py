@@ -64,9 +64,30 @@ def shifted(x: Any) -> Any:
 
 
 STATE = (
-    *("page_table", "seq_lens", "query_start_loc", "tail_mask", "num_drafts", "drafts", "positions", "temperature"),
-    *("top_k", "top_p", "min_p", "seed", "draft_dists", "status", "first_mask", "previous", "num_accepted", "tokens"),
-    *("next_drafts", "next_num_drafts", "text", "lengths", "length_limits", "stop_ids", "finish", "ids", "is_mask"),
+    *("page_table", "seq_lens", "query_start_loc", "tree_mask", "num_drafts", "drafts", "positions", "temperature"),
+    *(
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "draft_dists",
+        "error_flags",
+        "first_mask",
+        "previous",
+        "num_accepted",
+        "tokens",
+    ),
+    *(
+        "next_drafts",
+        "next_num_drafts",
+        "text",
+        "lengths",
+        "length_limits",
+        "stop_ids",
+        "finish_reason",
+        "ids",
+        "is_mask",
+    ),
     "slot_mapping",
 )
 
@@ -78,17 +99,17 @@ def _attention(**options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 def _rejection() -> tuple[Callable[..., Any], dict[str, Any]]:
     chain = Chain(batch=3)
     chain.follow(first := chain.arguments(), sampling.verify_accept(**first, draft_dists=chain.q), chain.q)
-    return sampling.verify_accept, {**chain.arguments(), "draft_dists": chain.q, "status": torch.zeros(3).int()}
+    return sampling.verify_accept, {**chain.arguments(), "draft_dists": chain.q, "error_flags": torch.zeros(3).int()}
 
 
 def _rerank() -> tuple[Callable[..., Any], dict[str, Any]]:
-    args = mixed(num_k=3, batch=3)
+    args = mixed(num_spec_tokens=3, batch=3)
     return rerank.rerank_drafts, {**args, "draft_dists": distributions_for(args)}
 
 
 CALLS: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "attention": _attention,
-    "attention, tail_mask": lambda: _attention(tail="random"),
+    "attention, tree_mask": lambda: _attention(tail="random"),
     "sample_rows": lambda: (sampling.sample_rows, arguments("sample_rows", "full")),
     "match": lambda: (
         sampling.verify_accept,

@@ -73,7 +73,7 @@ def check_tail(module: ModuleType, target: int = SPLIT) -> None:
 
 
 @pytest.mark.parametrize("target", [SPLIT, TOGETHER])
-def test_tail_masks(target: int) -> None:
+def test_tree_masks(target: int) -> None:
     check_tail(attention, target)
 
 
@@ -248,7 +248,7 @@ def test_what_a_row_must_not_see_leaves_its_bits_alone() -> None:
         k, v = call["k_cache"].clone(), call["v_cache"].clone()
         k[page, offset], v[page, offset] = 7.0, -9.0
         got = call.changed(k_cache=k, v_cache=v).run(attention.strided_attention).result[:16]
-        sees = torch.tensor([bool(mask >> hidden & 1) for mask in call["tail_mask"][:16].tolist()])
+        sees = torch.tensor([bool(mask >> hidden & 1) for mask in call["tree_mask"][:16].tolist()])
         check_bits(got[~sees], whole[~sees])
         assert not same_bits(got[sees], whole[sees])
 
@@ -475,7 +475,7 @@ def check_unseen(module: ModuleType, call: Call, target: int) -> None:
         clean, table = call.run(module.strided_attention), call["page_table"]
         page_size = call["k_cache"].shape[1]
         length, m = int(call["seq_lens"][0]), int(call["query_start_loc"][1])
-        tail = call.arguments.get("tail_mask")
+        tail = call.arguments.get("tree_mask")
         padded = None if tail is None else tail[None, :m]
         visible = visible_slots(torch.tensor([m]), torch.tensor([length]), m, length, padded, call["window"])[0]
         for slot, value in ((length - m + 1, math.inf), (length - 2, math.nan), (length - m - 4, -math.inf)):

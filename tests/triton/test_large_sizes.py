@@ -93,7 +93,7 @@ def test_distribution_that_are_far_apart() -> None:
 
 
 def test_distribution_of_reranked_drafts_that_are_far_apart() -> None:
-    args = mixed(num_k=3, batch=2)
+    args = mixed(num_spec_tokens=3, batch=2)
     near = distributions_for(args)
     far = DraftDistributions(like(near.logits, (near.logits.shape[2], FAR, 1)), near.cut.clone(), near.log_norm.clone())
     wanted = rerank.rerank_drafts(**args, draft_dists=near)

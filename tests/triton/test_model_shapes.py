@@ -216,7 +216,7 @@ PER_REQUEST = ("drafts", "temperature", "top_k", "top_p", "min_p", "seed")
 
 def confident_chain(vocab_size: int, batch: int) -> Chain:
     """Requests whose model is as sure of itself as a trained one, so that some drafts stand."""
-    chain = Chain(vocab=vocab_size, batch=batch, num_k=NUM_CLEAN - 1, dtype=torch.bfloat16)
+    chain = Chain(vocab=vocab_size, batch=batch, num_spec_tokens=NUM_CLEAN - 1, dtype=torch.bfloat16)
     chain.table *= 3
     return chain
 

@@ -91,7 +91,10 @@ MUTANTS = {
     "the text ends one early": ("(place < length) & (place >= prompt_length)", "(place < length - 1)"),
     "drafts after the row": ("for j in range(visible)", "for j in range(span.n)"),
     "no drafts": ("for j in range(visible)", "for j in range(0)"),
-    "MASK rows of a chain": ("visible = tl.minimum((r - 1 - span.n) // tl.maximum(num_k, 1), span.n)", "visible = 0"),
+    "MASK rows of a chain": (
+        "visible = tl.minimum((r - 1 - span.n) // tl.maximum(num_spec_tokens, 1), span.n)",
+        "visible = 0",
+    ),
     "presence of the prompt": ("presence * (count > 0)", "presence * is_seen"),
     "negative logits are divided": ("tl.where(x > 0, tl.div_rn", "tl.where(x < 1e9, tl.div_rn"),
     "the bias after the penalties": ("tl.where(is_biased, x + bias, x)", "x"),

@@ -1,4 +1,4 @@
-"""verify_accept in rule `rejection` on backend `triton`: ids, distributions and status of the references.
+"""verify_accept in rule `rejection` on backend `triton`: ids, distributions and error_flags of the references.
 
 Both sides see the same noise and distributions that differ by rounding, so only a near-tie could tell them apart, and
 the fixed seeds here hold none.
@@ -36,24 +36,35 @@ class Chain:
     """
 
     def __init__(
-        self, plan: str = "quadratic", num_k: int = 3, batch: int = 8, vocab: int = VOCAB, dtype: torch.dtype = BASE
+        self,
+        plan: str = "quadratic",
+        num_spec_tokens: int = 3,
+        batch: int = 8,
+        vocab: int = VOCAB,
+        dtype: torch.dtype = BASE,
     ):
-        self.quadratic, self.num_k, self.batch, self.vocab, self.dtype = plan == "quadratic", num_k, batch, vocab, dtype
+        self.quadratic, self.num_spec_tokens, self.batch, self.vocab, self.dtype = (
+            plan == "quadratic",
+            num_spec_tokens,
+            batch,
+            vocab,
+            dtype,
+        )
         options = rows_of(torch.empty(batch, vocab), vocab - 2)
         self.options = {
             k: options[k] for k in ("temperature", "top_k", "top_p", "min_p", "seed", "id_limit", "mask_id")
         }
         self.options["temperature"] = torch.tensor([(0.7, 1.0, 1.3, 0.0)[b % 4] for b in range(batch)])
         self.positions = torch.randint(0, 900, (batch,), dtype=torch.int32)
-        self.drafts = torch.full((batch, num_k), -1)
+        self.drafts = torch.full((batch, num_spec_tokens), -1)
         self.num_drafts = torch.zeros(batch, dtype=torch.int32)
-        self.q = DraftDistributions.empty(batch, num_k, vocab, dtype, DEVICE)
-        self.table = torch.randn(batch, 4 * (num_k + 1), vocab) * 2
+        self.q = DraftDistributions.empty(batch, num_spec_tokens, vocab, dtype, DEVICE)
+        self.table = torch.randn(batch, 4 * (num_spec_tokens + 1), vocab) * 2
         self.first = self.positions.clone()
         self.steps = 0
 
     def arguments(self) -> dict[str, Any]:
-        k, logits, counts = self.num_k, [], []
+        k, logits, counts = self.num_spec_tokens, [], []
         for b in range(self.batch):
             n, rows = int(self.num_drafts[b]), []
             if b % 8 != 1 or self.steps % 2 == 0:
@@ -90,13 +101,13 @@ def compare(
 ) -> tuple[tuple[Tensor, ...], DraftDistributions]:
     """Both sides from the same distributions; returns what the reference left behind."""
     batch = arguments["num_drafts"].shape[0]
-    status, wanted_status = (torch.full((batch,), 32, dtype=torch.int32) for _ in range(2))
+    error_flags, wanted_flags = (torch.full((batch,), 32, dtype=torch.int32) for _ in range(2))
     mine, theirs = copy.deepcopy(q), copy.deepcopy(q)
-    got = module.verify_accept(**arguments, draft_dists=mine, status=status)
-    wanted = python_ref.verify_accept(**arguments, draft_dists=theirs, status=wanted_status)
+    got = module.verify_accept(**arguments, draft_dists=mine, error_flags=error_flags)
+    wanted = python_ref.verify_accept(**arguments, draft_dists=theirs, error_flags=wanted_flags)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
-    assert status.tolist() == wanted_status.tolist()
+    assert error_flags.tolist() == wanted_flags.tolist()
     check_bits(mine.logits, theirs.logits)
     assert torch.equal(mine.cut, theirs.cut), (mine.cut, theirs.cut)
     torch.testing.assert_close(mine.log_norm, theirs.log_norm, rtol=2e-6, atol=2e-6)
@@ -112,7 +123,7 @@ def check_chain(module: ModuleType, chain: Chain | None = None, steps: int = 3) 
         accepted += int(result[0].sum())
         refused += int((result[0] < chain.num_drafts).sum())
         chain.follow(arguments, result, q)
-    assert chain.num_k < 2 or INTERPRETED or (accepted and refused)
+    assert chain.num_spec_tokens < 2 or INTERPRETED or (accepted and refused)
 
 
 def check_many(module: ModuleType) -> None:
@@ -133,12 +144,14 @@ SLOW = pytest.mark.compiled  # these take the interpreter minutes
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "plan, num_k",
+    "plan, num_spec_tokens",
     [pytest.param("quadratic", 1, marks=SLOW), ("quadratic", 3), ("chain", 2), pytest.param("chain", 31, marks=SLOW)],
 )
-def test_steps(plan: str, num_k: int, dtype: torch.dtype) -> None:
+def test_steps(plan: str, num_spec_tokens: int, dtype: torch.dtype) -> None:
     check_chain(
-        sampling, Chain(plan, num_k, dtype=dtype, batch=4 if INTERPRETED else 12), steps=2 if INTERPRETED else 3
+        sampling,
+        Chain(plan, num_spec_tokens, dtype=dtype, batch=4 if INTERPRETED else 12),
+        steps=2 if INTERPRETED else 3,
     )
 
 
@@ -159,12 +172,12 @@ def test_several_slices() -> None:
 
 @pytest.mark.compiled
 def test_a_full_vocabulary() -> None:
-    check_chain(sampling, Chain(vocab=151_936, batch=3, num_k=2, dtype=torch.bfloat16), steps=2)
+    check_chain(sampling, Chain(vocab=151_936, batch=3, num_spec_tokens=2, dtype=torch.bfloat16), steps=2)
 
 
 def check_extremes(module: ModuleType) -> None:
     """Distributions that are equal (nothing is left of the residual), disjoint, and points; drafts that nobody drew."""
-    chain = Chain(num_k=1, batch=8)
+    chain = Chain(num_spec_tokens=1, batch=8)
     chain.options["temperature"] = torch.tensor([1.0, 1.0, 0.7, 0.0, 1.0, 1.3, 1.0, 0.0])
     chain.options |= {"top_k": torch.tensor([0, 0, 0, 0, 1, 0, 3, 2], dtype=torch.int32), "top_p": torch.ones(8)}
     arguments = chain.arguments()
@@ -188,7 +201,7 @@ def test_extremes() -> None:
 
 def check_faults(module: ModuleType) -> None:
     """Bad drafts and counts; NaN, Inf and nothing finite in rows of p and of q, where the distribution is a point."""
-    chain = Chain(num_k=2, batch=8 if INTERPRETED else 24)
+    chain = Chain(num_spec_tokens=2, batch=8 if INTERPRETED else 24)
     for fault in (False, True):
         arguments = chain.arguments()
         start = arguments["query_start_loc"].long()[:-1]

@@ -49,17 +49,17 @@ def compare(module: ModuleType, args: dict[str, Any], q: DraftDistributions | No
 
 def kept_again(args: dict[str, Any], q: DraftDistributions, drafts: Tensor) -> None:
     """The cut, the normaliser and the drafts follow from the logits that were kept, where drafts were chosen."""
-    chosen, (batch, num_k) = args["num_drafts"] > 0, drafts.shape
+    chosen, (batch, num_spec_tokens) = args["num_drafts"] > 0, drafts.shape
 
     def each(name: str) -> Tensor:
-        return args[name].unsqueeze(1).expand(batch, num_k)[chosen].flatten()
+        return args[name].unsqueeze(1).expand(batch, num_spec_tokens)[chosen].flatten()
 
     kept = q.logits[chosen].flatten(0, 1)
     z = scale_by_temperature(sanitise(kept, args["id_limit"], args["mask_id"])[0], each("temperature"))
     cut = truncation_cut(z, each("top_k"), each("top_p"), each("min_p"))
     assert q.cut[chosen].flatten().tolist() == cut.tolist()
     torch.testing.assert_close(q.log_norm[chosen].flatten(), log_norm_of(z, cut), rtol=1e-6, atol=1e-6)
-    position = (args["positions"].unsqueeze(1) + 1 + torch.arange(num_k))[chosen].flatten()
+    position = (args["positions"].unsqueeze(1) + 1 + torch.arange(num_spec_tokens))[chosen].flatten()
     noise = gumbel(each("seed"), position, z.shape[1], STREAM_DRAFT)
     greedy = each("temperature") < GREEDY_BELOW
     assert drafts[chosen].flatten().tolist() == perturbed_argmax(z, cut, greedy, noise).tolist()
@@ -67,7 +67,7 @@ def kept_again(args: dict[str, Any], q: DraftDistributions, drafts: Tensor) -> N
 
 def check_samplers(module: ModuleType, dtype: torch.dtype = BASE) -> None:
     for i, sampler in enumerate(SOME.values()):
-        args = problem(dtype=dtype, seed=i, num_k=2 if INTERPRETED else 3, **sampler)
+        args = problem(dtype=dtype, seed=i, num_spec_tokens=2 if INTERPRETED else 3, **sampler)
         compare(module, args)
         compare(module, args, distributions_for(args))
 
@@ -86,9 +86,9 @@ def mixed(**shape: Any) -> dict[str, Any]:
     return args
 
 
-@pytest.mark.parametrize("num_k", [1, 3] if INTERPRETED else range(1, 8))
-def test_every_stride(num_k: int) -> None:
-    args = mixed(num_k=num_k, batch=5)
+@pytest.mark.parametrize("num_spec_tokens", [1, 3] if INTERPRETED else range(1, 8))
+def test_every_stride(num_spec_tokens: int) -> None:
+    args = mixed(num_spec_tokens=num_spec_tokens, batch=5)
     compare(rerank, args, distributions_for(args))
 
 
@@ -101,7 +101,7 @@ def check_shapes(module: ModuleType) -> None:
             {"vocab_size": 83, "width": 300, "hidden": 1033},
         ][: 2 if INTERPRETED else None]
     ):
-        args = mixed(**{"num_k": 2, "batch": 4, "seed": i, **shape})
+        args = mixed(**{"num_spec_tokens": 2, "batch": 4, "seed": i, **shape})
         args["from_state"] *= 0.1
         compare(module, args, distributions_for(args) if i == 1 else None)
 
@@ -112,7 +112,7 @@ def test_shapes() -> None:
 
 def check_shared(module: ModuleType) -> None:
     """CTAs that serve eight requests, the last one fewer."""
-    args = mixed(batch=19, num_k=2)
+    args = mixed(batch=19, num_spec_tokens=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "kMinCtas", 1)
         assert module.num_served(19, 2) == 8
@@ -131,7 +131,7 @@ def test_who_shares_a_cta() -> None:
 
 def check_groups(module: ModuleType) -> None:
     """More groups than candidates, so that some are left out."""
-    compare(module, mixed(vocab_size=12_305, batch=2, num_k=1))
+    compare(module, mixed(vocab_size=12_305, batch=2, num_spec_tokens=1))
 
 
 @pytest.mark.compiled
@@ -219,14 +219,14 @@ def test_free_strides() -> None:
 
 
 def test_what_is_left_to_the_reference() -> None:
-    for dtype, shape in ((torch.float64, {}), (BASE, {"num_k": 0}), (BASE, {"batch": 0})):
+    for dtype, shape in ((torch.float64, {}), (BASE, {"num_spec_tokens": 0}), (BASE, {"batch": 0})):
         args = problem(dtype=dtype, **shape)
         assert torch.equal(rerank.rerank_drafts(**args), python_ref.rerank_drafts(**args))
 
 
 @pytest.mark.compiled
 def test_a_request_alone_has_the_same_bits() -> None:
-    args = mixed(batch=12, num_k=2, vocab_size=257, width=31, hidden=65)
+    args = mixed(batch=12, num_spec_tokens=2, vocab_size=257, width=31, hidden=65)
     q = distributions_for(args)
     drafts = rerank.rerank_drafts(**args, draft_dists=q)
     for b in (0, 9):
@@ -339,8 +339,16 @@ MUTANTS = {
         "x = x * 1.0",
     ),
     "distributions not cleared": (check_samplers, "nothing, mask=id_ < vocab_size", "nothing, mask=id_ < 16"),
-    "distributions of padded requests": (check_padded, "if tl.load(gNumDrafts + request) <= 0:", "if num_k <= 0:"),
-    "drafts of padded requests": (check_padded, "tl.store(gMine + i, before, mask=i < num_k)", "tl.store(gMine, -1)"),
+    "distributions of padded requests": (
+        check_padded,
+        "if tl.load(gNumDrafts + request) <= 0:",
+        "if num_spec_tokens <= 0:",
+    ),
+    "drafts of padded requests": (
+        check_padded,
+        "tl.store(gMine + i, before, mask=i < num_spec_tokens)",
+        "tl.store(gMine, -1)",
+    ),
     "an empty row without a distribution": (check_faults, "where(is_empty, c == 0, x", "where(is_empty, c < 0, x"),
     "an empty row without a draft": (check_faults, "draft = tl.where(is_empty, lowest_id(mask_id), draft)", ""),
 }

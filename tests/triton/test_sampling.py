@@ -98,12 +98,12 @@ def rows_of(logits: Tensor, id_limit: int | None = None, mask_id: int = 7, **cha
 
 def compare_rows(module: ModuleType, arguments: dict[str, Any]) -> None:
     count = arguments["logits"].shape[0]
-    status, wanted_status = (torch.full((count,), 16, dtype=torch.int32) for _ in range(2))
+    error_flags, wanted_flags = (torch.full((count,), 16, dtype=torch.int32) for _ in range(2))
     out = torch.full((count,), -5)
-    got = module.sample_rows(**arguments, status=status, out=out)
+    got = module.sample_rows(**arguments, error_flags=error_flags, out=out)
     assert got is out
-    assert got.tolist() == python_ref.sample_rows(**arguments, status=wanted_status).tolist()
-    assert status.tolist() == wanted_status.tolist()
+    assert got.tolist() == python_ref.sample_rows(**arguments, error_flags=wanted_flags).tolist()
+    assert error_flags.tolist() == wanted_flags.tolist()
 
 
 def check_rows(module: ModuleType, vocab_size: int = 1501, dtype: torch.dtype = BASE) -> None:
@@ -205,13 +205,13 @@ def test_token_depends_on_the_row_alone() -> None:
 
 
 def step_of(
-    plan: str = "quadratic", vocab_size: int = 61, num_k: int = 3, batch: int = 8, dtype: torch.dtype = BASE
+    plan: str = "quadratic", vocab_size: int = 61, num_spec_tokens: int = 3, batch: int = 8, dtype: torch.dtype = BASE
 ) -> dict[str, Any]:
     """A step of several requests: absent ones, fewer drafts than K, steps without MASK rows, padding rows, and drafts
     that agree with what will be sampled up to some place."""
     quadratic = plan == "quadratic"
-    num_drafts = torch.randint(0, num_k + 1, (batch,), dtype=torch.int32)
-    rows = num_drafts + 1 + (num_k * (num_drafts + 1) if quadratic else num_k)
+    num_drafts = torch.randint(0, num_spec_tokens + 1, (batch,), dtype=torch.int32)
+    rows = num_drafts + 1 + (num_spec_tokens * (num_drafts + 1) if quadratic else num_spec_tokens)
     rows[1], rows[2] = 0, num_drafts[2] + 1  # absent; no MASK rows
     start = torch.cat([torch.zeros(1, dtype=torch.int32), rows.cumsum(0).to(torch.int32)])
     logits = (torch.randn(int(start[-1]) + 3, vocab_size) * 2).to(dtype)
@@ -222,7 +222,7 @@ def step_of(
         "logits": logits,
         "query_start_loc": start,
         "num_drafts": num_drafts,
-        "drafts": torch.randint(0, vocab_size, (batch, num_k)),
+        "drafts": torch.randint(0, vocab_size, (batch, num_spec_tokens)),
         "positions": positions,
         **per_request,
         "id_limit": vocab_size - 2,
@@ -245,19 +245,21 @@ def step_of(
 
 def compare_steps(module: ModuleType, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     batch = arguments["num_drafts"].shape[0]
-    status, wanted_status = (torch.full((batch,), 32, dtype=torch.int32) for _ in range(2))
-    got = module.verify_accept(**arguments, status=status)
-    wanted = python_ref.verify_accept(**arguments, status=wanted_status)
+    error_flags, wanted_flags = (torch.full((batch,), 32, dtype=torch.int32) for _ in range(2))
+    got = module.verify_accept(**arguments, error_flags=error_flags)
+    wanted = python_ref.verify_accept(**arguments, error_flags=wanted_flags)
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
-    assert status.tolist() == wanted_status.tolist()
+    assert error_flags.tolist() == wanted_flags.tolist()
     return got
 
 
-def check_steps(module: ModuleType, plan: str = "quadratic", num_k: int = 3, dtype: torch.dtype = BASE) -> None:
+def check_steps(
+    module: ModuleType, plan: str = "quadratic", num_spec_tokens: int = 3, dtype: torch.dtype = BASE
+) -> None:
     for _ in range(1 if INTERPRETED else 3):
-        num_accepted, *_ = compare_steps(module, step_of(plan, num_k=num_k, dtype=dtype))
-    if num_k > 1:
+        num_accepted, *_ = compare_steps(module, step_of(plan, num_spec_tokens=num_spec_tokens, dtype=dtype))
+    if num_spec_tokens > 1:
         assert num_accepted.max() > 0
 
 
@@ -266,7 +268,7 @@ SLOW = pytest.mark.compiled  # these take the interpreter minutes
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "plan, num_k",
+    "plan, num_spec_tokens",
     [
         pytest.param("quadratic", 1, marks=SLOW),
         ("quadratic", 3),
@@ -276,8 +278,8 @@ SLOW = pytest.mark.compiled  # these take the interpreter minutes
         ("chain", 0),
     ],
 )
-def test_verify_accept(plan: str, num_k: int, dtype: torch.dtype) -> None:
-    check_steps(sampling, plan, num_k, dtype)
+def test_verify_accept(plan: str, num_spec_tokens: int, dtype: torch.dtype) -> None:
+    check_steps(sampling, plan, num_spec_tokens, dtype)
 
 
 def check_step_faults(module: ModuleType) -> None:
@@ -301,7 +303,7 @@ def test_step_with_bias() -> None:
 
 def test_drafts_and_stride_do_not_change_the_output() -> None:
     """Each committed token is what sample_rows gives for its row and position: with any drafts, in any plan."""
-    arguments = step_of("quadratic", num_k=3)
+    arguments = step_of("quadratic", num_spec_tokens=3)
     num_accepted, tokens, _, _ = sampling.verify_accept(**arguments)
     per_request = ("temperature", "top_k", "top_p", "min_p", "seed")
     for b, start in enumerate(arguments["query_start_loc"][:-1].tolist()):

@@ -28,7 +28,7 @@ def test_advance_of_plain_decoding() -> None:
     empty = torch.empty(2, 0, dtype=torch.int64)
     zeros = torch.zeros(2, dtype=torch.int32)
     text, lengths = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([1, 4], dtype=torch.int32)
-    finish = zeros.clone()
+    finish_reason = zeros.clone()
     emitted = state.advance(
         zeros,
         torch.tensor([[7], [8]]),
@@ -40,9 +40,9 @@ def test_advance_of_plain_decoding() -> None:
         num_drafts=zeros.clone(),
         length_limits=torch.full((2,), 5, dtype=torch.int32),
         stop_ids=empty,
-        finish=finish,
+        finish_reason=finish_reason,
     )
-    assert emitted.tolist() == [1, 1] and lengths.tolist() == [2, 5] and finish.tolist() == [0, 2]
+    assert emitted.tolist() == [1, 1] and lengths.tolist() == [2, 5] and finish_reason.tolist() == [0, 2]
     assert text.tolist() == [[0, 7, 0, 0, 0], [0, 0, 0, 0, 8]]
 
 
@@ -55,13 +55,13 @@ def test_schedules(schedule: str, softgpu: ModuleType) -> None:
 
 MUTANTS = {
     "tokens after a stop": ("tl.where(is_stop, i + 1, WIDTH + 1)", "tl.where(is_stop, i + 2, WIDTH + 1)"),
-    "drafts after the end": ("tl.where(finish == kRunning, num_next, 0)", "num_next"),
+    "drafts after the end": ("tl.where(finish_reason == kRunning, num_next, 0)", "num_next"),
     "stop id before its place": (
         "committed = tl.load(gNumAccepted + b) + 1",
         "committed = tl.load(gNumAccepted + b) + 2",
     ),
     "runs past the limit": ("tl.maximum(limit - length, 0)", "tl.maximum(limit - length + 1, 0)"),
-    "finished requests go on": ("(finish != kRunning) | ", "(finish == kStopped) | "),
+    "finished requests go on": ("(finish_reason != kRunning) | ", "(finish_reason == kStopped) | "),
 }
 
 

@@ -18,9 +18,9 @@ from tests.triton.support import DEVICE, caught, mutant
 PLANS = [(0, False), (1, False), (3, False), (31, False), (1, True), (3, True), (7, True)]
 
 
-def check_plan(module: ModuleType, num_k: int, quadratic: bool, seeds: range = range(2)) -> None:
+def check_plan(module: ModuleType, num_spec_tokens: int, quadratic: bool, seeds: range = range(2)) -> None:
     for seed in seeds:
-        state = random_places(seed, num_k, (16, 5)[seed % 2], DEVICE)
+        state = random_places(seed, num_spec_tokens, (16, 5)[seed % 2], DEVICE)
         size = (16, 5)[seed % 2]
         how = {"quadratic": quadratic, "noise_below": (0, 151_669)[seed % 2]}
         got = module.plan_rows(state, 60, size, **how)
@@ -28,14 +28,14 @@ def check_plan(module: ModuleType, num_k: int, quadratic: bool, seeds: range = r
             assert x.dtype == y.dtype and torch.equal(x, y), i
 
 
-@pytest.mark.parametrize(("num_k", "quadratic"), PLANS)
-def test_plan_rows(num_k: int, quadratic: bool) -> None:
-    check_plan(step, num_k, quadratic)
+@pytest.mark.parametrize(("num_spec_tokens", "quadratic"), PLANS)
+def test_plan_rows(num_spec_tokens: int, quadratic: bool) -> None:
+    check_plan(step, num_spec_tokens, quadratic)
 
 
-def check_commit(module: ModuleType, num_k: int, seeds: range, **options: object) -> None:
+def check_commit(module: ModuleType, num_spec_tokens: int, seeds: range, **options: object) -> None:
     for seed in seeds:
-        mine, other = (random_commit(seed, num_k, DEVICE, **options) for _ in range(2))
+        mine, other = (random_commit(seed, num_spec_tokens, DEVICE, **options) for _ in range(2))
         assert torch.equal(module.commit_step(**mine), python_ref.commit_step(**other)), seed
         for field in dataclasses.fields(python_ref.StepState):
             assert torch.equal(getattr(mine["state"], field.name), getattr(other["state"], field.name)), field.name
@@ -43,10 +43,10 @@ def check_commit(module: ModuleType, num_k: int, seeds: range, **options: object
 
 @pytest.mark.parametrize("acceptance", [None, 0.5])
 @pytest.mark.parametrize("suffix", [False, True])
-@pytest.mark.parametrize("num_k", [0, 1, 4])
-def test_commit_step(num_k: int, suffix: bool, acceptance: float | None) -> None:
-    check_commit(step, num_k, range(3), suffix=suffix, acceptance=acceptance, quadratic=False)
-    check_commit(step, num_k, range(3, 5), suffix=suffix, acceptance=acceptance, quadratic=True)
+@pytest.mark.parametrize("num_spec_tokens", [0, 1, 4])
+def test_commit_step(num_spec_tokens: int, suffix: bool, acceptance: float | None) -> None:
+    check_commit(step, num_spec_tokens, range(3), suffix=suffix, acceptance=acceptance, quadratic=False)
+    check_commit(step, num_spec_tokens, range(3, 5), suffix=suffix, acceptance=acceptance, quadratic=True)
 
 
 def check_search(module: ModuleType) -> None:
@@ -59,8 +59,8 @@ def check_search(module: ModuleType) -> None:
     # The last text begins with its last token, and what lies before it in memory is what came before that.
     text[11, 0], text[10, -6:] = text[11, 2053], text[11, 2047:2053]
     state = args["state"]
-    zeros = torch.zeros_like(state.finish)
-    none = {name: zeros.clone() for name in ("finish", "status", "num_drafts")}
+    zeros = torch.zeros_like(state.finish_reason)
+    none = {name: zeros.clone() for name in ("finish_reason", "error_flags", "num_drafts")}
     state = dataclasses.replace(state, text=text, lengths=zeros + 2054, length_limits=zeros + 2100, **none)
     module.commit_step(**args | {"state": state, "tokens": torch.full_like(args["tokens"], -1)})
     assert state.num_drafts.tolist() == [4] * 12 and state.draft_source.tolist() == [2] * 12
@@ -106,7 +106,7 @@ MUTANTS = {
     "padding over the rows of others": ("total + b * shape.R - start + r - m", "start + r"),
     "branches see each other": ("((two << branch) - 1) | own", "seen"),
     "a page that is not there": ("has_page = is_row & (page < max_pages)", "has_page = is_row"),
-    "drafts of a request that ended": ("tl.where(new_finish == kRunning, num_next, 0)", "num_next"),
+    "drafts of a request that ended": ("tl.where(new_reason == kRunning, num_next, 0)", "num_next"),
     "what NaN decided is committed": ("token = tl.where(failed, -1, token)", "token = token"),
     "a chain drafts after a rejection": ("drafts_again & (a == n)", "drafts_again"),
     "the first of equal occurrences": ("(match << 32) + end", "(match << 32) + 4096 - end"),

@@ -32,7 +32,7 @@ struct AttentionParams {
   int64_t page_table_stride = 0;
   const int32_t* seq_lens = nullptr;         // [batch], the step's rows included; 0: no request
   const int32_t* query_start_loc = nullptr;  // [batch + 1]
-  const int64_t* tail_mask = nullptr;        // [num_rows], 64 bits each; nullptr: a chain
+  const int64_t* tree_mask = nullptr;        // [num_rows], 64 bits each; nullptr: a chain
   const float* k_scale = nullptr;            // one value; nullptr: 1
   const float* v_scale = nullptr;
   void* out = nullptr;  // [num_rows, num_heads, head_dim]; rows of no request become 0
@@ -50,7 +50,7 @@ struct AttentionParams {
   int32_t page_size = 0;
   int32_t max_pages = 0;      // columns of page_table
   int32_t max_query_len = 0;  // further rows of a request are rows of none
-  int32_t window = -1;        // with w >= 0 a row sees w slots before its own, and no tail_mask is given
+  int32_t window = -1;        // with w >= 0 a row sees w slots before its own, and no tree_mask is given
   float sm_scale = 1.0f;
 
   void* scratch = nullptr;  // attention_scratch_bytes(), at a multiple of 16 bytes

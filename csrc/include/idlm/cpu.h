@@ -21,10 +21,10 @@ enum { IDLM_CPU_GGUF_Q4_0 = 10, IDLM_CPU_GGUF_Q4_1 = 11, IDLM_CPU_GGUF_Q8_0 = 12
 
 // y = x W^T + bias, and on MASK rows + scale * (x A_p^T) B^T, where p is the part of A that a group of 16 outputs takes.
 typedef struct {
-  const void* weight;   // [ceil(n / 16)] groups of 16 outputs, from idlm_cpu_pack
-  const float* bias;    // [n] or null
-  const void* lora_a;   // [parts][rank / 16][k][16], or null: no adapter; of I8 [parts][rank / 32][k / 32][2][8][16][4]
-  const void* lora_b;   // [n / 16][rank][16]; of I8 [n / 16][rank / 4][16][4]
+  const void* weight;  // [ceil(n / 16)] groups of 16 outputs, from idlm_cpu_pack
+  const float* bias;   // [n] or null
+  const void* lora_a;  // [parts][rank / 16][k][16], or null: no adapter; of I8 [parts][rank / 32][k / 32][2][8][16][4]
+  const void* lora_b;  // [n / 16][rank][16]; of I8 [n / 16][rank / 4][16][4]
   const float* lora_a_scale;  // [parts * rank], what numbers of I8 are multiplied with; null else
   const float* lora_b_scale;  // [n]
   const uint8_t* part;  // [n / 16]
@@ -48,9 +48,9 @@ typedef struct {
 
 typedef struct {
   const idlm_cpu_layer* layers;
-  const float* norm;    // [hidden]
-  const float* rotary;  // [positions][head_dim]: the cosines of head_dim / 2 angles, then the sines
-  idlm_cpu_linear head; // n = vocabulary
+  const float* norm;     // [hidden]
+  const float* rotary;   // [positions][head_dim]: the cosines of head_dim / 2 angles, then the sines
+  idlm_cpu_linear head;  // n = vocabulary
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
   float eps;
   int32_t has_adapter;
@@ -73,7 +73,7 @@ typedef struct {
   const int32_t* page_table;       // [batch][page_table_stride]
   const int32_t* seq_lens;         // [batch], these rows included
   const int32_t* query_start_loc;  // [batch + 1]
-  const int64_t* tail_mask;        // [rows] or null: plain causal rows
+  const int64_t* tree_mask;        // [rows] or null: plain causal rows
   const int64_t* logits_rows;      // [num_logits] or null: all rows
   float* x;                        // [rows][hidden] in: embeddings; overwritten
   float* hidden;                   // [num_logits][hidden] out: what the LM head reads
@@ -101,22 +101,22 @@ IDLM_CPU_API const char* idlm_cpu_forward(const idlm_cpu_model* model, const idl
 typedef struct {
   int64_t* text;    // [batch][text_stride]; pending is the last of `lengths` tokens
   int64_t* drafts;  // [batch][drafts_stride]
-  int32_t *lengths, *num_drafts, *draft_source, *finish;  // [batch], as the next two and the seed
-  const int32_t *max_drafts, *length_limits, *status;
-  const int64_t* stop_ids;      // [batch][stops_stride]
-  const int32_t* page_table;    // [batch][page_table_stride]
+  int32_t *lengths, *num_drafts, *draft_source, *finish_reason;  // [batch], as the next two and the seed
+  const int32_t *max_drafts, *length_limits, *error_flags;
+  const int64_t* stop_ids;    // [batch][stops_stride]
+  const int32_t* page_table;  // [batch][page_table_stride]
   const int64_t* seed;
   int64_t text_stride, drafts_stride, stops_stride, page_table_stride;
-  int32_t batch, max_len, num_k, num_stops, max_pages;  // columns of text, drafts, stop_ids and page_table
+  int32_t batch, max_len, num_spec_tokens, num_stops, max_pages;  // columns of text, drafts, stop_ids and page_table
 } idlm_cpu_state;
 
 typedef struct {
   int64_t mask_id;      // the id that MASK rows are given
   int64_t noise_below;  // if not 0: ids drawn from 1 .. noise_below - 1 instead (python_ref/noise.py, noise_ids)
   int32_t page_size, quadratic, rows;  // rows: batch times the most rows of a request
-  int64_t* ids;     // out [rows], as the next four
+  int64_t* ids;  // out [rows], as the next four
   uint8_t* is_mask;
-  int64_t *positions, *slots, *tail_mask;
+  int64_t *positions, *slots, *tree_mask;
   int32_t* seq_lens;         // out [batch]
   int32_t* query_start_loc;  // out [batch + 1]
 } idlm_cpu_plan;
@@ -127,53 +127,53 @@ typedef struct {
   const float* logits;             // [rows][logits_stride]
   const int32_t* query_start_loc;  // [batch + 1]
   const int32_t* num_drafts;
-  const int64_t* drafts;           // [batch][drafts_stride]
-  const float* temperature;        // [batch]; below greedy_below a request is greedy
+  const int64_t* drafts;     // [batch][drafts_stride]
+  const float* temperature;  // [batch]; below greedy_below a request is greedy
   int64_t logits_stride, drafts_stride, vocabulary, id_limit, mask_id;
-  int32_t rows, batch, num_k, quadratic;
-  int32_t* num_accepted;           // out [batch]
-  int64_t* tokens;                 // out [batch][num_k + 1]
-  int64_t* next_drafts;            // out [batch][num_k]
-  int32_t* next_num_drafts;        // out [batch]
+  int32_t rows, batch, num_spec_tokens, quadratic;
+  int32_t* num_accepted;     // out [batch]
+  int64_t* tokens;           // out [batch][num_spec_tokens + 1]
+  int64_t* next_drafts;      // out [batch][num_spec_tokens]
+  int32_t* next_num_drafts;  // out [batch]
   float greedy_below;
 } idlm_cpu_decision;
 // `match` where every request is greedy. Returns 1, with nothing decided, where one is not, or where a row or a draft is out
 // of the ordinary (NaN, infinity, an id beyond the vocabulary, rows that are not there): the general way then finds the
-// right result and the status bits.
+// right result and the error flags.
 IDLM_CPU_API int32_t idlm_cpu_verify_greedy(const idlm_cpu_decision* decision);
 
 typedef struct {
-  const float* logits;             // [n]: of the ids 0 .. n - 1, which alone may be sampled
-  int64_t n, mask_id;              // mask_id is never sampled; -1: there is none
-  int64_t seed, position;          // of the request; of the token that is predicted
+  const float* logits;     // [n]: of the ids 0 .. n - 1, which alone may be sampled
+  int64_t n, mask_id;      // mask_id is never sampled; -1: there is none
+  int64_t seed, position;  // of the request; of the token that is predicted
   float temperature, top_p, min_p;
   int32_t top_k, stream;
 } idlm_cpu_drawing;
 // The token that a row gives a request with temperature, truncation and noise (docs/step.md, section 4). -1 where a number
-// is NaN, the largest is not finite, or the request is greedy: the general way then finds the token and the status bits.
+// is NaN, the largest is not finite, or the request is greedy: the general way then finds the token and the error flags.
 IDLM_CPU_API int64_t idlm_cpu_draw(const idlm_cpu_drawing* drawing);
 
 typedef struct {
   const int32_t* num_accepted;     // [batch]
   const int64_t* tokens;           // [batch][width]
-  const int64_t* next_drafts;      // [batch][num_k]
+  const int64_t* next_drafts;      // [batch][num_spec_tokens]
   const int32_t* next_num_drafts;  // [batch]
   const int64_t* stop_ids;         // [batch][num_stops]
   const int32_t* length_limits;    // [batch]
   int64_t tokens_stride, next_drafts_stride, stops_stride, text_stride, drafts_stride;
-  int32_t batch, width, num_k, num_stops;
+  int32_t batch, width, num_spec_tokens, num_stops;
   int64_t *text, *drafts;          // moved forward in place
-  int32_t *lengths, *num_drafts, *finish;
+  int32_t *lengths, *num_drafts, *finish_reason;
   int32_t* emitted;                // out [batch]
 } idlm_cpu_move;
 IDLM_CPU_API void idlm_cpu_advance(const idlm_cpu_move* move);
 
 typedef struct {
   const int32_t* num_accepted;     // [batch], as the next three of verification
-  const int64_t* tokens;           // [batch][tokens_stride], num_k + 1 of them
+  const int64_t* tokens;           // [batch][tokens_stride], num_spec_tokens + 1 of them
   const int64_t* next_drafts;      // [batch][next_drafts_stride]
   const int32_t* next_num_drafts;  // [batch]
-  int64_t* outcome;                // out [batch][outcome_stride]: 6 figures, then num_k + 1 tokens
+  int64_t* outcome;                // out [batch][outcome_stride]: 6 figures, then num_spec_tokens + 1 tokens
   int64_t tokens_stride, next_drafts_stride, outcome_stride;
   float acceptance;                // below 0: drafts stand as they were verified; else with this probability
   int32_t quadratic, suffix;
@@ -182,16 +182,16 @@ typedef struct {
 IDLM_CPU_API void idlm_cpu_commit_step(const idlm_cpu_state* state, const idlm_cpu_commit* commit);
 
 typedef struct {
-  const float *logits, *hidden;     // [rows][logits_stride], [rows][width]
-  const int32_t* first_mask;        // [batch]
-  const int64_t* previous;          // [batch]
-  const int64_t* drafts;            // [batch][num_k]
-  const int32_t* num_drafts;        // [batch]
-  const void *embedding, *head;     // [vocabulary][width] of F16, BF16 or F32; or of any kind, from idlm_cpu_pack
+  const float *logits, *hidden;  // [rows][logits_stride], [rows][width]
+  const int32_t* first_mask;     // [batch]
+  const int64_t* previous;       // [batch]
+  const int64_t* drafts;         // [batch][num_spec_tokens]
+  const int32_t* num_drafts;     // [batch]
+  const void *embedding, *head;  // [vocabulary][width] of F16, BF16 or F32; or of any kind, from idlm_cpu_pack
   const float *from_hidden, *from_previous, *from_state, *to_query;  // [state][width] twice, [state][state], [width][state]
   int64_t logits_stride, vocabulary, id_limit, mask_id;
-  int32_t batch, num_k, rows, width, state, embedding_kind, head_kind, is_packed;
-  int64_t* out;                     // [batch][num_k]
+  int32_t batch, num_spec_tokens, rows, width, state, embedding_kind, head_kind, is_packed;
+  int64_t* out;  // [batch][num_spec_tokens]
   const float *temperature, *top_p, *min_p;  // [batch], as the next three; below greedy_below a request is greedy
   const int32_t *top_k, *positions;          // positions: of the token that the first draft follows
   const int64_t* seed;
