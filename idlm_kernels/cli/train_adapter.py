@@ -54,12 +54,14 @@ def train_adapter(
         ),
     ] = None,
     loss: Annotated[
-        Literal["ce", "tv"],
+        Literal["ce", "tv", "ce-tv"],
         typer.Option(
-            help="Cross-entropy, or total variation: what acceptance falls by; wants a start that knows some."
+            help="Cross-entropy; total variation, what acceptance falls by, which wants a start that knows some; or"
+            " one after the other, from nothing."
         ),
     ] = "ce",
     kl: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence beside total variation.")] = 0.01,
+    curriculum: Annotated[bool, typer.Option(help="Train strides 2, 4, 8 .. N one after the other.")] = False,
     mask_input: Annotated[
         Literal["vector", "uniform"] | None,
         typer.Option(
@@ -122,7 +124,8 @@ def train_adapter(
         batch=batch,
         learning_rate=learning_rate,
         loss=loss,
-        kl=kl if loss == "tv" else 0.0,
+        kl=0.0 if loss == "ce" else kl,
+        curriculum=curriculum,
         rerank_width=_width_of(begun) if rerank else 0,
         noise_below=_noise_bound(checkpoint.config, begun, mask_input),
         seed=seed,

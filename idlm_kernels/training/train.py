@@ -30,9 +30,12 @@ from python_ref.contract import NUM_CANDIDATES
 class TrainSettings:
     """What decides a training run. stride N trains N - 1 MASK rows per block.
 
-    spacing: a block starts every so many tokens, at a random offset. loss: "ce", cross-entropy, or "tv", total
-    variation (`training.distance`) with `kl` times the Kullback-Leibler divergence. hard, soft: weights of the base
-    model's own token and of its distribution, as targets. offset_decay: weight of MASK row j is offset_decay^j.
+    spacing: a block starts every so many tokens, at a random offset. loss: "ce", cross-entropy; "tv", total
+    variation (`training.distance`) with `kl` times the Kullback-Leibler divergence; "ce-tv", first the one and for the
+    last fifth of the steps the other, each with a warm-up of its own. hard, soft: weights of the base model's own token
+    and of its distribution, as targets; against the distribution alone cross-entropy has the gradient of the
+    Kullback-Leibler divergence. curriculum: strides 2, 4, 8 .. N for an equal share of the steps each, not N for all.
+    offset_decay: weight of MASK row j is offset_decay^j.
     rerank_width: of the re-ranking head, 0 for none. noise_below: 0, and MASK rows embed a vector that is trained too;
     else they embed ids drawn from 1 .. noise_below - 1. start: what the run began with, if not with nothing (a hash).
     """
@@ -45,8 +48,9 @@ class TrainSettings:
     spacing: int = 3
     learning_rate: float = 2e-3
     warmup: int = 20
-    loss: Literal["ce", "tv"] = "ce"
+    loss: Literal["ce", "tv", "ce-tv"] = "ce"
     kl: float = 0.0
+    curriculum: bool = False
     hard: float = 0.5
     soft: float = 0.5
     offset_decay: float = 0.7
@@ -72,18 +76,35 @@ class TrainSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least {low}")
         if self.noise_below < 0 or self.noise_below == 1:
             raise ValueError(f"noise_below is {self.noise_below}, wanted 0 or at least 2")
-        if self.loss not in ("ce", "tv"):
-            raise ValueError(f"loss is {self.loss!r}, wanted 'ce' or 'tv'")
-        if self.loss == "tv" and abs(self.hard + self.soft - 1) > 1e-6:
+        if self.loss not in ("ce", "tv", "ce-tv"):
+            raise ValueError(f"loss is {self.loss!r}, wanted 'ce', 'tv' or 'ce-tv'")
+        if self.loss != "ce" and abs(self.hard + self.soft - 1) > 1e-6:
             raise ValueError(f"hard + soft is {self.hard + self.soft:g}, wanted 1: total variation is of distributions")
 
     @property
     def num_spec_tokens(self) -> int:
         return self.stride - 1
 
+    @property
+    def first_tv_step(self) -> int:
+        """Steps before this one fall by cross-entropy, the others by total variation."""
+        return {"ce": self.steps, "tv": 0, "ce-tv": self.steps - max(1, self.steps // 5)}[self.loss]
+
+    def stride_at(self, step: int) -> int:
+        """The stride that a step trains."""
+        if not self.curriculum:
+            return self.stride
+        strides = [*(2**i for i in range(1, self.stride.bit_length()) if 2**i < self.stride), self.stride]
+        return strides[min(step * len(strides) // self.steps, len(strides) - 1)]
+
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        return rate_at(step, self.steps, self.warmup, self.learning_rate)
+        """Learning rate of a step. The second part of "ce-tv" rises to half the height of the first."""
+        if self.loss != "ce-tv":
+            return rate_at(step, self.steps, self.warmup, self.learning_rate)
+        first = self.first_tv_step
+        if step < first:
+            return rate_at(step, first, self.warmup, self.learning_rate)
+        return rate_at(step - first, self.steps - first, self.warmup, self.learning_rate / 2)
 
 
 def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -175,7 +196,8 @@ def save_run(
         if state := optimizer.state.get(p):  # at stride 2 the re-ranking head carries nothing on
             tensors |= {f"{i}.mean": state["exp_avg"], f"{i}.square": state["exp_avg_sq"]}
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)})
+    # One entry: safetensors writes several in an order that changes from process to process.
+    save_file(tensors, part, metadata={"run": json.dumps({"step": step, "settings": settings}, sort_keys=True)})
     part.replace(path)
 
 
@@ -184,9 +206,9 @@ def load_run(
 ) -> int:
     """Continue from a checkpoint of the same settings; returns the number of steps that were taken."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        _require_same(path, json.loads(metadata.get("settings", "{}")), settings)
-        step, names = int(metadata["step"]), set(file.keys())
+        run = json.loads((file.metadata() or {}).get("run", '{"settings": {}}'))
+        _require_same(path, run["settings"], settings)
+        step, names = int(run["step"]), set(file.keys())
         for i, p in enumerate(parameters):
             value = file.get_tensor(f"{i}.value")
             if value.shape != p.shape:
@@ -230,22 +252,23 @@ class Vocabulary:
 
 
 def loss_of(
-    model: DenseModel, trainee: Trainee, batch: Batch, vocabulary: Vocabulary, settings: TrainSettings
+    model: DenseModel, trainee: Trainee, batch: Batch, vocabulary: Vocabulary, settings: TrainSettings, step: int = 0
 ) -> Tensor:
-    """The training loss of a batch (adapter and re-ranking head together, on disjoint parameters)."""
+    """The training loss of a batch at a step (adapter and re-ranking head together)."""
     with torch.no_grad():
         clean = model.clean(batch.ids)
     lora = trainee.lora
     embedded = lora.mask_embedding if batch.noise is None else F.embedding(batch.noise, model.embedding)
-    hidden = model.masked(clean, batch.anchors, settings.num_spec_tokens, embedded, lora)
+    num_spec_tokens = batch.labels.shape[2]
+    hidden = model.masked(clean, batch.anchors, num_spec_tokens, embedded, lora)
     rows = batch.labels >= 0
-    weight = settings.offset_decay ** torch.arange(settings.num_spec_tokens, device=model.device, dtype=torch.float32)
+    weight = settings.offset_decay ** torch.arange(num_spec_tokens, device=model.device, dtype=torch.float32)
     weight = weight.expand(rows.shape)[rows]
     labels = vocabulary.index(batch.labels[rows])
     teacher = _teacher(model, clean, batch)
     # Short answers at an unlucky offset may leave no label at all: no gradient then, and no NaN.
     weight = weight / weight.sum().clamp(min=1e-9)
-    if settings.loss == "tv":
+    if step >= settings.first_tv_step:
         read = [hidden[rows]]
         if trainee.rerank is not None:
             # The head adds u to what the LM head reads. Adapter and head are taught together what the two make.
@@ -341,11 +364,11 @@ def train(
     while step < end:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = [samples[i] for i in order.batch(step)]
-        batch = make_batch(chosen, settings.num_spec_tokens, settings.spacing, generator, model.device)
+        batch = make_batch(chosen, settings.stride_at(step) - 1, settings.spacing, generator, model.device)
         if settings.noise_below:
             shape = len(chosen), batch.labels[0].numel()
             batch.noise = torch.randint(1, settings.noise_below, shape, generator=generator).to(model.device)
-        loss = loss_of(model, trainee, batch, vocabulary, settings)
+        loss = loss_of(model, trainee, batch, vocabulary, settings, step)
         trainee.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainee.lora.parameters(), 1.0)

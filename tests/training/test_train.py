@@ -326,6 +326,51 @@ def test_a_start_that_does_not_fit_is_named(
         Trainee.new(model, dataclasses.replace(SMALL, **changes), adapter)
 
 
+@pytest.mark.parametrize(("stride", "wanted"), [(2, [2]), (3, [2, 3]), (4, [2, 4]), (6, [2, 4, 6]), (8, [2, 4, 8])])
+def test_a_curriculum_doubles_the_stride(
+    stride: int,
+    wanted: list[int],
+    model: DenseModel,
+    samples: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In equal shares of the steps, as far as whole steps allow."""
+    widths: list[int] = []
+
+    def spy(chosen: Any, width: int, *more: Any) -> Any:
+        widths.append(width)
+        return make_batch(chosen, width, *more)
+
+    monkeypatch.setattr(module, "make_batch", spy)
+    settings = dataclasses.replace(SMALL, stride=stride, curriculum=True)
+    train(model, samples, samples[:2], settings, tmp_path / "run")
+    share = SMALL.steps // len(wanted)
+    assert widths == [n - 1 for n in wanted for _ in range(share)]
+    for steps in (1, 2, 7):
+        few = dataclasses.replace(settings, steps=steps)
+        found = [few.stride_at(step) for step in range(steps)]
+        assert found == sorted(found) and set(found) <= set(wanted)
+
+
+def test_total_variation_after_cross_entropy(
+    model: DenseModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps: eight by the one, two by the other, each part with its own warm-up and fall."""
+    settings = dataclasses.replace(SMALL, steps=10, loss="ce-tv", kl=0.01)
+    rows: list[int] = []
+    distance = module.total_variation
+    monkeypatch.setattr(module, "total_variation", lambda *a: rows.append(len(rows)) or distance(*a))
+    seen: list[int] = []
+    train(model, samples, [], settings, tmp_path / "run", report=lambda trainee, step, *_: seen.append(len(rows)))
+    assert seen == [0] * 8 + [2, 4], "adapter and head, on the last two steps"
+    rates = [settings.rate(step) for step in range(10)]
+    alone = dataclasses.replace(settings, loss="ce", steps=8)
+    assert rates[:8] == [alone.rate(step) for step in range(8)]
+    assert rates[8:] == [0.5e-2 * 1 / 2, 0.5e-2]
+    assert [dataclasses.replace(settings, steps=n).first_tv_step for n in (1, 4, 10, 930)] == [0, 3, 8, 744]
+
+
 def test_it_learns(trained: Trained) -> None:
     assert sum(trained.losses[-5:]) < 0.8 * sum(trained.losses[:5])
     untrained = Trainee.new(trained.model, trained.settings)
@@ -458,7 +503,7 @@ def test_settings_out_of_range(name: str, value: int) -> None:
 
 
 def test_losses_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="loss is 'mse', wanted 'ce' or 'tv'"):
+    with pytest.raises(ValueError, match="loss is 'mse', wanted 'ce', 'tv' or 'ce-tv'"):
         TrainSettings(loss="mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"hard \+ soft is 1.25, wanted 1: total variation"):
         TrainSettings(loss="tv", hard=0.75)
