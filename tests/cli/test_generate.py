@@ -51,7 +51,7 @@ class Generator:
 
     tokens: Sequence[int] = (72, 105, 33)
     ar_tokens: Sequence[int] = (72, 105, 33)
-    status = 0
+    error_flags = 0
     interrupt_at: Mapping[str, int] = types.MappingProxyType({})
     calls: list[tuple[Any, ...]]
     tokenizer: Tokenizer
@@ -106,7 +106,7 @@ class Stream:
             seed=4321 if self.params.seed is None else self.params.seed,
             plan=self.plan,
             stride=self.stride,
-            status=self.generator.status,
+            error_flags=self.generator.error_flags,
             error=None,
             acceptance_by_source={"mask": 0.5, "suffix": 0.25} if self.suffix_drafts else {"mask": 0.5},
         )
@@ -296,7 +296,7 @@ def test_ctrl_c_shows_what_was_held_back_for_a_stop_string(idlm: Idlm, fake: typ
 
 
 def test_logits_that_are_not_finite_are_reported(idlm: Idlm, fake: type[Generator]) -> None:
-    fake.status = 1
+    fake.error_flags = 1
     done = idlm("-p", "x", "--json")
     assert "not finite" in done.stderr and json.loads(done.stdout)["text"] == "Hi!"
 

@@ -312,7 +312,7 @@ def test_nan_is_the_fault_of_its_request_alone(make_engine: Callable[..., Engine
 
     def step(decoder: Any, state: Any) -> Any:
         outcome = decode_step(decoder, state)
-        outcome[state.seed == 13, OUTCOME.index("finish")] = FAILED
+        outcome[state.seed == 13, OUTCOME.index("finish_reason")] = FAILED
         return outcome
 
     with running(make_engine(step)) as server:
