@@ -43,7 +43,7 @@ test-fast: $(VENV)/.installed-dev $(CPU_KERNELS) ## references, operations, CPU 
 	  tests/package/test_index.py -m "not slow and not default_model" $(ARGS)
 
 test-engine: $(VENV)/.installed-dev $(CPU_KERNELS) ## generation, command line, server, training, packaging
-	@$(BIN)/python -m pytest tests/generate tests/cli tests/serve tests/training tests/package $(ARGS)
+	@$(BIN)/python -m pytest tests/generate tests/cli tests/serve tests/learning tests/training tests/package $(ARGS)
 
 test-triton: $(VENV)/.installed-dev ## Triton kernels, on the interpreter and the emulator
 	@$(BIN)/python -m pytest tests/triton $(ARGS)

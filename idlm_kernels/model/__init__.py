@@ -1,7 +1,7 @@
 """Models: configs, checkpoints, tokenizers, adapters, and the transformer built of the ops."""
 
 from idlm_kernels.model.adapter import Adapter, load_adapter
-from idlm_kernels.model.checkpoint import Checkpoint, load_checkpoint
+from idlm_kernels.model.checkpoint import Checkpoint, identity, load_checkpoint
 from idlm_kernels.model.config import ModelConfig, RopeScaling
 from idlm_kernels.model.errors import CheckpointError, DownloadError
 from idlm_kernels.model.rows import Rows
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "Tokenizer",
     "Transformer",
+    "identity",
     "load_adapter",
     "load_checkpoint",
 ]

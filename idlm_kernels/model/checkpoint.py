@@ -9,6 +9,8 @@ one tensor more. Pickle and remote code are never touched.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 _HUB_ADAPTER = ["adapter/*.json", "adapter/*.safetensors"]
 _ROTARY_LINEAR = re.compile(r"\.self_attn\.[qk]_proj\.")
+_MEBIBYTE = 1 << 20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -146,6 +149,21 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def _read_tokenizer(self) -> Tokenizer: ...
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A hash that tells models apart without reading all of them: of the config, and of each weight file the size, the
+    first and the last MiB."""
+    path, config = checkpoint.path, checkpoint.config
+    digest = hashlib.sha256(repr(config).encode())
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{file.name if path.is_dir() else ''} {size}".encode())
+            for start in (0, max(0, size - _MEBIBYTE)):
+                stream.seek(start)
+                digest.update(stream.read(_MEBIBYTE))
+    return digest.hexdigest()
 
 
 class _FolderCheckpoint(Checkpoint):
