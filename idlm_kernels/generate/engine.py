@@ -36,8 +36,11 @@ from idlm_kernels.generate.plan import StepPlan
 from idlm_kernels.generate.policy import PlanPolicy
 from idlm_kernels.generate.state import IDLE, RUNNING, STOPPED, DecodeState
 from idlm_kernels.generate.step import Decoder, decode_step, first_step, prefill_chunk
+from idlm_kernels.learning.adapters import DraftCounts, Replaced
+from idlm_kernels.learning.traces import Cycle, Trace
+from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.tokenizer import Tokenizer
-from idlm_kernels.model.transformer import Transformer
+from idlm_kernels.model.transformer import PreparedAdapter, Transformer
 from python_ref import DraftDistributions
 from python_ref.contract import GREEDY_BELOW
 
@@ -64,6 +67,8 @@ class Request:
     cached: int = 0  # tokens whose KV is known to be in the cache; meaningful until the first step
     decoding: bool = False  # its prefill has ended
     tag: object = None  # the caller's
+    cycles: list[Cycle] = field(default_factory=list)  # where traces are kept
+    adapters: list[str] = field(default_factory=list)  # of the cycles
 
     @property
     def tokens(self) -> list[int]:
@@ -73,6 +78,11 @@ class Request:
     @property
     def ended(self) -> bool:
         return self.output.finish_reason is not None
+
+    def trace(self) -> Trace:
+        """What it leaves behind, once it has ended."""
+        reason = self.output.finish_reason or "cancelled"
+        return Trace(tuple(self.prompt), tuple(self.output.token_ids), tuple(self.cycles), tuple(self.adapters), reason)
 
 
 _state_of_process = {"has decoded": False, "forked since": False}
@@ -114,7 +124,8 @@ class Engine:
     """Decodes requests; see the module. One thread at a time: a second one gets a RuntimeError, and no wrong token.
 
     policy: the choice among plans; made of the plan, stride and row_budget of the options when None. step, recorder:
-    for tests.
+    for tests. on_trace: is given each request that has ended, from the thread that runs the windows, and has steps keep
+    what they verified in `Request.cycles`. draft_counts: of the adapter in use; replaced: the adapter before it.
 
     It does not survive a fork: torch's threads are not copied, so a child would wait for them for good. A child of a
     process that has decoded gets a RuntimeError; start processes with "spawn", or fork before the first decode.
@@ -130,6 +141,7 @@ class Engine:
         *,
         step: StepFunction = decode_step,
         recorder: Recorder | None = None,
+        on_trace: Callable[[Request], None] | None = None,
     ):
         _check_process()
         options = options or EngineOptions()
@@ -188,6 +200,10 @@ class Engine:
         self._window: Generator[tuple[Request, StreamEvent], None, None] | None = None  # the latest
         self._interrupted = False  # in the middle of a step
         self._plan_of_last_step: StepPlan | None = None
+        self.on_trace = on_trace
+        self.draft_counts = DraftCounts.none(policy.num_drafts)
+        self.replaced: Replaced | None = None
+        self._next_adapter: PreparedAdapter | None = None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -250,6 +266,34 @@ class Engine:
         """Requests that wait for the batch. Any thread may ask."""
         return len(self._waiting)
 
+    # The adapter
+
+    def swap_adapter(self, adapter: Adapter | PreparedAdapter) -> None:
+        """Have the model use another adapter of the same form from the next window on. Any thread may call it.
+
+        Requests go on as they are, with the same text (`match`): pages hold K and V of clean rows alone, which no
+        adapter touches, and drafts of the one before are verified like any others. The adapter is the model's: other
+        engines of the same model draft with it too. Raises ValueError and CheckpointError as
+        `Transformer.prepare_adapter` does; the one in use stays then.
+        """
+        self._next_adapter = self.model.prepare_adapter(adapter) if isinstance(adapter, Adapter) else adapter
+
+    @property
+    def adapter_name(self) -> str | None:
+        """Of the adapter in use."""
+        return None if self.model.adapter is None else self.model.adapter.name
+
+    def _swap(self) -> None:
+        prepared, self._next_adapter = self._next_adapter, None
+        if prepared is None:
+            return
+        with torch.inference_mode():
+            before = self.model.install_adapter(prepared)
+        self.replaced = Replaced(before, self.draft_counts)
+        self.draft_counts = DraftCounts.none(self.policy.num_drafts)
+        if prepared.acceptance is not None:
+            self.policy.acceptance = list(prepared.acceptance)
+
     # Time
 
     def events(self) -> Iterator[tuple[Request, StreamEvent]]:
@@ -290,6 +334,7 @@ class Engine:
     def _boundary_and_steps(self) -> Iterator[tuple[Request, StreamEvent]]:
         _state_of_process["has decoded"] = True
         self._retire()
+        self._swap()
         plan = self._plan()
         # A recorded step serves any requests, so it must not depend on what these ask for.
         greedy = not self._recorded and all(
@@ -335,6 +380,8 @@ class Engine:
     def _retire(self) -> None:
         for request in [r for r in self._active if r.ended]:
             self._leave(request)
+            if self.on_trace is not None and request.output.finish_reason != "error":
+                self.on_trace(request)
 
     def _leave(self, request: Request) -> None:
         """Take a request out of the batch and give its pages back."""
@@ -484,7 +531,7 @@ class Engine:
         if not decoding:
             return
         decoder, state = self._batch(self._buckets[bisect_left(self._buckets, max(decoding) + 1)])
-        unread: deque[_Readback] = deque()
+        unread: deque[tuple[_Readback, _Readback | None]] = deque()  # outcomes, and the drafts that were verified
         # The first step of a plan has no drafts to verify, and so fewer rows than the others.
         is_new, self._plan_of_last_step = decoder.plan != self._plan_of_last_step, decoder.plan
         try:
@@ -492,21 +539,22 @@ class Engine:
                 if all(request.ended for request in decoding.values()):
                     break
                 running = [r for r in decoding.values() if not r.ended]
+                drafts = _Readback(state.drafts) if self.on_trace is not None else None
                 start = time.perf_counter()
                 outcome = self._guarded(running, partial(self._steps.run, decoder, state))
                 if outcome is None:
                     break
-                unread.append(_Readback(outcome))
+                unread.append((_Readback(outcome), drafts))
                 if isinstance(self.policy.cost, LearnedCosts) and not (is_new and number == 0):
                     seconds = time.perf_counter() - start
                     self.policy.cost.observe(len(running), decoder.plan.max_rows, seconds)
                 if len(unread) > self._lag:
-                    yield from self._taken(unread.popleft().wait(), decoding)
+                    yield from self._read(unread.popleft(), decoding)
             while unread:
-                yield from self._taken(unread.popleft().wait(), decoding)
+                yield from self._read(unread.popleft(), decoding)
         finally:
             while unread:  # the iterator was left here
-                self._taken(unread.popleft().wait(), decoding)
+                self._read(unread.popleft(), decoding)
 
     def _guarded(self, requests: list[Request], run: Callable[[], _T]) -> _T | None:
         """Run something on the device; an exception ends the requests that it was for, and no others: None then."""
@@ -521,8 +569,16 @@ class Engine:
                     self._state.finish_reason[request.batch_index].fill_(STOPPED)
             return None
 
-    def _taken(self, rows: list[list[int]], requests: dict[int, Request]) -> list[tuple[Request, StreamEvent]]:
-        """Hand a step's results to its requests. In a run of steps the host waits nowhere else."""
+    def _read(
+        self, unread: tuple[_Readback, _Readback | None], requests: dict[int, Request]
+    ) -> list[tuple[Request, StreamEvent]]:
+        """Wait for a step's results and hand them to its requests. In a run of steps the host waits nowhere else."""
+        outcome, drafts = unread
+        return self._taken(outcome.wait(), requests, None if drafts is None else drafts.wait())
+
+    def _taken(
+        self, rows: list[list[int]], requests: dict[int, Request], drafts: list[list[int]] | None = None
+    ) -> list[tuple[Request, StreamEvent]]:
         num_spec_tokens = self._decoder.plan.num_drafts
         verified, accepted = [0] * num_spec_tokens, [0] * num_spec_tokens
         events = []
@@ -530,7 +586,10 @@ class Engine:
             if request.ended:
                 continue
             num_drafts, num_accepted, *_ = rows[b]
+            at = len(request.output.token_ids)
             event = request.output.read(rows[b], self._decoder.plan.stride)
+            if drafts is not None and num_drafts and event.token_ids:
+                self._keep_cycle(request, at, drafts[b][:num_drafts], rows[b], len(event.token_ids))
             for j in range(min(num_drafts, num_accepted + 1)):
                 verified[j] += 1
                 accepted[j] += j < num_accepted
@@ -540,7 +599,17 @@ class Engine:
                 )  # a stop string is known to the host alone
             events.append((request, event))
         self.policy.observe(verified, accepted)
+        self.draft_counts.add(verified, accepted)
         return events
+
+    def _keep_cycle(self, request: Request, at: int, drafts: list[int], row: list[int], kept: int) -> None:
+        """Note what a step verified, of which `kept` tokens became text."""
+        _, num_accepted, _, _, _, source, *_ = row
+        name = self.adapter_name or "none"
+        if name not in request.adapters:
+            request.adapters.append(name)
+        accepted = min(num_accepted, kept)
+        request.cycles.append(Cycle(at, tuple(drafts), accepted, source, request.adapters.index(name)))
 
     # Checks
 

@@ -28,7 +28,7 @@ TRAINING_FILE = "idlm_training.json"  # how the adapter was trained, and the acc
 MASK_EMBEDDING_FILE = "mask_embedding.safetensors"
 MAX_TRAINED_STRIDE = 32
 DEFAULT_ADAPTER = Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct"  # of the default model
-_BLOCK_OF = {module: "self_attn" if module in MODULES[:4] else "mlp" for module in MODULES}
+BLOCK_OF = {module: "self_attn" if module in MODULES[:4] else "mlp" for module in MODULES}
 _TENSOR = re.compile(
     r"base_model\.model\.(model\.layers\.(0|[1-9]\d{0,5})\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight"
 )
@@ -132,7 +132,7 @@ def _load_adapter(path: Path, config: ModelConfig) -> Adapter:
     found: dict[tuple[int, str], dict[str, tuple[str, str]]] = {}
     for name in sorted(file.names):
         match = _TENSOR.fullmatch(name)
-        if match is None or match[3] not in MODULES or f".{_BLOCK_OF[match[3]]}." not in name:
+        if match is None or match[3] not in MODULES or f".{BLOCK_OF[match[3]]}." not in name:
             raise CheckpointError(f"{weights_file}: {cut(name)} is not a LoRA matrix of {', '.join(MODULES)}")
         if int(match[2]) >= config.num_layers:
             raise CheckpointError(f"{weights_file}: {name} is for a model of more than {config.num_layers} layers")
@@ -197,7 +197,7 @@ def _check_padding(ranks: dict[tuple[int, str], int], shapes: dict[str, tuple[in
     to the width of the linears never does."""
     for layer, module in ranks:
         group = _PACKED.get(module, (module,))
-        prefix = f"model.layers.{layer}.{_BLOCK_OF[module]}."
+        prefix = f"model.layers.{layer}.{BLOCK_OF[module]}."
         sizes = {name: shapes[f"{prefix}{name}.weight"] for name in group}
         own = {name: ranks.get((layer, name), 0) for name in group}
         rank = max(own.values())

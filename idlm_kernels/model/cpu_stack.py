@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from idlm_kernels.cpu import native
 from idlm_kernels.cpu.native import Blocks, PackedWeight
-from idlm_kernels.model.adapter import Adapter
+from idlm_kernels.model.adapter import BLOCK_OF, Adapter
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.model.errors import CheckpointError
@@ -51,6 +52,36 @@ class CpuCache:
         self.struct = native.Cache(self.k.data_ptr(), self.v.data_ptr(), num_pages, page_size)
 
 
+@dataclass(frozen=True, eq=False)
+class _Linear:
+    """A packed linear layer, as an adapter has to fit it. field: of native.Layer; part uint8 [n / 16]: which of the
+    modules each group of 16 outputs belongs to."""
+
+    field: str
+    modules: tuple[str, ...]
+    struct: native.Linear
+    part: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLora:
+    """The pairs of an adapter in the layout of the kernels. linears: of each layer, the fields that have some; kept:
+    the memory that they point to."""
+
+    linears: list[dict[str, native.Linear]]
+    kept: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """What a forward reads. It is replaced as a whole, so one that runs in another thread keeps its own."""
+
+    model: native.Model
+    layers: Any  # an array of native.Layer
+    rotary: Tensor
+    lora: PackedLora | None
+
+
 class CpuStack:
     """The packed weights of a model and the call that runs them."""
 
@@ -69,19 +100,20 @@ class CpuStack:
         library = native.library()
         assert library is not None
         self._library, self._config = library, checkpoint.config
-        self._checkpoint, self._adapter, self._dtype = checkpoint, adapter, dtype
+        self._checkpoint, self._dtype = checkpoint, dtype
         self._kept: list[Any] = []  # what the structs point to
         config = self._config
-        self._layers = (native.Layer * config.num_layers)()
+        self._linears: list[list[_Linear]] = [[] for _ in range(config.num_layers)]
+        layers = (native.Layer * config.num_layers)()
         with ThreadPoolExecutor(max(1, threads)) as pool:
             for i, layer in enumerate(pool.map(self._layer, range(config.num_layers))):
-                self._layers[i] = layer
+                layers[i] = layer
         self.embedding = self._packed([("model.embed_tokens.weight", 0, 1)])
         self.head = head = self.embedding
         if not config.tie_word_embeddings:
             self.head = head = self._packed([("lm_head.weight", 0, 1)])
         model = native.Model(
-            layers=self._layers,
+            layers=layers,
             norm=self._vector("model.norm.weight"),
             head=native.Linear(weight=head.address, kind=head.kind, n=head.n, k=head.k),
             num_layers=config.num_layers,
@@ -91,24 +123,52 @@ class CpuStack:
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
-            has_adapter=adapter is not None,
             int8_activations=int8_activations,
         )
         self._kept += [self.embedding, head]
-        self._model = model, rotary
+        self._running = _Running(model, layers, rotary, None)
         self.set_rotary(rotary)
-        del self._checkpoint, self._adapter
+        if adapter is not None:
+            self.set_lora(self.packed_lora(adapter, threads))
+        del self._checkpoint
 
     @property
     def is_quantised(self) -> bool:
         """Whether a matrix is stored in blocks of 4 or 8 bits."""
         return any(kept.kind in (native.Q4, native.Q8) for kept in self._kept if isinstance(kept, PackedWeight))
 
+    @property
+    def lora(self) -> PackedLora | None:
+        """The pairs in use."""
+        return self._running.lora
+
     def set_rotary(self, rotary: Tensor) -> None:
-        """Another table from the next forward on; one that runs in another thread keeps its own."""
-        model, rotary = native.Model.from_buffer_copy(self._model[0]), rotary.contiguous()
+        """Another table from the next forward on."""
+        now, rotary = self._running, rotary.contiguous()
+        model = native.Model.from_buffer_copy(now.model)
         model.rotary = rotary.data_ptr()
-        self._model = model, rotary
+        self._running = _Running(model, now.layers, rotary, now.lora)
+
+    def set_lora(self, lora: PackedLora) -> None:
+        """The pairs of an adapter from the next forward on."""
+        now = self._running
+        layers = type(now.layers).from_buffer_copy(now.layers)
+        for layer, linears in zip(layers, lora.linears, strict=True):
+            for field, linear in linears.items():
+                setattr(layer, field, linear)
+        model = native.Model.from_buffer_copy(now.model)
+        model.layers, model.has_adapter = layers, True
+        self._running = _Running(model, layers, now.rotary, lora)
+
+    def packed_lora(self, adapter: Adapter, threads: int) -> PackedLora:
+        """An adapter in the layout of these weights, for `set_lora`. Any thread may ask."""
+        kept: list[Tensor] = []
+
+        def of_layer(index: int) -> dict[str, native.Linear]:
+            return {linear.field: _with_lora(linear, adapter, index, kept) for linear in self._linears[index]}
+
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            return PackedLora(list(pool.map(of_layer, range(self._config.num_layers))), kept)
 
     # Loading
 
@@ -161,15 +221,19 @@ class CpuStack:
         norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
         if config.qk_norm:
             norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        self._linears[index] = [
+            self._linear(index, "qkv", [("q_proj", 0, 1), ("k_proj", q, 1), ("v_proj", q + kv, 1)]),
+            self._linear(index, "o", [("o_proj", 0, 1)]),
+            self._linear(index, "gate_up", [("gate_proj", 0, 2), ("up_proj", 1, 2)]),
+            self._linear(index, "down", [("down_proj", 0, 1)]),
+        ]
         return native.Layer(
-            qkv=self._linear(index, "self_attn", [("q_proj", 0, 1), ("k_proj", q, 1), ("v_proj", q + kv, 1)]),
-            o=self._linear(index, "self_attn", [("o_proj", 0, 1)]),
-            gate_up=self._linear(index, "mlp", [("gate_proj", 0, 2), ("up_proj", 1, 2)]),
-            down=self._linear(index, "mlp", [("down_proj", 0, 1)]),
+            **{linear.field: linear.struct for linear in self._linears[index]},
             **{field: self._vector(f"{prefix}.{name}.weight") for field, name in norms.items()},
         )
 
-    def _linear(self, index: int, block: str, modules: Sequence[tuple[str, int, int]]) -> native.Linear:
+    def _linear(self, index: int, field: str, modules: Sequence[tuple[str, int, int]]) -> _Linear:
+        block = BLOCK_OF[modules[0][0]]
         names = [f"model.layers.{index}.{block}.{module}" for module, _, _ in modules]
         packed = self._packed(
             [(f"{name}.weight", first, step) for name, (_, first, step) in zip(names, modules, strict=True)]
@@ -184,59 +248,22 @@ class CpuStack:
         if self._config.mlp_bias if block == "mlp" else self._config.attention_bias:
             biases = [self._checkpoint.tensor(f"{name}.bias").float().view(-1, _LANES) for name in names]
             linear.bias = self._keep(_in_groups(biases, part))
-        if self._adapter is not None:
-            self._add_lora(linear, self._adapter, index, [module for module, _, _ in modules], part)
-        return linear
-
-    def _add_lora(
-        self, linear: native.Linear, adapter: Adapter, index: int, modules: Sequence[str], part: Tensor
-    ) -> None:
-        pairs = [adapter.pair(index, module) for module in modules]
-        dtypes = {x.dtype for pair in pairs if pair is not None for x in pair}
-        if not dtypes:
-            return
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        dtype = dtype if dtype in native.DTYPES else torch.float32
-        # Where MASK rows have 8 bits, so has what they alone meet: half the bytes.
-        in_bytes = linear.kind in (native.Q4, native.Q8)
-        step = 32 if in_bytes else _LANES
-        rank = -(-adapter.rank // step) * step
-        a = torch.zeros(len(modules), rank, linear.k, dtype=dtype)
-        b = []
-        for i, pair in enumerate(pairs):
-            width = int((part == i).sum()) * _LANES
-            padded = torch.zeros(width, rank, dtype=dtype)
-            if pair is not None:
-                a[i, : pair[0].shape[0]] = pair[0]
-                padded[:, : pair[1].shape[1]] = pair[1]
-            b.append(padded.view(-1, _LANES, rank))
-        packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
-        if in_bytes:
-            a, a_scale = _in_bytes(a)
-            packed_b, b_scale = _in_bytes(packed_b)
-            linear.lora_a_scale, linear.lora_b_scale, kind = self._keep(a_scale), self._keep(b_scale), native.I8
-            a = a.view(-1, 2, _LANES, linear.k // 32, 8, 4).permute(0, 3, 1, 4, 2, 5)
-            packed_b = packed_b.unflatten(2, (-1, 4))
-        else:
-            a = a.view(-1, _LANES, linear.k).transpose(1, 2)
-        linear.lora_a, linear.lora_b = (self._keep(_in_room(x)) for x in (a, packed_b.transpose(1, 2)))
-        linear.part = self._keep(part)
-        linear.lora_kind, linear.rank, linear.parts = kind, rank, len(modules)
-        linear.scale = adapter.scale
+        return _Linear(field, tuple(module for module, _, _ in modules), linear, part)
 
     # Running
 
     def forward(self, x: Tensor, rows: Rows, cache: CpuCache, logits_rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits [R, V] and what the LM head made them from [R, H], of the rows of x fp32 [T, H], which is overwritten.
 
-        R: the wanted rows, or all up to query_start_loc[B]. Raises ValueError for rows that lie outside of the cache.
+        R: the wanted rows, or all up to query_start_loc[B]; where that is none, a row of zeros.
+        Raises ValueError for rows that lie outside of the cache.
         """
         config, (positions, slots, is_mask) = self._config, (rows.positions, rows.slot_mapping, rows.is_mask)
-        model, rotary = self._model
+        running = self._running
         query_start_loc = rows.query_start_loc.contiguous()
         wanted = int(query_start_loc[-1]) if logits_rows is None else len(logits_rows)
-        hidden = torch.empty(wanted, config.hidden_size)
-        logits = torch.empty(wanted, config.vocab_size)
+        make = torch.empty if wanted else torch.zeros
+        hidden, logits = (make(max(1, wanted), width) for width in (config.hidden_size, config.vocab_size))
         seq_lens, tree_mask, page_table = rows.seq_lens.contiguous(), rows.tree_mask, rows.page_table
         count, batch = x.shape[0], seq_lens.shape[0]
         for name, given, dtype, size in (
@@ -270,17 +297,60 @@ class CpuStack:
             hidden.data_ptr(),
             logits.data_ptr(),
             page_table.stride(0),
-            len(rotary),
+            len(running.rotary),
             count,
             batch,
             wanted,
         )
         fault = self._library.idlm_cpu_forward(
-            ctypes.byref(model), ctypes.byref(cache.struct), ctypes.byref(struct), torch.get_num_threads()
+            ctypes.byref(running.model), ctypes.byref(cache.struct), ctypes.byref(struct), torch.get_num_threads()
         )
         if fault is not None:
             raise ValueError(f"forward: {fault.decode()}")
         return logits, hidden
+
+
+def _with_lora(linear: _Linear, adapter: Adapter, index: int, kept: list[Tensor]) -> native.Linear:
+    """The struct of a linear layer with the pairs of an adapter, or without any where it has none for it."""
+    struct, part = native.Linear.from_buffer_copy(linear.struct), linear.part
+    pairs = [adapter.pair(index, module) for module in linear.modules]
+    dtypes = {x.dtype for pair in pairs if pair is not None for x in pair}
+    if not dtypes:
+        return struct
+
+    def keep(x: Tensor) -> int:
+        kept.append(x)
+        return x.data_ptr()
+
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = dtype if dtype in native.DTYPES else torch.float32
+    # Where MASK rows have 8 bits, so has what they alone meet: half the bytes.
+    in_bytes = struct.kind in (native.Q4, native.Q8)
+    step = 32 if in_bytes else _LANES
+    rank = -(-adapter.rank // step) * step
+    a = torch.zeros(len(pairs), rank, struct.k, dtype=dtype)
+    b = []
+    for i, pair in enumerate(pairs):
+        width = int((part == i).sum()) * _LANES
+        padded = torch.zeros(width, rank, dtype=dtype)
+        if pair is not None:
+            a[i, : pair[0].shape[0]] = pair[0]
+            padded[:, : pair[1].shape[1]] = pair[1]
+        b.append(padded.view(-1, _LANES, rank))
+    packed_b, kind = _in_groups(b, part), native.DTYPES[dtype]
+    if in_bytes:
+        a, a_scale = _in_bytes(a)
+        packed_b, b_scale = _in_bytes(packed_b)
+        struct.lora_a_scale, struct.lora_b_scale, kind = keep(a_scale), keep(b_scale), native.I8
+        a = a.view(-1, 2, _LANES, struct.k // 32, 8, 4).permute(0, 3, 1, 4, 2, 5)
+        packed_b = packed_b.unflatten(2, (-1, 4))
+    else:
+        a = a.view(-1, _LANES, struct.k).transpose(1, 2)
+    struct.lora_a, struct.lora_b = (keep(_in_room(x)) for x in (a, packed_b.transpose(1, 2)))
+    struct.part = keep(part)
+    struct.lora_kind, struct.rank, struct.parts = kind, rank, len(pairs)
+    struct.scale = adapter.scale
+    return struct
 
 
 def _in_room(x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ It owns no arithmetic: everything is an op of `idlm_kernels.ops`, so each backen
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,16 +17,20 @@ from torch import Tensor
 
 from idlm_kernels import ops
 from idlm_kernels.cpu import native
-from idlm_kernels.model.adapter import Adapter
-from idlm_kernels.model.checkpoint import Checkpoint
+from idlm_kernels.model.adapter import BLOCK_OF, MODULES, Adapter
+from idlm_kernels.model.checkpoint import Checkpoint, identity
 from idlm_kernels.model.config import ModelConfig
-from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, slots_of_keys, unsupported
-from idlm_kernels.model.errors import CheckpointError
+from idlm_kernels.model.cpu_stack import CpuCache, CpuStack, PackedLora, slots_of_keys, unsupported
+from idlm_kernels.model.errors import CheckpointError, short
 from idlm_kernels.model.mask_input import MaskInput
+from idlm_kernels.model.rerank import RerankHead
 from idlm_kernels.model.rows import Rows
 from python_ref import rotary_table
 
 logger = logging.getLogger(__name__)
+
+_FORM = ("linears", "ranks", "scale", "MASK input", "width of the re-ranking head")
+_LINEARS = (MODULES[:3], MODULES[3:4], MODULES[4:6], MODULES[6:])  # computed as one each
 
 
 class KVCache:
@@ -94,6 +100,18 @@ class Layer:
     down: Projection
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter as a model computes with it: what `Transformer.install_adapter` takes. loras: of each layer's four
+    projections in turn, None where there is no pair."""
+
+    name: str
+    acceptance: list[float] | None
+    loras: PackedLora | list[tuple[Tensor, Tensor] | None]
+    mask_embedding: Tensor | None
+    rerank_head: RerankHead | None
+
+
 class Transformer:
     """A causal transformer on one device.
 
@@ -101,9 +119,10 @@ class Transformer:
     quantised matrices with 8 bits instead of 16, on a CPU: faster, and coarser (docs/cpu.md). mask_input: what MASK
     rows embed; what the adapter says, or what is left (`MaskInput`), when None.
 
-    Attributes: config; device; dtype: of activations, logits and KV; weight_dtype; max_positions: rows of the rotary
-    table; has_adapter; mask_input: what MASK rows embed; acceptance: of drafts, as the adapter tells; rerank_head, and
-    with one head_rows [V, H], the rows of the LM head.
+    Attributes: config; identity: a hash that tells its checkpoint from others; device; dtype: of activations, logits
+    and KV; weight_dtype; max_positions: rows of the rotary table; has_adapter; adapter: the one in use; mask_input:
+    what MASK rows embed; acceptance: of drafts, as the adapter tells; rerank_head, and with one head_rows [V, H], the
+    rows of the LM head.
     """
 
     def __init__(
@@ -123,6 +142,7 @@ class Transformer:
         self.weight_dtype = _weight_dtype(dtype, checkpoint, self.device)
         # A CPU keeps activations in fp32: half precision would save nothing there and cost accuracy.
         self.dtype = torch.float32 if self.device.type == "cpu" else self.weight_dtype
+        self.identity = identity(checkpoint)
         self.has_adapter = adapter is not None
         self.acceptance = None if adapter is None else adapter.acceptance
         self._checkpoint, self._adapter = checkpoint, adapter
@@ -146,13 +166,11 @@ class Transformer:
             self.norm = self._vector("model.norm.weight")
             self.head = ops.prepare_weight(head)
         self.mask_input, self.mask_embedding = self._mask_input(mask_input)
-        self.rerank_head = None
-        if adapter is not None and adapter.rerank_head is not None:
-            for tensor in adapter.rerank_head.parameters():
-                self._require_fits("the re-ranking head", tensor)
-            self.rerank_head = adapter.rerank_head.to(self.device, self.dtype)
-        elif self.stack is None:
+        self.rerank_head = None if adapter is None else self._rerank_head(adapter)
+        if self.rerank_head is None and self.stack is None:
             del self.head_rows
+        self._form = None if adapter is None else _form(adapter)
+        self.adapter = None if adapter is None else self._in_use(adapter)
         del self._checkpoint, self._adapter
 
     # Loading
@@ -181,32 +199,44 @@ class Transformer:
         names = [f"model.layers.{index}.{block}.{module}" for module in modules]
         parts = [self._load(f"{name}.weight").to(self.weight_dtype) for name in names]
         widths = [part.shape[0] for part in parts]
-        in_features = parts[0].shape[1]
         bias = torch.cat([self._vector(f"{name}.bias") for name in names]) if has_bias else None
         weight = ops.prepare_weight(torch.cat(parts).to(self.device))
         lora, scale = None, 1.0
         if self._adapter is not None:
-            pairs = [self._adapter.pair(index, module) for module in modules]
-            rank, scale = max((len(p[0]) for p in pairs if p is not None), default=0), self._adapter.scale
-            if rank:
-                # The slices share one rank: those of a lower one are padded with zeros.
-                a = torch.zeros(len(parts), rank, in_features)
-                b = torch.zeros(sum(widths), rank)
-                for name, part, rows, pair in zip(names, a, b.split(widths), pairs, strict=True):
-                    if pair is not None:
-                        self._require_fits(f"lora_A of {name}", pair[0])
-                        self._require_fits(f"lora_B of {name}", pair[1])
-                        part[: len(pair[0])], rows[:, : len(pair[0])] = pair
-                a = a.flatten(0, 1)
-                lora = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
+            lora, scale = self._lora(self._adapter, index, modules), self._adapter.scale
         return Projection(weight, bias, widths, lora, scale)
 
-    def _require_fits(self, what: str, tensor: Tensor) -> None:
-        """Refuses a finite tensor of the adapter that the dtype of the activations would make infinite."""
+    def _lora(self, adapter: Adapter, index: int, modules: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """The pairs of modules that are computed as one: A [S * r, K], B [N, r]. Those of a lower rank than the largest
+        are padded with zeros."""
+        pairs = [adapter.pair(index, module) for module in modules]
+        rank = max((len(pair[0]) for pair in pairs if pair is not None), default=0)
+        if not rank:
+            return None
+        names = [f"model.layers.{index}.{BLOCK_OF[module]}.{module}" for module in modules]
+        shapes = self.config.tensor_shapes()
+        widths = [shapes[f"{name}.weight"][0] for name in names]
+        a = torch.zeros(len(modules), rank, shapes[f"{names[0]}.weight"][1])
+        b = torch.zeros(sum(widths), rank)
+        for name, part, rows, pair in zip(names, a, b.split(widths), pairs, strict=True):
+            if pair is not None:
+                self._require_fits(adapter, f"lora_A of {name}", pair[0])
+                self._require_fits(adapter, f"lora_B of {name}", pair[1])
+                part[: len(pair[0])], rows[:, : len(pair[0])] = pair
+        return a.flatten(0, 1).to(self.device, self.dtype), b.to(self.device, self.dtype)
+
+    def _rerank_head(self, adapter: Adapter) -> RerankHead | None:
+        if adapter.rerank_head is None:
+            return None
+        for tensor in adapter.rerank_head.parameters():
+            self._require_fits(adapter, "the re-ranking head", tensor)
+        return adapter.rerank_head.to(self.device, self.dtype)
+
+    def _require_fits(self, adapter: Adapter, what: str, tensor: Tensor) -> None:
+        """Refuses a finite tensor of an adapter that the dtype of the activations would make infinite."""
         if self.dtype != torch.float32 and not tensor.to(self.dtype).isfinite().all():
-            assert self._adapter is not None
             raise CheckpointError(
-                f"{self._adapter.name}: {what} holds numbers up to {float(tensor.abs().max()):g}, which {self.dtype}"
+                f"{adapter.name}: {what} holds numbers up to {float(tensor.abs().max()):g}, which {self.dtype}"
                 " does not; choose another --dtype"
             )
 
@@ -251,12 +281,89 @@ class Transformer:
             wanted = MaskInput("mean" if self.config.mask_token_id is None else "token")
         wanted = wanted.within(self.config)
         if wanted.kind == "vector":
-            vector = None if adapter is None else adapter.mask_embedding
-            if vector is None:
+            if adapter is None or adapter.mask_embedding is None:
                 raise ValueError("mask_input 'vector' needs an adapter with a mask_embedding.safetensors")
-            self._require_fits("the MASK embedding", vector)
-            return wanted, vector.to(self.device, self.dtype)
+            return wanted, self._mask_vector(adapter, adapter.mask_embedding)
         return wanted, self.embedding.float().mean(0).to(self.dtype) if wanted.kind == "mean" else None
+
+    def _mask_vector(self, adapter: Adapter, vector: Tensor) -> Tensor:
+        self._require_fits(adapter, "the MASK embedding", vector)
+        return vector.to(self.device, self.dtype)
+
+    # Another adapter
+
+    @property
+    def _projections(self) -> list[Projection]:
+        return [projection for layer in self.layers for projection in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+    def _in_use(self, adapter: Adapter) -> PreparedAdapter:
+        """What the model computes with now."""
+        loras = self.stack.lora if self.stack is not None else [projection.lora for projection in self._projections]
+        assert loras is not None
+        vector = self.mask_embedding if self.mask_input.kind == "vector" else None
+        return PreparedAdapter(adapter.name, adapter.acceptance, loras, vector, self.rerank_head)
+
+    def prepare_adapter(self, adapter: Adapter) -> PreparedAdapter:
+        """Another adapter of the same form, ready for `install_adapter`. Any thread may ask; nothing takes it yet.
+
+        Raises ValueError where its form is not that of the adapter that the model was loaded with (linears, ranks,
+        scale, MASK input, width of the re-ranking head), or there was none: CheckpointError where its numbers do not
+        fit the dtype.
+        """
+        if self._form is None:
+            raise ValueError(f"{adapter.name}: the model was loaded without an adapter, so it takes no other one")
+        for name, wanted, found in zip(_FORM, self._form, _form(adapter), strict=True):
+            if found != wanted:
+                raise ValueError(
+                    f"{adapter.name}: its {name} {'are' if name.endswith('s') else 'is'} {short(found)}, wanted"
+                    f" {short(wanted)}: an adapter is exchanged for one of the same form"
+                )
+        loras: PackedLora | list[tuple[Tensor, Tensor] | None]
+        if self.stack is not None:
+            loras = self.stack.packed_lora(adapter, 1)
+        else:
+            loras = [self._lora(adapter, i, modules) for i in range(self.config.num_layers) for modules in _LINEARS]
+        # Where the model was told to embed something else, it goes on with that.
+        vector = adapter.mask_embedding if self.mask_input.kind == "vector" else None
+        return PreparedAdapter(
+            adapter.name,
+            adapter.acceptance,
+            loras,
+            None if vector is None else self._mask_vector(adapter, vector),
+            self._rerank_head(adapter),
+        )
+
+    def install_adapter(self, prepared: PreparedAdapter) -> PreparedAdapter:
+        """Use an adapter from the next forward on; returns the one that was in use, which may come back.
+
+        Not to be called while a forward runs. On a GPU the numbers are copied to where recorded steps find them.
+        """
+        assert self.adapter is not None
+        before = self.adapter
+        if self.stack is not None:
+            assert isinstance(prepared.loras, PackedLora)
+            self.stack.set_lora(prepared.loras)
+            if self.mask_input.kind == "vector":
+                self.mask_embedding = prepared.mask_embedding
+            self.rerank_head = prepared.rerank_head
+        else:
+            before = dataclasses.replace(
+                before,
+                loras=[None if p.lora is None else (p.lora[0].clone(), p.lora[1].clone()) for p in self._projections],
+                mask_embedding=None if before.mask_embedding is None else before.mask_embedding.clone(),
+                rerank_head=None
+                if before.rerank_head is None
+                else RerankHead(*(tensor.clone() for tensor in before.rerank_head.parameters())),
+            )
+            assert isinstance(prepared.loras, list)
+            for projection, pair in zip(self._projections, prepared.loras, strict=True):
+                _copy(projection.lora, pair)
+            if self.mask_input.kind == "vector":
+                _copy((self.mask_embedding,), (prepared.mask_embedding,))
+            if self.rerank_head is not None and prepared.rerank_head is not None:
+                _copy(self.rerank_head.parameters(), prepared.rerank_head.parameters())
+        self.adapter, self.acceptance = prepared, prepared.acceptance
+        return before
 
     def reserve_positions(self, count: int) -> None:
         """Let the rotary table cover positions 0 .. count - 1. Not to be called while a graph refers to it."""
@@ -331,6 +438,25 @@ class Transformer:
         if self.has_adapter and lora_mask is not None:
             x = torch.where(lora_mask.unsqueeze(1), x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
         return ops.linear(x, self.head), x
+
+
+def _form(adapter: Adapter) -> tuple[object, ...]:
+    """What two adapters have to share to be exchanged; named by _FORM."""
+    head = adapter.rerank_head
+    return (
+        len(adapter.pairs),
+        sorted((*key, len(pair[0])) for key, pair in adapter.pairs.items()),
+        adapter.scale,
+        "vector" if adapter.mask_embedding is not None else adapter.mask_input and adapter.mask_input.record(),
+        0 if head is None else len(head.from_hidden),
+    )
+
+
+def _copy(targets: Iterable[Tensor | None] | None, values: Iterable[Tensor | None] | None) -> None:
+    """Numbers to where others lie."""
+    for target, value in zip(targets or (), values or (), strict=True):
+        assert target is not None and value is not None
+        target.copy_(value)
 
 
 def _weight_dtype(wanted: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

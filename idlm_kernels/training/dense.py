@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm_kernels.model.adapter import MODULES
+from idlm_kernels.model.adapter import BLOCK_OF, MODULES
 from idlm_kernels.model.checkpoint import Checkpoint
 from idlm_kernels.model.config import ModelConfig
 from idlm_kernels.training.lora import GatedLora
@@ -154,7 +154,7 @@ class DenseModel:
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.rms_norm_eps).to(self.dtype)
 
     def _linear(self, x: Tensor, layer: int, module: str, lora: GatedLora | None) -> Tensor:
-        block = "self_attn" if module in MODULES[:4] else "mlp"
+        block = BLOCK_OF[module]
         name = f"model.layers.{layer}.{block}.{module}"
         y = F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
         return y if lora is None or (layer, module) not in lora.pairs else y + lora.delta(x, layer, module)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from idlm_kernels.model.adapter import MASK_EMBEDDING_FILE, MODULES, TRAINING_FILE
+from idlm_kernels.model.adapter import BLOCK_OF, MASK_EMBEDDING_FILE, MODULES, TRAINING_FILE
 from idlm_kernels.model.mask_input import MaskInput
 from idlm_kernels.model.rerank import FILE as RERANK_FILE
 from idlm_kernels.model.rerank import RerankHead
@@ -96,7 +96,7 @@ def lora_tensors(lora: GatedLora) -> dict[str, torch.Tensor]:
     """The pairs by PEFT's names."""
     tensors: dict[str, torch.Tensor] = {}
     for (layer, module), (a, b) in lora.pairs.items():
-        block = "self_attn" if module in MODULES[:4] else "mlp"
+        block = BLOCK_OF[module]
         prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
     return tensors

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm_kernels.model.adapter import MODULES, Adapter
+from idlm_kernels.model.adapter import BLOCK_OF, MODULES, Adapter
 from idlm_kernels.model.config import ModelConfig
 
 
@@ -25,7 +25,7 @@ class GatedLora:
         shapes = config.tensor_shapes()
         for layer in range(config.num_layers):
             for module in MODULES:
-                block = "self_attn" if module in MODULES[:4] else "mlp"
+                block = BLOCK_OF[module]
                 size_out, size_in = shapes[f"model.layers.{layer}.{block}.{module}.weight"]
                 a = (torch.rand(rank, size_in, generator=generator) * 2 - 1) / math.sqrt(size_in)
                 a, b = a.to(device), torch.zeros(size_out, rank, device=device)
