@@ -130,15 +130,20 @@ def save_tiny_model(folder: Path, **changes: object) -> Path:
 def save_tiny_bundle(folder: Path, **changes: object) -> Path:
     """A model as `save_tiny_model` writes it with, in Uno's layout, a LoRA of PEFT's in the folder `adapter` inside."""
     save_tiny_model(folder, **changes)
-    config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    random, rank, tensors = torch.Generator().manual_seed(9), 4, {}
+    save_tiny_adapter(folder / "adapter", ModelConfig.from_hf(json.loads((folder / "config.json").read_text())))
+    return folder
+
+
+def save_tiny_adapter(folder: Path, config: ModelConfig, seed: int = 9) -> Path:
+    """A LoRA of PEFT's layout on all linears, of random numbers."""
+    random, rank, tensors = torch.Generator().manual_seed(seed), 4, {}
     for name, shape in config.tensor_shapes().items():
         if name.endswith("_proj.weight"):
             prefix = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, shape[1], generator=random) / 8
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(shape[0], rank, generator=random) / 32
-    (folder / "adapter").mkdir()
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 16 * rank, "bias": "none", "task_type": "CAUSAL_LM"}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder

@@ -13,6 +13,7 @@ import typer
 from idlm_kernels.cli.errors import EXIT_STOPPED
 
 if TYPE_CHECKING:
+    from idlm_kernels.cli.options import TraceOptions
     from idlm_kernels.generate import DecodeOptions, Generator, PlanPolicy, SamplingParams
     from idlm_kernels.generate.batch_file import Answer, Progress
     from idlm_kernels.model import ModelConfig, Tokenizer
@@ -42,6 +43,7 @@ def generate_file(
     max_num_seqs: int,
     gpu_memory_utilization: float,
     model_name: str,
+    traces: TraceOptions,
 ) -> Progress:
     """Answer every line of `source` in `target`, with a progress bar on stderr."""
     from idlm_kernels.generate import Engine, EngineOptions
@@ -64,7 +66,8 @@ def generate_file(
     if options.rule == "rejection":  # in `match` the plan has no effect on the output
         settings["plans"] = [f"{plan.kind} {plan.stride}" for plan in policy.plans]
         settings["rerank"] = options.rerank and generator.model.rerank_head is not None
-    return _shown(lambda report: run_file(engine, source, target, params, encode, settings, report))
+    with traces.of(engine):
+        return _shown(lambda report: run_file(engine, source, target, params, encode, settings, report))
 
 
 def generate_file_on_ray(

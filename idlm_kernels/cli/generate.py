@@ -14,7 +14,15 @@ import typer
 
 from idlm_kernels.cli.batch import RayOptions, generate_file, generate_file_on_ray
 from idlm_kernels.cli.errors import EXIT_INTERRUPTED, EXIT_MISMATCH, reported
-from idlm_kernels.cli.options import DraftOptions, ModelOptions, Rule, SamplingOptions, renamed, with_groups
+from idlm_kernels.cli.options import (
+    DraftOptions,
+    ModelOptions,
+    Rule,
+    SamplingOptions,
+    TraceOptions,
+    renamed,
+    with_groups,
+)
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import DecodeOptions, GenerationResult, Generator, SamplingParams
@@ -68,6 +76,7 @@ def generate(
         int | None,
         typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as many as fit"),
     ] = None,
+    traces: TraceOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Decode in AR mode too and compare; status 1 if tokens differ.")
@@ -105,6 +114,9 @@ def generate(
         raise ValueError("--input and --output belong together")
     if source is not None and (prompt is not None or as_json or check):
         raise ValueError("--input answers a file: it goes without --prompt, --json and --check")
+    traces.check()
+    if traces.traces is not None and (source is None or ray is not None or synthetic_acceptance is not None):
+        raise ValueError("--traces keeps those of a file: it goes with --input, without --ray and synthetic drafts")
     if source is None and (ray is not None or ray_workers is not None):
         raise ValueError("--ray and --ray-workers answer a file: they go with --input and --output")
     if ray is None and ray_workers is not None:
@@ -143,6 +155,7 @@ def generate(
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
             model_name=models.model,
+            traces=traces,
         )
         _end_of_file(progress, target)
     prompt_ids = _prompt_ids(generator.tokenizer, text, chat=chat, system=system)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
-    from idlm_kernels.generate import DecodeOptions, Generator, SamplingParams
+    from idlm_kernels.generate import DecodeOptions, Engine, Generator, SamplingParams
     from idlm_kernels.generate.options import Plan
 
 _T = TypeVar("_T")
@@ -191,6 +193,43 @@ class SamplingOptions:
             max_tokens=max_tokens,  # type: ignore[arg-type]  # None is taken
             stop=stop,
         )
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Whether finished requests leave traces to learn from."""
+
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep the token ids and drafts of finished requests there, for `idlm learn`.",
+            show_default="nothing is kept",
+        ),
+    ] = None
+    traces_redact: Annotated[bool, typer.Option("--traces-redact", help="Keep ids of answers only.")] = False
+
+    def check(self) -> None:
+        """ValueError for what cannot be, before a model is read."""
+        if self.traces_redact and self.traces is None:
+            raise ValueError("--traces-redact says what --traces keeps: name a folder with --traces")
+
+    @contextmanager
+    def of(self, engine: Engine) -> Iterator[None]:
+        """Keep those of an engine, and say so."""
+        if self.traces is None:
+            yield
+            return
+        from idlm_kernels.learning.traces import TraceWriter
+
+        model = engine.model
+        with TraceWriter(self.traces, model.identity, model.config.vocab_size, redact=self.traces_redact) as writer:
+            engine.on_trace = lambda request: writer.write(request.trace())
+            what = "answers (ids)" if self.traces_redact else "prompts and answers (ids)"
+            print(f"idlm: traces: {what} of finished requests are kept in {self.traces}", file=sys.stderr, flush=True)
+            try:
+                yield
+            finally:
+                engine.on_trace = None
 
 
 def renamed(old: str, given: _T | None, new: str, value: _T) -> _T:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from idlm_kernels.cli.batch import RayOptions, with_whole_paths
 from idlm_kernels.cli.errors import EXIT_STOPPED, reported
-from idlm_kernels.cli.options import DraftOptions, ModelOptions, with_groups
+from idlm_kernels.cli.options import DraftOptions, ModelOptions, TraceOptions, with_groups
 
 if TYPE_CHECKING:
     from idlm_kernels.generate import Engine, EngineOptions
@@ -60,6 +62,15 @@ def serve(
         typer.Option(min=1, help="With --ray: one per GPU, or per --threads CPUs.", show_default="as the load has it"),
     ] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line on stderr for each request.")] = False,
+    traces: TraceOptions,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="A folder of adapters, as `idlm learn` fills it: clients may choose one at /v1/adapters."),
+    ] = None,
+    watch_adapters: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Take the newest of --adapters, looked for so often."),
+    ] = None,
 ) -> None:
     """Serve a model with OpenAI's interface: /v1/completions, /v1/chat/completions and what belongs to them."""
     key = api_key if api_key is not None else os.environ.get(_KEY_VARIABLE)
@@ -76,6 +87,14 @@ def serve(
         raise ValueError("--ray-replicas needs --ray ADDRESS")
     if ray is not None and log_requests:
         raise ValueError("--log-requests is of a server without --ray: Ray keeps the logs of its replicas")
+    from idlm_kernels.learning.adapters import AdapterFolder
+
+    traces.check()
+    if watch_adapters is not None and adapters is None:
+        raise ValueError("--watch-adapters looks at a folder: name it with --adapters")
+    if ray is not None and (traces.traces is not None or adapters is not None):
+        raise ValueError("--traces and --adapters are of a server without --ray: replicas would not agree")
+    folder = None if adapters is None else AdapterFolder(adapters)
     listening = run.bound_socket(host, port)
 
     from idlm_kernels.generate import EngineOptions
@@ -94,17 +113,36 @@ def serve(
     generator = models.load(gpu_memory_utilization=gpu_memory_utilization)
     engine = generator.engine(EngineOptions.of(decoding, max_model_len=generator.max_model_len, **sizes))
     name = served_model_name or models.model
-    server = Server(engine, name, max_waiting=max_waiting, max_body_size=max_body * _MEBIBYTE, api_key=key)
+    server = Server(
+        engine,
+        name,
+        max_waiting=max_waiting,
+        max_body_size=max_body * _MEBIBYTE,
+        api_key=key,
+        adapters=folder,
+        watch_seconds=watch_adapters,
+    )
     bound_host, bound_port = listening.getsockname()[:2]
 
     def say() -> None:
         print(_words(engine, name, bound_host, bound_port, key is not None), file=sys.stderr, flush=True)
 
+    _log_to_stderr()
     try:
-        run.serve(server, listening, drain_seconds, say, log_requests)
+        with traces.of(engine):
+            run.serve(server, listening, drain_seconds, say, log_requests)
     except run.MachineFailed as failed:
         print(f"idlm: stopped: the machine failed: {failed}", file=sys.stderr)
         raise typer.Exit(EXIT_STOPPED) from failed
+
+
+def _log_to_stderr() -> None:
+    """What the library says while a server runs: adapters that come and go, traces that are lost."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("idlm: %(message)s"))
+    log = logging.getLogger("idlm_kernels")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def _serve_on_ray(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -17,13 +19,15 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from idlm_kernels._version import __version__
 from idlm_kernels.generate.engine import Engine
 from idlm_kernels.generate.params import SamplingParams, draw_seed, mixed_seed
+from idlm_kernels.learning.adapters import AdapterFolder
 from idlm_kernels.serve.answers import Answer, EventStream, Kind
-from idlm_kernels.serve.errors import BadRequest, NoSuchModel, add_handlers, error_response
+from idlm_kernels.serve.errors import BadRequest, NoSuchAdapter, NoSuchModel, add_handlers, error_response
 from idlm_kernels.serve.gate import Gate
 from idlm_kernels.serve.metrics import Metrics
 from idlm_kernels.serve.page import PAGE, PAGE_HEADERS
 from idlm_kernels.serve.protocol import (
     MAX_CHOICES,
+    AdapterRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -35,13 +39,16 @@ from idlm_kernels.serve.worker import Asked, ServerStops, Worker
 
 _T = TypeVar("_T")
 _CLIENT_GONE = 499  # nginx's number; nobody reads it
+_LOOK_SECONDS = 5.0  # from one look at what an adapter's drafts are worth to the next
+_log = logging.getLogger(__name__)
 
 
 class Server:
     """An engine with its worker, and what it is called by its clients.
 
     max_waiting: texts that may wait beside those that are decoded, before requests are refused with 429.
-    max_body_size: bytes of a request.
+    max_body_size: bytes of a request. adapters: what /v1/adapters takes; with watch_seconds the newest of them is
+    taken by itself, looked for so often.
     """
 
     def __init__(
@@ -52,9 +59,14 @@ class Server:
         max_waiting: int = 64,
         max_body_size: int = 4 << 20,
         api_key: str | None = None,
+        adapters: AdapterFolder | None = None,
+        watch_seconds: float | None = None,
     ):
         if engine.tokenizer is None:
             raise ValueError("the engine has no tokenizer, which a server needs for text")
+        if adapters is not None and engine.model.adapter is None:
+            raise ValueError("the model has no adapter, so it takes no other one: load it with an adapter")
+        self.adapters, self._watch_seconds = adapters, watch_seconds
         self.engine, self.tokenizer, self.model_name = engine, engine.tokenizer, model_name
         self.metrics = Metrics(engine)
         self.worker = Worker(engine, max_waiting, self.metrics)
@@ -65,7 +77,12 @@ class Server:
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             self.worker.start()
+            watching = asyncio.create_task(self._watch()) if self.adapters is not None else None
             yield
+            if watching is not None:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
             await self.worker.close()
 
         # Swagger's pages load their code from the network; the description itself is at /openapi.json.
@@ -97,6 +114,8 @@ class Server:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
+        if self.adapters is not None:
+            get["/v1/adapters"], post["/v1/adapters"] = self.show_adapters, self.take_adapter
         for method, routes in (("GET", get), ("POST", post)):
             for path, function in routes.items():
                 kinds: dict[str, Any] = {kind: {} for kind in sent.get(path, ["application/json"])}
@@ -178,7 +197,45 @@ class Server:
         self._check_model(body.model)
         return {"prompt": await self._encoded(lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))}
 
+    async def show_adapters(self) -> dict[str, Any]:
+        """The adapters that may be taken, the one in use, and what became of its drafts and of those before."""
+        assert self.adapters is not None
+        names = await run_in_threadpool(self.adapters.names)
+        counts, before = self.engine.draft_counts, self.engine.replaced
+        in_use = {"id": self.engine.adapter_name, "verified": counts.verified, "accepted": counts.accepted}
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "adapter", "refused": self.adapters.refused.get(name)} for name in names],
+            "in_use": in_use,
+            "replaced": None
+            if before is None
+            else {"id": before.adapter.name, "verified": before.counts.verified, "accepted": before.counts.accepted},
+        }
+
+    async def take_adapter(self, body: AdapterRequest) -> dict[str, Any]:
+        """Draft with another adapter from the next scheduling window on; running requests go on."""
+        folder = self.adapters
+        assert folder is not None
+        try:
+            await run_in_threadpool(lambda: folder.take(self.engine, body.adapter))
+        except KeyError:
+            raise NoSuchAdapter(f"there is no adapter {body.adapter[:80]!r} in {folder.path.name}") from None
+        except (ValueError, OSError) as error:  # CheckpointError is one
+            raise BadRequest(f"adapter cannot be used: {error}") from None
+        return await self.show_adapters()
+
     # Behind the routes
+
+    async def _watch(self) -> None:
+        """Look at the folder, and at what the adapter in use is worth, for as long as the server lives."""
+        folder, watched = self.adapters, self._watch_seconds is not None
+        assert folder is not None
+        while True:
+            try:
+                await run_in_threadpool(lambda: folder.look(self.engine, take_newest=watched))
+            except OSError as error:  # the folder may be gone for a while
+                _log.error("%s cannot be looked at: %s", folder.path, error)
+            await asyncio.sleep(self._watch_seconds or _LOOK_SECONDS)
 
     def _model(self) -> dict[str, Any]:
         return {

@@ -28,6 +28,10 @@ class NoSuchModel(Exception):
     """A request for a model that is not served."""
 
 
+class NoSuchAdapter(Exception):
+    """A name that no adapter of the folder has."""
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -56,6 +60,8 @@ def response_to(error: Exception) -> JSONResponse:
         return error_response(500, str(error), code="decode_failed")
     if isinstance(error, NoSuchModel):
         return error_response(404, str(error), "model", "model_not_found")
+    if isinstance(error, NoSuchAdapter):
+        return error_response(404, str(error), "adapter", "adapter_not_found")
     if isinstance(error, HTTPException):
         message = str(error.detail)
         return error_response(error.status_code, message, headers=error.headers)
@@ -78,7 +84,8 @@ def add_handlers(app: FastAPI, metrics: Metrics) -> None:
         metrics.refused(500)
         return error_response(500, f"the server failed on this request: {type(error).__name__}")
 
-    for kind in (RequestValidationError, TooBusy, ServerStops, RequestFailed, NoSuchModel, HTTPException, BadRequest):
+    unknown = (NoSuchModel, NoSuchAdapter)
+    for kind in (RequestValidationError, TooBusy, ServerStops, RequestFailed, *unknown, HTTPException, BadRequest):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, handle_bug)
 

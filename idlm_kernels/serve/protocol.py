@@ -267,6 +267,12 @@ class DetokenizeRequest(_Body):
     tokens: list[_Integer]
 
 
+class AdapterRequest(_Body):
+    """POST /v1/adapters"""
+
+    adapter: str
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str
@@ -280,7 +286,16 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, StreamOptions)
+BODIES = (
+    CompletionRequest,
+    ChatRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    AdapterRequest,
+    Message,
+    TextPart,
+    StreamOptions,
+)
 
 
 def _among(value: Any, values: tuple[Any, ...]) -> bool:
