@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from idlm_kernels.generate import DecodeOptions, EngineOptions, Generator, Request, SamplingParams
-from idlm_kernels.generate.history import CONTEXT, HANDED_OVER, PASSAGES, History, history_drafts
+from idlm_kernels.generate.history import (
+    CONTEXT,
+    HANDED_OVER,
+    PASSAGES,
+    History,
+    draft_from_history,
+    history_drafts,
+)
+from idlm_kernels.generate.state import DecodeState
+from python_ref.contract import HISTORY_DRAFTS, MASK_DRAFTS, NO_DRAFTS, RUNNING, STOPPED, SUFFIX_DRAFTS
 from python_ref.step import LONGEST_MATCH
 from tests.tiny import oracle_checkpoint
 
@@ -79,6 +88,8 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
         assert history.num_tokens == sum(map(len, history._texts.values())) <= 50, i
         assert sum(map(len, history._places.values())) == sum(len(t) - 3 for t in history._texts.values())
         assert all(history._places.values()), "no place, no entry"
+        for anchor, places in history._places.items():
+            assert all(tuple(history._texts[number][end - 3 : end]) == anchor for number, end in places)
     history.add([], [7, 8, 9, 10, 11])
     assert split(history.passages([7, 8, 9]))[-1] == [7, 8, 9, 10, 11]
     history.add([], [1] * 50)
@@ -116,6 +127,32 @@ def test_the_device_finds_what_a_loop_finds(seed: int) -> None:
                 follows = other[end : end + num_drafts]
         follows = follows[: follows.index(-1)] if -1 in follows else follows
         assert (int(matched[b]), int(count[b]), drafts[b, : len(follows)].tolist()) == (best, len(follows), follows)
+
+
+def test_which_drafts_make_room() -> None:
+    """Of seven requests with the same text and passages: those that want, and may have, drafts of history."""
+    match, other = [1, 2, 3, 4, 5, 6], 9
+    state = DecodeState.empty(
+        7, 8, 1, 3, 1, mask_token_id=None, id_limit=50, device=torch.device("cpu"), handed_over=10
+    )
+    state.text[:, :6] = torch.tensor(match)
+    state.lengths.fill_(6)
+    state.finish_reason.fill_(RUNNING)
+    state.drafts.fill_(other)
+    state.history[:] = torch.tensor([*match, 7, 8, -1, -1])
+    state.history[1, 0] = 0  # five tokens in common: too few to take the place of MASK rows' drafts
+    state.history[2, :5] = 0  # one: too few for anything
+    sources = [MASK_DRAFTS, MASK_DRAFTS, NO_DRAFTS, NO_DRAFTS, SUFFIX_DRAFTS, MASK_DRAFTS, MASK_DRAFTS]
+    state.draft_source[:] = torch.tensor(sources)
+    state.num_drafts[:] = torch.tensor([3, 3, 0, 0, 3, 3, 3])
+    state.max_drafts[5] = 1
+    state.finish_reason[6] = STOPPED
+    draft_from_history(state)
+    assert state.num_drafts.tolist() == [2, 3, 0, 2, 3, 1, 3]
+    taken = [HISTORY_DRAFTS, MASK_DRAFTS, NO_DRAFTS, HISTORY_DRAFTS, SUFFIX_DRAFTS, HISTORY_DRAFTS, MASK_DRAFTS]
+    assert state.draft_source.tolist() == taken
+    for b, source in enumerate(taken):
+        assert state.drafts[b, :2].tolist() == ([7, 8] if source == HISTORY_DRAFTS else [other, other])
 
 
 # The engine
