@@ -1,8 +1,9 @@
 """Drafts from finished outputs of the same engine: what rollouts of one prompt, and questions asked again, repeat.
 
-After DAS (arXiv 2511.13841), with runs of tokens for its suffix tree: the host keeps an index of finished texts and, at the
-boundary of a window, hands each request the places where others went on from the same tokens. Inside the window the
-device looks the end of the text up in them, step by step, without the host. In `match` no draft changes the output.
+After DAS (arXiv 2511.13841), whose index is a suffix tree: here the host keeps the places of runs of tokens in finished
+texts and, at the boundary of a window, hands each request those where others went on from the same tokens. Inside the
+window the device looks the end of the text up in them, step by step, without the host. In `match` no draft changes the
+output.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class History:
 
     def add(self, prompt: Sequence[int], output: Sequence[int]) -> None:
         """Keep an output, and the end of its prompt; the oldest texts make room."""
-        text = [*prompt[-CONTEXT:], *output][: self.capacity]
+        text = [*prompt[-CONTEXT:], *output][-self.capacity :]
         if not output or len(text) <= _ANCHOR:
             return
         while self.num_tokens + len(text) > self.capacity:
