@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from bench.history import rows_of
 from idlm_kernels.generate import DecodeOptions, EngineOptions, Generator, Request, SamplingParams
 from idlm_kernels.generate.history import (
     CONTEXT,
@@ -213,3 +215,14 @@ def test_a_cancelled_or_failed_request_leaves_nothing(models: list[Generator]) -
 def test_refused(changes: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error, match="history_tokens|finished outputs"):
         DecodeOptions(**changes)  # type: ignore[arg-type]
+
+
+def test_the_bench_counts_what_a_history_is_worth(models: list[Generator]) -> None:
+    """On a model whose MASK rows know nothing: what is asked again is drafted, what is asked once is not."""
+    options = argparse.Namespace(plan="chain", stride=4, tokens=30, samples=2)
+    prompts = [[i, 50, i + 1, 51] for i in range(5)]
+    rows = {(row["traffic"], row["history"] > 0): row for row in rows_of(models[0], prompts, options)}
+    assert len(rows) == 6
+    assert rows["asked again", True]["tpf"] > 1.5 * rows["asked again", False]["tpf"]
+    assert rows["asked again", True]["acceptance, history"] > 0.9
+    assert all(rows[traffic, False]["acceptance, history"] is None for traffic, _ in rows)
