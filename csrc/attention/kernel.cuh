@@ -10,6 +10,8 @@
 //   to the 4 of 1024 slots, and those in their order. The halves of the tree that wait lie in shared memory. A tile that
 //   several CTAs share is joined, by the same tree, by the one that comes last.
 //
+// head_dim is filled up to 64 or 128 columns, with zeros that are neither read from memory nor written to it.
+//
 // So the bits of a row depend on what it sees alone. Where a row sees less than others of its tile, a V that is not finite
 // is taken out of the block and added to the rows that see it: 0 * NaN never happens.
 //
@@ -28,7 +30,7 @@ namespace idlm::attention {
 constexpr int32_t kStackSlots = kTreeLevels + 1;
 constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
 
-// What depends on head_dim.
+// What depends on the columns of a tile: kDim, of which p.head_dim are the caller's.
 template <int kDim>
 struct Size {
   static constexpr int kPanels = kDim / 64;
@@ -84,7 +86,7 @@ struct Multiplier {
       const int32_t at = thread_of_group() + j * kGroupThreads, row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
       uint4 x = {};
-      if (which.exists)
+      if (which.exists && piece * 8 < p.head_dim)
         x = load_16_bytes(static_cast<const Element*>(p.q) + which.row * p.q_stride_row +
                           which.head * p.q_stride_head + piece * 8);
       *reinterpret_cast<uint4*>(sQ + place(row, piece)) = x;
@@ -400,7 +402,7 @@ struct Multiplier {
     for (int32_t at = thread_of_group(); at < kTileRows * kPieces; at += kGroupThreads) {
       const int32_t row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
-      if (which.exists)
+      if (which.exists && piece * 8 < p.head_dim)
         store_piece<Element>(p, which.row, which.head, piece, *reinterpret_cast<const uint4*>(sQ + place(row, piece)));
     }
   }
@@ -414,13 +416,14 @@ struct Multiplier {
       if (!which.exists) continue;
       const int64_t at = (which.row * p.num_heads + which.head) * p.max_parts + u.part;
       if (lane % 4 == 0) p.gMT[at] = make_float2(m[h], t[h]);
-      float* gO = p.gO + at * kDim + 2 * (lane % 4);
+      float* gO = p.gO + at * p.head_dim + 2 * (lane % 4);
 #pragma unroll
       for (int32_t panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
         for (int32_t j = 0; j < 8; ++j)
-          *reinterpret_cast<float2*>(gO + panel * 64 + 8 * j) =
-              make_float2(o[panel][4 * j + 2 * h], o[panel][4 * j + 2 * h + 1]);
+          if (panel * 64 + 8 * j < p.head_dim)
+            *reinterpret_cast<float2*>(gO + panel * 64 + 8 * j) =
+                make_float2(o[panel][4 * j + 2 * h], o[panel][4 * j + 2 * h + 1]);
       }
     }
   }
@@ -484,8 +487,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 
 template <class Element>
 Kernel kernel_of(int32_t head_dim) {
-  return head_dim == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
+  return tile_columns(head_dim) == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
 }
-constexpr int32_t bytes_of(int32_t head_dim) { return head_dim == 64 ? Size<64>::kBytes : Size<128>::kBytes; }
+constexpr int32_t bytes_of(int32_t head_dim) {
+  return tile_columns(head_dim) == 64 ? Size<64>::kBytes : Size<128>::kBytes;
+}
 
 }  // namespace idlm::attention

@@ -45,7 +45,7 @@ def strided_attention(
     slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (quadratic plans, draft trees).
 
     Args:
-        q: [T, Hq, D], fp16, bf16, fp32 or fp64; D is 64, 128 or 256 on GPU backends.
+        q: [T, Hq, D], fp16, bf16, fp32 or fp64; D of any size, by GPU kernels up to 256.
         k_cache, v_cache: [num_pages, page_size, Hkv, D], q's dtype (or fp8 e4m3), Hq a multiple of Hkv, any page
             size from 1, any strides with a unit inner one: views of other engines' caches pass unchanged.
         page_table: int32 [B, max_pages]; slot s of request b is in page page_table[b, s // page_size].

@@ -18,11 +18,14 @@ from tests.native.attention_support import (
     check,
     check_chain,
     check_edges,
+    check_filled_up,
     check_flags,
     check_hidden,
     check_max_query_len,
     check_quadratic_row_bits,
     check_row_bits,
+    check_row_bits_of,
+    check_rows_of_chain,
     check_same,
     check_scales,
     check_tail,
@@ -88,6 +91,21 @@ def test_fp8_caches(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
         wide = narrow.changed(**{name: narrow[name].to(dtype) for name in ("k_cache", "v_cache")})
         for ctas in (MANY, ONE):
             check_same(check(narrow, ctas), run(wide, ctas))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["wide", "fp8"])
+@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112])
+def test_head_dims_in_between(dim: int, fp8: bool) -> None:
+    check_filled_up(dim, FP16 if dim == 96 else BF16, fp8)
+
+
+def test_heads_of_one_vector() -> None:
+    check_filled_up(8, BF16, fp8=False)
+
+
+def test_rows_of_filled_up_heads_have_the_bits_of_one_row() -> None:
+    check_rows_of_chain(attend((700,), (64,), heads=(4, 1, 80)))
+    check_row_bits_of(attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, 112)))
 
 
 def test_prefill_chunk_of_many_rows() -> None:
@@ -193,7 +211,9 @@ def test_offsets_beyond_32_bits() -> None:
 def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         "it takes bf16 and fp16, not float32": attend(dtype=torch.float32),
-        "it takes head_dim 64 and 128, not 48": attend(heads=(4, 2, 48)),
+        "it takes a head_dim that is a multiple of 8 and at most 128, not 20": attend(heads=(4, 2, 20)),
+        "it takes a head_dim that is a multiple of 8 and at most 128, not 136": attend(heads=(4, 2, 136)),
+        "it takes a head_dim that is a multiple of 16 and at most 128, not 24": of_fp8(attend(heads=(4, 2, 24))),
         "it takes a k_cache whose address and strides are multiples of 16 bytes": attend(),
         "it takes a v_cache whose address and strides are multiples of 16 bytes": attend(),
     }
@@ -222,8 +242,11 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
         check_unseen(attend((90,), (9,), heads=(2, 1, 64)))
 
 
-def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = attend((600, 70, 0))
+@pytest.mark.parametrize("dim", [80, 128])
+def test_stays_inside_its_tensors(
+    dim: int, softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = attend((600, 70, 0), heads=(8, 2, dim))
     keep: list[torch.Tensor] = []
 
     def registered(x: torch.Tensor) -> torch.Tensor:
@@ -260,11 +283,12 @@ def test_many_tiles() -> None:
     check_bits(run(call).result, torch.where(value == 0, 0, value))
 
 
-def test_kv_is_read_once(softgpu: ModuleType, module: ModuleType) -> None:
-    call = attend((1024, 512), (16, 7), heads=(8, 2, 128), padding=0)
+@pytest.mark.parametrize("dim", [80, 128])
+def test_kv_is_read_once(dim: int, softgpu: ModuleType, module: ModuleType) -> None:
+    call = attend((1024, 512), (16, 7), heads=(8, 2, dim), padding=0)
     run(call)
     counted = softgpu.counters()
-    assert counted["cp_async_bytes"] == 1536 * 2 * 128 * 2 * 2
+    assert counted["cp_async_bytes"] == 1536 * 2 * dim * 2 * 2
 
 
 @pytest.mark.parametrize(

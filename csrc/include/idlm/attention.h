@@ -13,7 +13,7 @@
 namespace idlm {
 
 // Rows of request b are query_start_loc[b] .. [b + 1] - 1; their keys and values are the last of seq_lens[b] slots. K and V
-// are read in pieces of 16 bytes: their addresses and strides are multiples of that, and so are those of q.
+// are read in pieces of 16 bytes: their addresses, strides and rows are multiples of that, and so are those of q.
 struct AttentionParams {
   DType dtype = DType::kBFloat16;  // of q, K, V and out: bf16 or fp16
   bool cache_is_fp8 = false;       // K and V are e4m3 instead
@@ -44,7 +44,7 @@ struct AttentionParams {
   int32_t num_rows = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;  // at most 128
   int32_t batch = 0;
   int32_t num_pages = 0;
   int32_t page_size = 0;
