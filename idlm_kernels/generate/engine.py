@@ -28,6 +28,7 @@ from torch import Tensor
 from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
+from idlm_kernels.generate.history import HANDED_OVER, History
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool, page_size_for
@@ -167,7 +168,9 @@ class Engine:
             mask_input=model.mask_input,
             id_limit=self._id_limit,
             device=model.device,
+            handed_over=HANDED_OVER if options.history_tokens else 0,
         )
+        self._history = History(options.history_tokens) if options.history_tokens else None
         draft_dists = None
         if options.rule == "rejection":
             vocab_size = model.config.vocab_size
@@ -380,6 +383,8 @@ class Engine:
     def _retire(self) -> None:
         for request in [r for r in self._active if r.ended]:
             self._leave(request)
+            if self._history is not None and request.output.finish_reason in ("stop", "length"):
+                self._history.add(request.prompt, request.output.token_ids)
             if self.on_trace is not None and request.output.finish_reason != "error":
                 self.on_trace(request)
 
@@ -459,7 +464,7 @@ class Engine:
             request.batch_index = free
 
     def _write_tables(self) -> None:
-        """Page tables, and drafts within the plan of the window."""
+        """Page tables, drafts within the plan of the window, and what finished outputs have for each request."""
         width = self._state.page_table.shape[1]
         tables = [[0] * width for _ in range(len(self._active))]
         for request in self._active:
@@ -467,6 +472,9 @@ class Engine:
             tables[request.batch_index] = (request.pages + [0] * width)[:width]
         if tables:
             self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
+        if self._history is not None:
+            for request in self._active:
+                self._state.history[request.batch_index] = torch.tensor(self._history.passages(request.tokens))
         self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
 
     # Prefill
