@@ -318,8 +318,9 @@ struct Multiplier {
       take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)}, weights);
   }
 
-  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2]) {
-    const float scale = p.sm_scale * 1.44269504088896341f * (p.k_scale == nullptr ? 1.0f : *p.k_scale);
+  // k_scale: of K.
+  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2], float k_scale) {
+    const float scale = p.sm_scale * 1.44269504088896341f * k_scale;
     begin_leaf();
     clear();
     if (x.first_tile >= x.end_tile) return;
@@ -377,7 +378,7 @@ struct Multiplier {
 
   // The tile's rows, by way of the place of q.
   __device__ void store_rows(const Request& r, const Unit& u) {
-    const float v_scale = p.v_scale == nullptr ? 1.0f : *p.v_scale;
+    const float v_scale = scale_of(p.v_scale, p.v_scale_stride, u.kv_head);
     const int32_t lane = static_cast<int32_t>(lane_id());
     group_sync();  // all products with q are done
 #pragma unroll
@@ -448,7 +449,8 @@ struct Multiplier {
       const Request r(p, u.request);
       const Extent x(p, r, u, schedule.level);
       load_q(r, u);
-      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))});
+      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))},
+             scale_of(p.k_scale, p.k_scale_stride, u.kv_head));
       if (u.parts == 1) {
         store_rows(r, u);
       } else {

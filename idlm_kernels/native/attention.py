@@ -97,7 +97,9 @@ def strided_attention(
         query_start_loc=query_start_loc.data_ptr(),
         tree_mask=_address(tree_mask),
         k_scale=_address(k_scale),
+        k_scale_stride=_stride(k_scale),
         v_scale=_address(v_scale),
+        v_scale_stride=_stride(v_scale),
         out=y.data_ptr(),
         out_stride_row=y.stride(0),
         out_stride_head=y.stride(1),
@@ -128,6 +130,11 @@ def strided_attention(
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _stride(scale: Tensor | None) -> int:
+    """Between the scales of KV heads; 0 where there is one for all."""
+    return 0 if scale is None or scale.dim() == 0 else 1
 
 
 def _flags(count: int, device: torch.device) -> Tensor:

@@ -57,7 +57,7 @@ def strided_attention(
             are treated as padding.
         sm_scale: factor of q K^T; 1 / sqrt(D) when None.
         window: with w >= 0 a row also sees nothing older than w slots before its own.
-        k_scale, v_scale: fp32 scalars (shape []) that multiply K and V.
+        k_scale, v_scale: fp32 [] or [Hkv], multiply K and V: all of it, or that of each KV head.
         out: [T, Hq, D], q's dtype; allocated when None.
         lse: fp32 [T, Hq], receives the natural log of the softmax denominator.
 
@@ -106,8 +106,8 @@ def strided_attention(
             raise ValueError(f"{op}: window = {window} with a tree_mask, wanted one of the two")
         if max_query_len > MAX_TREE_ROWS:
             raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TREE_ROWS} with a tree_mask")
-    check.broadcastable_scale(op, "k_scale", k_scale, device)
-    check.broadcastable_scale(op, "v_scale", v_scale, device)
+    check.kv_scale(op, "k_scale", k_scale, num_kv_heads, device)
+    check.kv_scale(op, "v_scale", v_scale, num_kv_heads, device)
     if out is not None:
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (q.dtype,), device)
     if lse is not None:

@@ -106,10 +106,14 @@ def check_window(softgpu: ModuleType | None = None) -> None:
 
 
 def check_scales(softgpu: ModuleType | None = None) -> None:
-    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0)}
+    one, each = torch.tensor(0.5), torch.tensor([0.5, 0.1])
     for ctas in (MANY, ONE):
-        check(attend((600, 70), (7, 4)).changed(**scales, sm_scale=0.3), ctas)
-        check(of_fp8(attend((600, 70), (7, 4))).changed(**scales), ctas)
+        for scales in ({"k_scale": one, "v_scale": 6 * one}, {"k_scale": each, "v_scale": 7 - 60 * each}):
+            check(attend((600, 70), (7, 4)).changed(**scales, sm_scale=0.3), ctas)
+            check(of_fp8(attend((600, 70), (7, 4))).changed(**scales), ctas)
+        alike = attend((600, 70), (7, 4))
+        same = alike.changed(k_scale=one.expand(2).clone(), v_scale=one.expand(2).clone())
+        check_same(run(same, ctas), run(alike.changed(k_scale=one, v_scale=one), ctas))
 
 
 def of_fp8(call: Call) -> Call:

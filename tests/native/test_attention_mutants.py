@@ -173,6 +173,12 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
         "if (panel * 64 + 8 * j < p.head_dim)",
         "if (p.head_dim > 0)",
     ),
+    "all heads have the scale of the first": (
+        check_scales,
+        "softmax.cuh",
+        "scales[kv_head * stride]",
+        "scales[0 * kv_head * stride]",
+    ),
     "scale of V forgotten": (check_scales, "softmax.cuh", "factor = __fdiv_rn(v_scale,", "factor = __fdiv_rn(1.0f,"),
     "units of a tile begin half a leaf late": (
         check_edges,

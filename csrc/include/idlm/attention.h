@@ -33,8 +33,10 @@ struct AttentionParams {
   const int32_t* seq_lens = nullptr;         // [batch], the step's rows included; 0: no request
   const int32_t* query_start_loc = nullptr;  // [batch + 1]
   const int64_t* tree_mask = nullptr;        // [num_rows], 64 bits each; nullptr: a chain
-  const float* k_scale = nullptr;            // one value; nullptr: 1
+  const float* k_scale = nullptr;            // of K; nullptr: 1
+  int64_t k_scale_stride = 0;                // between KV heads; 0: one value for all of them
   const float* v_scale = nullptr;
+  int64_t v_scale_stride = 0;
   void* out = nullptr;  // [num_rows, num_heads, head_dim]; rows of no request become 0
   int64_t out_stride_row = 0;
   int64_t out_stride_head = 0;
