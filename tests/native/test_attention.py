@@ -11,6 +11,7 @@ import torch
 import idlm_kernels
 from idlm_kernels.native import attention
 from idlm_kernels.testing import Call, check_bits
+from idlm_kernels.testing.problems import request_rows
 from tests.native.attention_support import (
     MANY,
     ONE,
@@ -193,19 +194,55 @@ def test_nothing() -> None:
     assert (run(empty).result == 0).all()
 
 
-def test_offsets_beyond_32_bits() -> None:
-    """Pages, slots and heads so far apart that products with their strides pass 2^31 elements."""
-    call = attend((40, 20), (3, 3), heads=(2, 2, 64), page_size=2, padding=0)
-    shape, wanted = call["k_cache"].shape, run(call).result
-    for far_apart in range(3):
-        strides = [128 * 2, 128, 64]
-        strides[far_apart] = (2**31 // (shape[far_apart] - 1) // 64 + 1) * 64
-        count = sum((n - 1) * stride for n, stride in zip(shape, (*strides, 1), strict=True)) + 1
-        far = torch.empty(count, dtype=BF16).as_strided(shape, (*strides, 1))  # untouched memory is free
-        far.copy_(call["k_cache"])
-        check_bits(direct(call, k_cache=far), wanted)
-        far.copy_(call["v_cache"])
-        check_bits(direct(call, v_cache=far), wanted)
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x in untouched memory, which is free, with a stride of `dim` whose products pass 2^31."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = (2**31 // (x.shape[dim] - 1) // 64 + 1) * 64
+    count = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    return torch.empty(count, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+STRIDED = {"k_cache": 3, "v_cache": 3, "q": 2, "out": 2, "lse": 1, "page_table": 1}  # dims of any stride
+
+
+@pytest.mark.parametrize("name, dim", [(name, dim) for name, count in STRIDED.items() for dim in range(count)])
+def test_offsets_beyond_32_bits(name: str, dim: int) -> None:
+    """Pages, slots, heads, rows and requests so far apart that products with their strides pass 2^31 elements."""
+    call = attend((300, 20), (3, 3), heads=(2, 2, 64), page_size=2, padding=1)
+    wanted = run(call)
+    far = far_apart(call["q"] if name == "out" else call[name], dim)
+    for ctas in (MANY, ONE):
+        if name in ("out", "lse"):
+            far.fill_(torch.nan)
+        check_bits(direct(call, ctas, **{name: far}), wanted.result)
+        check_bits(far if name == "lse" else call["lse"], wanted.left["lse"], "lse")
+
+
+def test_more_requests_and_heads_than_16_bits() -> None:
+    """10,000 x 8, of which the first, one in the middle and the last have rows, in several parts."""
+    few = attend((300, 700, 70), (3, 1, 4), heads=(8, 8, 64))
+    batch, places = 10_000, torch.tensor([0, 6_001, 9_999])
+    rows, lengths = torch.zeros(batch + 1).int(), torch.zeros(batch).int()
+    rows[places + 1], lengths[places] = few["query_start_loc"].diff(), few["seq_lens"]
+    table = torch.zeros(batch, few["page_table"].shape[1]).int()
+    table[places] = few["page_table"]
+    query_start_loc = rows.cumsum(0, dtype=torch.int32)
+    many = few.changed(query_start_loc=query_start_loc, seq_lens=lengths, page_table=table)
+    for ctas in (MANY, ONE):
+        check_same(run(many, ctas), run(few))
+    check_flags()
+
+
+def test_a_long_context_among_short_ones() -> None:
+    """128k slots beside a few: right, and every request has the bits that it has alone."""
+    call = attend((131_072, 1, 700, 64), (7, 1, 4, 1), heads=(4, 1, 64), padding=0)
+    found = {ctas: run(call, ctas) for ctas in (MANY, 7)}
+    for b in range(4):
+        start, end = call["query_start_loc"][b : b + 2].tolist()
+        alone = request_rows(call, b, slice(0, end - start))
+        wanted = check(alone, ONE) if b == 0 else run(alone)
+        for whole in found.values():
+            check_same(wanted, whole, among=slice(start, end))
 
 
 def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
