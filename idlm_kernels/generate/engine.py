@@ -467,14 +467,15 @@ class Engine:
         """Page tables, drafts within the plan of the window, and what finished outputs have for each request."""
         width = self._state.page_table.shape[1]
         tables = [[0] * width for _ in range(len(self._active))]
+        passages: list[list[int]] = [[] for _ in tables]
         for request in self._active:
             assert request.batch_index is not None
             tables[request.batch_index] = (request.pages + [0] * width)[:width]
+            if self._history is not None:
+                passages[request.batch_index] = self._history.passages(request.tokens)
         if tables:
             self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
-        if self._history is not None:
-            for request in self._active:
-                self._state.history[request.batch_index] = torch.tensor(self._history.passages(request.tokens))
+            self._state.history[: len(tables)] = torch.tensor(passages, dtype=torch.int64)
         self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
 
     # Prefill
