@@ -43,7 +43,7 @@ from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import PreparedAdapter, Transformer
 from python_ref import DraftDistributions
-from python_ref.contract import GREEDY_BELOW
+from python_ref.contract import GREEDY_BELOW, MASK_DRAFTS
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -467,14 +467,15 @@ class Engine:
         """Page tables, drafts within the plan of the window, and what finished outputs have for each request."""
         width = self._state.page_table.shape[1]
         tables = [[0] * width for _ in range(len(self._active))]
+        passages: list[list[int]] = [[] for _ in tables]
         for request in self._active:
             assert request.batch_index is not None
             tables[request.batch_index] = (request.pages + [0] * width)[:width]
+            if self._history is not None:
+                passages[request.batch_index] = self._history.passages(request.tokens)
         if tables:
             self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
-        if self._history is not None:
-            for request in self._active:
-                self._state.history[request.batch_index] = torch.tensor(self._history.passages(request.tokens))
+            self._state.history[: len(tables)] = torch.tensor(passages, dtype=torch.int64)
         self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
 
     # Prefill
@@ -589,11 +590,12 @@ class Engine:
     ) -> list[tuple[Request, StreamEvent]]:
         num_spec_tokens = self._decoder.plan.num_drafts
         verified, accepted = [0] * num_spec_tokens, [0] * num_spec_tokens
+        of_adapter = DraftCounts.none(num_spec_tokens)
         events = []
         for b, request in requests.items():
             if request.ended:
                 continue
-            num_drafts, num_accepted, *_ = rows[b]
+            num_drafts, num_accepted, _, _, _, source, *_ = rows[b]
             at = len(request.output.token_ids)
             event = request.output.read(rows[b], self._decoder.plan.stride)
             if drafts is not None and num_drafts and event.token_ids:
@@ -601,13 +603,15 @@ class Engine:
             for j in range(min(num_drafts, num_accepted + 1)):
                 verified[j] += 1
                 accepted[j] += j < num_accepted
+                of_adapter.verified[j] += source == MASK_DRAFTS
+                of_adapter.accepted[j] += source == MASK_DRAFTS and j < num_accepted
             if request.ended and request.batch_index is not None:
                 self._state.finish_reason[request.batch_index].clamp_(
                     min=STOPPED
                 )  # a stop string is known to the host alone
             events.append((request, event))
         self.policy.observe(verified, accepted)
-        self.draft_counts.add(verified, accepted)
+        self.draft_counts.add(of_adapter.verified, of_adapter.accepted)
         return events
 
     def _keep_cycle(self, request: Request, at: int, drafts: list[int], row: list[int], kept: int) -> None:

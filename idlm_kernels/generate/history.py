@@ -109,18 +109,18 @@ def history_drafts(text: Tensor, lengths: Tensor, history: Tensor, num_drafts: i
     num_drafts], their number int32 [B] (fewer where the passage ends) and the tokens in common int32 [B], at most
     LONGEST_MATCH.
     """
-    size = history.shape[1]
-    length, index = lengths.long().unsqueeze(1), torch.arange(size, device=text.device)
-    run = torch.nn.functional.pad(history[:, 1:] >= 0, (0, 1))  # something follows
-    match = torch.zeros_like(history)
-    for back in range(min(LONGEST_MATCH, size)):
-        end = text.gather(1, (length - 1 - back).clamp(min=0))
-        same = (history[:, : size - back] == end) & (length - 1 - back >= 0)
-        run = run & torch.nn.functional.pad(same, (back, 0))
-        match = match + run
-    best = torch.where(match > 0, match * size + index, -1).amax(1).clamp(min=0)
+    size, device = history.shape[1], text.device
+    offset = torch.arange(LONGEST_MATCH, device=device)
+    at = lengths.long().unsqueeze(1) - LONGEST_MATCH + offset
+    ending = torch.where(at >= 0, text.gather(1, at.clamp(min=0)), -2)  # which is nowhere in `history`
+    # Of each place the last tokens, and the latest of them that differs: all after it are in common.
+    before = torch.nn.functional.pad(history, (LONGEST_MATCH - 1, 0), value=-1).unfold(1, LONGEST_MATCH, 1)
+    differs = torch.where(before == ending.unsqueeze(1), -1, offset).amax(2)
+    goes_on = torch.nn.functional.pad(history[:, 1:] >= 0, (0, 1))
+    match = (LONGEST_MATCH - 1 - differs) * goes_on
+    best = torch.where(match > 0, match * size + torch.arange(size, device=device), -1).amax(1).clamp(min=0)
     matched, place = best // size, best % size
-    source = place.unsqueeze(1) + 1 + torch.arange(num_drafts, device=text.device)
+    source = place.unsqueeze(1) + 1 + torch.arange(num_drafts, device=device)
     drafts = history.gather(1, source.clamp(max=size - 1))
     there = (drafts >= 0) & (source < size)
     count = torch.where(matched > 0, there.long().cumprod(1).sum(1), 0)

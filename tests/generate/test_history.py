@@ -191,6 +191,8 @@ def test_what_was_answered_is_drafted_again(plan: str, temperature: float, model
     for again in (results[1], results[4]):
         assert again.acceptance_by_source["history"] > 0.9
         assert again.forwards < results[0].forwards / 2
+    counts = engine.draft_counts
+    assert sum(counts.accepted) < sum(counts.verified) / 2, "the adapter is not praised for what history drafts"
 
 
 def test_a_cancelled_or_failed_request_leaves_nothing(models: list[Generator]) -> None:
