@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.explorer import page
+from bench.explorer import budgeted_points, page
 from idlm_kernels import ops
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.generate.rerank import rerank_drafts
@@ -41,6 +42,7 @@ from idlm_kernels.training.lora import GatedLora
 
 HELD_OUT = Path(__file__).with_name("heldout.jsonl")
 STRIDES = (2, 3, 4, 6)
+BUDGETS = (6, 8, 9, 10, 12, 14, 16, 20, 25, 30, 36)  # rows
 TEMPERATURE = 0.7
 SEED = 1
 SPEED_PLANS = (
@@ -171,6 +173,39 @@ def tpf_rows(found: Predictions) -> list[dict[str, Any]]:
     ]
 
 
+def budget_rows(found: Predictions, again: bool) -> list[dict[str, Any]]:
+    """TPF of the walk within row budgets: chain and quadratic plans, and the budgeted ones that the formula picks.
+
+    "in turn": what two quadratic plans give that take turns, so that a step has as many rows on average.
+    """
+    longest = found.num_spec_tokens + 1
+    tpf = {
+        kind: {n: found.tpf(quadratic=kind == "quadratic", reranked=again, stride=n) for n in range(2, longest + 1)}
+        for kind in ("chain", "quadratic")
+    }
+    budgeted = budgeted_points(found.acceptance(reranked=again), longest)
+    rows = []
+    for budget in BUDGETS:
+        best = [p for p in budgeted if p.rows <= budget][-1]
+        steps = found.budgeted_steps(best.widths, reranked=again)
+        n = math.isqrt(budget)
+        low, high = tpf["quadratic"][n], tpf["quadratic"][min(n + 1, longest)]
+        share = (budget - n * n) / (2 * n + 1)
+        rows.append(
+            {
+                "rows": budget,
+                "chain": max(x for n, x in tpf["chain"].items() if 2 * n - 1 <= budget),
+                "quadratic": max(x for n, x in tpf["quadratic"].items() if n * n <= budget),
+                "in turn": (1 - share) * low + share * high,
+                "budgeted": sum(steps) / len(steps),
+                "branches": best.plan.removeprefix("budgeted "),
+                "its rows": best.rows,
+                "formula": best.tpf,
+            }
+        )
+    return rows
+
+
 def curve(name: str, found: Predictions, again: bool) -> dict[str, Any]:
     """What the explorer draws: acceptance by draft, TPF of each plan, and how many tokens its steps commit."""
     kinds = {"chain": False, "quadratic": True}
@@ -266,6 +301,7 @@ def main() -> None:
         found = predictions(generator, dense, lora, texts, temperature, max(STRIDES) - 1)
         record[f"tpf {name}"] = tpf_rows(found)
         for again in (False, True):
+            record[f"budgets {name}{', re-ranked' * again}"] = budget_rows(found, again)
             record.setdefault("curves", []).append(curve(f"{name}{', re-ranked' * again}", found, again))
         if temperature == 0:
             record["acceptance"] = [

@@ -30,12 +30,16 @@ EVEN = (0.5, 0.6, 0.7, 0.8, 0.9)  # acceptance of every draft alike, for those w
 
 @dataclass(frozen=True)
 class Point:
-    """A way of drafting: its name, rows of each forward, forwards of a cycle, and tokens per forward."""
+    """A way of drafting: its name, rows of each forward, forwards of a cycle, and tokens per forward.
+
+    widths: of a budgeted plan, as `budgeted_tpf` takes them.
+    """
 
     plan: str
     rows: int
     tpf: float
     forwards: int = 1
+    widths: tuple[int, ...] = ()
 
 
 def accepted_chances(acceptance: Sequence[float], drafts: int) -> list[float]:
@@ -73,19 +77,21 @@ def budgeted_tpf(widths: Tensor, acceptance: Sequence[float]) -> Tensor:
     return distribution @ chances.cumsum(0)
 
 
-def budgeted_points(acceptance: Sequence[float]) -> list[Point]:
+def budgeted_points(acceptance: Sequence[float], max_stride: int = MAX_STRIDE) -> list[Point]:
     """Good budgeted plans by rows, found greedily: from each chain on, rows are added where they gain most, and from
     each quadratic plan on, they are taken away where they are missed least."""
     found = []
-    for most in range(1, MAX_STRIDE):
+    for most in range(1, max_stride):
         one = torch.eye(most, dtype=torch.int64)
         ends = ((0, 1), (most, -1)) if (most + 1) ** 2 <= 2 * MAX_ROWS else ((0, 1),)
         for start, step in ends:
             widths = torch.full((1, most), start)
             while True:
                 if (rows := 1 + 2 * most + int(widths.sum())) <= MAX_ROWS:
-                    name = "-".join(map(str, [*widths[0].tolist(), most]))
-                    found.append(Point(f"budgeted {name}", rows, float(budgeted_tpf(widths, acceptance))))
+                    branches = tuple(widths[0].tolist())
+                    name = "-".join(map(str, [*branches, most]))
+                    tpf = float(budgeted_tpf(widths, acceptance))
+                    found.append(Point(f"budgeted {name}", rows, tpf, widths=branches))
                 elif step > 0:
                     break
                 next_widths = (widths + step * one)[widths[0] != (most if step > 0 else 0)]

@@ -53,7 +53,8 @@ def strided_attention(
     """softmax(q K^T * sm_scale) V over the slots that each row may see; see `visible_slots` for which those are.
 
     q [T, Hq, D]; k_cache, v_cache [num_pages, page_size, Hkv, D]; page_table int32 [B, max_pages]; seq_lens int32
-    [B] (this step's rows included; 0 = padded request); query_start_loc int32 [B + 1]. Returns [T, Hq, D]; rows of
+    [B] (this step's rows included; 0 = padded request); query_start_loc int32 [B + 1]; k_scale, v_scale fp32 [] or
+    [Hkv]. Returns [T, Hq, D]; rows of
     no request are zero and their lse is -inf. lse fp32 [T, Hq] receives the natural log-sum-exp.
     """
     num_rows, num_heads, head_dim = q.shape
@@ -77,9 +78,9 @@ def strided_attention(
     k = k_cache[pages].flatten(1, 2).to(acc)
     v = v_cache[pages].flatten(1, 2).to(acc)
     if k_scale is not None:
-        k = k * k_scale.to(acc)
+        k = k * k_scale.to(acc).unsqueeze(-1)
     if v_scale is not None:
-        v = v * v_scale.to(acc)
+        v = v * v_scale.to(acc).unsqueeze(-1)
     visible = visible_slots(m, seq_lens.long(), max_query_len, k.shape[1], padded_tail, window)
 
     group = num_heads // num_kv_heads

@@ -33,6 +33,7 @@ FAILED = 4  # of a request whose logits were NaN
 NO_DRAFTS = 0
 MASK_DRAFTS = 1  # of MASK rows
 SUFFIX_DRAFTS = 2  # of the text itself
+HISTORY_DRAFTS = 3  # of finished outputs
 
 # Drafts of the text, after a match of so many of its last tokens.
 FILL_MATCH = 2  # where MASK rows have no draft

@@ -39,8 +39,9 @@ struct Node {
 template <class Element, int kDim>
 __device__ __forceinline__ void join_parts(const Params& p, const Request& r, const Unit& u, int32_t level) {
   constexpr int32_t kLanes = kDim / 4;  // of a row
-  const float v_scale = p.v_scale == nullptr ? 1.0f : *p.v_scale;
+  const float v_scale = scale_of(p.v_scale, p.v_scale_stride, u.kv_head);
   const int32_t thread = static_cast<int32_t>(threadIdx.x), column = thread % kLanes * 4;
+  if (column >= p.head_dim) return;
   const int32_t first = r.first_part(level), end = first + u.parts, shift = kTreeLevels - level;
   for (int32_t row = thread / kLanes; row < kTileRows; row += kGroupThreads / kLanes) {
     const Row which(p, r, u, row);
@@ -55,7 +56,7 @@ __device__ __forceinline__ void join_parts(const Params& p, const Request& r, co
         if ((i & ((1 << level) - 1)) != 0 || part < first || part >= end) continue;
         const float2 mt = __ldcg(p.gMT + at + part - first);  // other SMs wrote it
         nodes[i].m = mt.x, nodes[i].t = mt.y;
-        nodes[i].o = __ldcg(reinterpret_cast<const float4*>(p.gO + (at + part - first) * kDim + column));
+        nodes[i].o = __ldcg(reinterpret_cast<const float4*>(p.gO + (at + part - first) * p.head_dim + column));
       }
 #pragma unroll
       for (int32_t step = 1; step < kSuperLeaves; step *= 2) {
@@ -88,7 +89,7 @@ __device__ __forceinline__ void zero_padding(const Params& p) {
     for (int64_t i = int64_t{blockIdx.x} * kGroupThreads + threadIdx.x % kGroupThreads; i < pieces; i += step) {
       const int64_t row = first + i / (p.num_heads * kPieces);
       const int32_t head = static_cast<int32_t>(i / kPieces % p.num_heads), piece = static_cast<int32_t>(i % kPieces);
-      store_piece<Element>(p, row, head, piece, uint4{});
+      if (piece * 8 < p.head_dim) store_piece<Element>(p, row, head, piece, uint4{});
       if (p.lse != nullptr && piece == 0) p.lse[row * p.lse_stride + head] = kNothing;
     }
   };

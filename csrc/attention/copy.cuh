@@ -38,6 +38,7 @@ __device__ __forceinline__ void produce(const Params& p, Ring ring) {
   constexpr int32_t kStep = kGroupThreads / kPieces;         // slots between those of a thread
   constexpr int32_t kCount = kTileSlots / kStep;
   const int32_t piece = thread_of_group() % kPieces, first = thread_of_group() / kPieces;
+  const bool filled_up = piece * 8 >= p.head_dim;
   Schedule schedule(p);
   Unit u;
   while (schedule.next(p, u)) {
@@ -51,7 +52,8 @@ __device__ __forceinline__ void produce(const Params& p, Ring ring) {
 #pragma unroll
       for (int32_t j = 0; j < kCount; ++j) {
         const int32_t slot = tile * kTileSlots + first + j * kStep;
-        page[j] = slot >= x.low && slot < x.end ? min(max(table[slot / p.page_size], 0), p.num_pages - 1) : -1;
+        const bool none = filled_up || slot < x.low || slot >= x.end;
+        page[j] = none ? -1 : min(max(table[slot / p.page_size], 0), p.num_pages - 1);
       }
     };
     const auto copy = [&](const int32_t (&pages)[kCount], const Element* cache, int64_t stride_page, int64_t stride_slot,
@@ -98,6 +100,7 @@ __device__ __forceinline__ void produce_from_fp8(const Params& p, Ring ring) {
   constexpr int32_t kStep = kGroupThreads / kChunks;
   constexpr int32_t kCount = kTileSlots / kStep;
   const int32_t chunk = thread_of_group() % kChunks, first = thread_of_group() / kChunks;
+  const bool filled_up = chunk * 16 >= p.head_dim;
   Schedule schedule(p);
   Unit u;
   while (schedule.next(p, u)) {
@@ -112,7 +115,7 @@ __device__ __forceinline__ void produce_from_fp8(const Params& p, Ring ring) {
       for (int32_t j = 0; j < kCount; ++j) {
         const int32_t slot = tile * kTileSlots + first + j * kStep;
         loaded[0][j] = loaded[1][j] = uint4{};
-        if (slot < x.low || slot >= x.end) continue;
+        if (filled_up || slot < x.low || slot >= x.end) continue;
         const int64_t page = min(max(table[slot / p.page_size], 0), p.num_pages - 1);
         const int64_t in_page = slot % p.page_size;
         loaded[0][j] = load_16_bytes(k + page * p.k_stride_page + in_page * p.k_stride_slot);

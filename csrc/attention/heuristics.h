@@ -19,6 +19,11 @@ constexpr int32_t kLeafTiles = kLeafSlots / kTileSlots;
 constexpr int32_t kTreeLevels = 2;  // leaves are joined in a binary tree up to the 4 of 1024 slots, those in their order
 constexpr int32_t kSuperLeaves = 1 << kTreeLevels;
 
+// Columns of a tile, of which the last may be zeros. 0: head_dim is too large, or no whole vectors of 16 bytes.
+IDLM_ANYWHERE constexpr int32_t tile_columns(int32_t head_dim) {
+  return head_dim < 8 || head_dim > 128 || head_dim % 8 ? 0 : head_dim <= 64 ? 64 : 128;
+}
+
 // A unit is 2^level leaves of a tile of rows, or all of them.
 constexpr int32_t kWhole = kTreeLevels + 1;
 

@@ -10,6 +10,8 @@
 //   to the 4 of 1024 slots, and those in their order. The halves of the tree that wait lie in shared memory. A tile that
 //   several CTAs share is joined, by the same tree, by the one that comes last.
 //
+// head_dim is filled up to 64 or 128 columns, with zeros that are neither read from memory nor written to it.
+//
 // So the bits of a row depend on what it sees alone. Where a row sees less than others of its tile, a V that is not finite
 // is taken out of the block and added to the rows that see it: 0 * NaN never happens.
 //
@@ -28,7 +30,7 @@ namespace idlm::attention {
 constexpr int32_t kStackSlots = kTreeLevels + 1;
 constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
 
-// What depends on head_dim.
+// What depends on the columns of a tile: kDim, of which p.head_dim are the caller's.
 template <int kDim>
 struct Size {
   static constexpr int kPanels = kDim / 64;
@@ -84,7 +86,7 @@ struct Multiplier {
       const int32_t at = thread_of_group() + j * kGroupThreads, row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
       uint4 x = {};
-      if (which.exists)
+      if (which.exists && piece * 8 < p.head_dim)
         x = load_16_bytes(static_cast<const Element*>(p.q) + which.row * p.q_stride_row +
                           which.head * p.q_stride_head + piece * 8);
       *reinterpret_cast<uint4*>(sQ + place(row, piece)) = x;
@@ -316,8 +318,9 @@ struct Multiplier {
       take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)}, weights);
   }
 
-  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2]) {
-    const float scale = p.sm_scale * 1.44269504088896341f * (p.k_scale == nullptr ? 1.0f : *p.k_scale);
+  // k_scale: of K.
+  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2], float k_scale) {
+    const float scale = p.sm_scale * 1.44269504088896341f * k_scale;
     begin_leaf();
     clear();
     if (x.first_tile >= x.end_tile) return;
@@ -375,7 +378,7 @@ struct Multiplier {
 
   // The tile's rows, by way of the place of q.
   __device__ void store_rows(const Request& r, const Unit& u) {
-    const float v_scale = p.v_scale == nullptr ? 1.0f : *p.v_scale;
+    const float v_scale = scale_of(p.v_scale, p.v_scale_stride, u.kv_head);
     const int32_t lane = static_cast<int32_t>(lane_id());
     group_sync();  // all products with q are done
 #pragma unroll
@@ -400,7 +403,7 @@ struct Multiplier {
     for (int32_t at = thread_of_group(); at < kTileRows * kPieces; at += kGroupThreads) {
       const int32_t row = at / kPieces, piece = at % kPieces;
       const Row which(p, r, u, row);
-      if (which.exists)
+      if (which.exists && piece * 8 < p.head_dim)
         store_piece<Element>(p, which.row, which.head, piece, *reinterpret_cast<const uint4*>(sQ + place(row, piece)));
     }
   }
@@ -414,13 +417,14 @@ struct Multiplier {
       if (!which.exists) continue;
       const int64_t at = (which.row * p.num_heads + which.head) * p.max_parts + u.part;
       if (lane % 4 == 0) p.gMT[at] = make_float2(m[h], t[h]);
-      float* gO = p.gO + at * kDim + 2 * (lane % 4);
+      float* gO = p.gO + at * p.head_dim + 2 * (lane % 4);
 #pragma unroll
       for (int32_t panel = 0; panel < S::kPanels; ++panel) {
 #pragma unroll
         for (int32_t j = 0; j < 8; ++j)
-          *reinterpret_cast<float2*>(gO + panel * 64 + 8 * j) =
-              make_float2(o[panel][4 * j + 2 * h], o[panel][4 * j + 2 * h + 1]);
+          if (panel * 64 + 8 * j < p.head_dim)
+            *reinterpret_cast<float2*>(gO + panel * 64 + 8 * j) =
+                make_float2(o[panel][4 * j + 2 * h], o[panel][4 * j + 2 * h + 1]);
       }
     }
   }
@@ -445,7 +449,8 @@ struct Multiplier {
       const Request r(p, u.request);
       const Extent x(p, r, u, schedule.level);
       load_q(r, u);
-      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))});
+      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))},
+             scale_of(p.k_scale, p.k_scale_stride, u.kv_head));
       if (u.parts == 1) {
         store_rows(r, u);
       } else {
@@ -484,8 +489,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 
 template <class Element>
 Kernel kernel_of(int32_t head_dim) {
-  return head_dim == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
+  return tile_columns(head_dim) == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
 }
-constexpr int32_t bytes_of(int32_t head_dim) { return head_dim == 64 ? Size<64>::kBytes : Size<128>::kBytes; }
+constexpr int32_t bytes_of(int32_t head_dim) {
+  return tile_columns(head_dim) == 64 ? Size<64>::kBytes : Size<128>::kBytes;
+}
 
 }  // namespace idlm::attention

@@ -27,8 +27,10 @@ Status check(const AttentionParams& p) {
   const auto invalid = [](const char* what) { return failure(Code::kInvalidArgument, "strided_attention: %s", what); };
   if (p.dtype == DType::kFloat32)
     return failure(Code::kUnsupported, "strided_attention: fp32 is not computed here, bf16 and fp16 are");
-  if (p.head_dim != 64 && p.head_dim != 128)
-    return failure(Code::kUnsupported, "strided_attention: head_dim %d, this kernel takes 64 and 128", p.head_dim);
+  const int32_t vector = p.cache_is_fp8 ? 16 : 8;  // numbers of a cache in 16 bytes
+  if (tile_columns(p.head_dim) == 0 || p.head_dim % vector)
+    return failure(Code::kUnsupported, "strided_attention: head_dim %d, this kernel takes multiples of %d up to 128",
+                   p.head_dim, vector);
   if (p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads)
     return invalid("num_heads must be a positive multiple of num_kv_heads");
   if (p.num_rows < 0 || p.batch < 0 || p.max_pages < 0 || p.num_pages < 1 || p.page_size < 1 || p.max_query_len < 1)
@@ -39,10 +41,9 @@ Status check(const AttentionParams& p) {
     return data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
            std::all_of(strides.begin(), strides.end(), [vector](int64_t s) { return s % vector == 0; });
   };
-  const int64_t of_cache = p.cache_is_fp8 ? 16 : 8;
   if (!aligned(p.q, 8, {p.q_stride_row, p.q_stride_head}) ||
-      !aligned(p.k_cache, of_cache, {p.k_stride_page, p.k_stride_slot, p.k_stride_head}) ||
-      !aligned(p.v_cache, of_cache, {p.v_stride_page, p.v_stride_slot, p.v_stride_head}))
+      !aligned(p.k_cache, vector, {p.k_stride_page, p.k_stride_slot, p.k_stride_head}) ||
+      !aligned(p.v_cache, vector, {p.v_stride_page, p.v_stride_slot, p.v_stride_head}))
     return invalid("addresses and strides of q, k_cache and v_cache must be multiples of 16 bytes");
   if (p.query_start_loc == nullptr || p.out == nullptr || p.flags == nullptr ||
       (p.batch > 0 && (p.seq_lens == nullptr || (p.max_pages > 0 && p.page_table == nullptr))))

@@ -29,6 +29,11 @@ constexpr uint32_t kExponentBits = 0x7F80;
 template <>
 inline constexpr uint32_t kExponentBits<__half> = 0x7C00;
 
+// Of K or V of a KV head.
+__device__ __forceinline__ float scale_of(const float* scales, int64_t stride, int32_t kv_head) {
+  return scales == nullptr ? 1.0f : scales[kv_head * stride];
+}
+
 // ---- packed rows
 
 struct Row {

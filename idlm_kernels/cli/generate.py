@@ -313,7 +313,7 @@ def _record(result: GenerationResult, ar: GenerationResult | None, check: bool) 
         "stride",
     ]
     record = {name: getattr(result, name) for name in names}
-    if "suffix" in result.acceptance_by_source:
+    if result.acceptance_by_source.keys() - {"mask"}:
         record["acceptance_by_source"] = result.acceptance_by_source
     if check:
         record["identical_to_ar"] = ar and ar.token_ids == result.token_ids

@@ -138,6 +138,10 @@ class DraftOptions:
     suffix_drafts: Annotated[
         bool, typer.Option("--suffix-drafts", help="Draft from repetitions in the text too.")
     ] = False
+    history_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Draft from finished outputs too, of which so many tokens are kept; 0: from none."),
+    ] = 0
     rule: Annotated[
         Rule,
         typer.Option(help="How drafts are verified; match: the tokens of AR sampling; rejection: their distribution."),
@@ -157,6 +161,7 @@ class DraftOptions:
             row_budget=self.row_budget,
             rerank=self.rerank,
             suffix_drafts=self.suffix_drafts,
+            history_tokens=self.history_tokens,
             synthetic_acceptance=synthetic_acceptance,
         )
         if options.stride != "auto":

@@ -134,9 +134,11 @@ def strided_attention(
         page_table.shape[1],
         torch.get_num_threads(),
     )
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    scale: float | Tensor = head_dim**-0.5 if sm_scale is None else sm_scale
     if k_scale is not None:
-        scale *= float(k_scale)
+        scale = (scale * k_scale).view(-1, 1, 1, 1, 1, 1)
+    if v_scale is not None:
+        v_scale = v_scale.view(-1, 1, 1, 1)
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     for rows in plan.idle_rows:
         out[rows] = 0
@@ -144,7 +146,7 @@ def strided_attention(
             lse[rows] = -math.inf
     q = q.float()
     for item in plan.items:
-        _attend(q, k_cache, v_cache, item, scale, None if v_scale is None else float(v_scale), out, lse)
+        _attend(q, k_cache, v_cache, item, scale, v_scale, out, lse)
     return out
 
 
@@ -156,8 +158,8 @@ def _attend(
     k_cache: Tensor,
     v_cache: Tensor,
     item: _Item,
-    scale: float,
-    v_scale: float | None,
+    scale: float | Tensor,  # [Hkv or 1, 1, 1, 1, 1, 1]
+    v_scale: Tensor | None,  # [Hkv or 1, 1, 1, 1]
     out: Tensor,
     lse: Tensor | None,
 ) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.costs import LearnedCosts
 from idlm_kernels.generate.graphs import CudaRecorder, RecordedSteps, Recorder, StepFunction
+from idlm_kernels.generate.history import HANDED_OVER, History
 from idlm_kernels.generate.options import EngineOptions
 from idlm_kernels.generate.output import RequestOutput, StreamEvent
 from idlm_kernels.generate.pages import PagePool, page_size_for
@@ -42,7 +43,7 @@ from idlm_kernels.model.adapter import Adapter
 from idlm_kernels.model.tokenizer import Tokenizer
 from idlm_kernels.model.transformer import PreparedAdapter, Transformer
 from python_ref import DraftDistributions
-from python_ref.contract import GREEDY_BELOW
+from python_ref.contract import GREEDY_BELOW, MASK_DRAFTS
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -167,7 +168,9 @@ class Engine:
             mask_input=model.mask_input,
             id_limit=self._id_limit,
             device=model.device,
+            handed_over=HANDED_OVER if options.history_tokens else 0,
         )
+        self._history = History(options.history_tokens) if options.history_tokens else None
         draft_dists = None
         if options.rule == "rejection":
             vocab_size = model.config.vocab_size
@@ -380,6 +383,8 @@ class Engine:
     def _retire(self) -> None:
         for request in [r for r in self._active if r.ended]:
             self._leave(request)
+            if self._history is not None and request.output.finish_reason in ("stop", "length"):
+                self._history.add(request.prompt, request.output.token_ids)
             if self.on_trace is not None and request.output.finish_reason != "error":
                 self.on_trace(request)
 
@@ -459,14 +464,18 @@ class Engine:
             request.batch_index = free
 
     def _write_tables(self) -> None:
-        """Page tables, and drafts within the plan of the window."""
+        """Page tables, drafts within the plan of the window, and what finished outputs have for each request."""
         width = self._state.page_table.shape[1]
         tables = [[0] * width for _ in range(len(self._active))]
+        passages: list[list[int]] = [[] for _ in tables]
         for request in self._active:
             assert request.batch_index is not None
             tables[request.batch_index] = (request.pages + [0] * width)[:width]
+            if self._history is not None:
+                passages[request.batch_index] = self._history.passages(request.tokens)
         if tables:
             self._state.page_table[: len(tables)] = torch.tensor(tables, dtype=torch.int32)
+            self._state.history[: len(tables)] = torch.tensor(passages, dtype=torch.int64)
         self._state.num_drafts.clamp_(max=self._decoder.plan.num_drafts)
 
     # Prefill
@@ -581,11 +590,12 @@ class Engine:
     ) -> list[tuple[Request, StreamEvent]]:
         num_spec_tokens = self._decoder.plan.num_drafts
         verified, accepted = [0] * num_spec_tokens, [0] * num_spec_tokens
+        of_adapter = DraftCounts.none(num_spec_tokens)
         events = []
         for b, request in requests.items():
             if request.ended:
                 continue
-            num_drafts, num_accepted, *_ = rows[b]
+            num_drafts, num_accepted, _, _, _, source, *_ = rows[b]
             at = len(request.output.token_ids)
             event = request.output.read(rows[b], self._decoder.plan.stride)
             if drafts is not None and num_drafts and event.token_ids:
@@ -593,13 +603,15 @@ class Engine:
             for j in range(min(num_drafts, num_accepted + 1)):
                 verified[j] += 1
                 accepted[j] += j < num_accepted
+                of_adapter.verified[j] += source == MASK_DRAFTS
+                of_adapter.accepted[j] += source == MASK_DRAFTS and j < num_accepted
             if request.ended and request.batch_index is not None:
                 self._state.finish_reason[request.batch_index].clamp_(
                     min=STOPPED
                 )  # a stop string is known to the host alone
             events.append((request, event))
         self.policy.observe(verified, accepted)
-        self.draft_counts.add(verified, accepted)
+        self.draft_counts.add(of_adapter.verified, of_adapter.accepted)
         return events
 
     def _keep_cycle(self, request: Request, at: int, drafts: list[int], row: list[int], kept: int) -> None:

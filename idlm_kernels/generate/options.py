@@ -24,8 +24,10 @@ class DecodeOptions:
     far as the adapter was trained for. rule: how drafts are verified, "match" (the tokens of ordinary sampling) or
     "rejection" (their distribution). row_budget: the most rows of a request in a step; plan and stride are then upper
     bounds. rerank: let the adapter's re-ranking head choose the drafts, where it has one. suffix_drafts: draft from
-    repetitions in the text as well (`match` only). logprobs: report those of the tokens. synthetic_acceptance: instead
-    of verifying, accept each draft with this probability, to measure speed; the text is noise.
+    repetitions in the text as well (`match` only). history_tokens: draft from finished outputs of the same engine too,
+    of which it keeps so many tokens (`match` only); 0 keeps none. logprobs: report those of the tokens.
+    synthetic_acceptance: instead of verifying, accept each draft with this probability, to measure speed; the text is
+    noise.
 
     Raises: TypeError, ValueError naming the field, what was given and what is wanted.
     """
@@ -36,6 +38,7 @@ class DecodeOptions:
     row_budget: int | None = None
     rerank: bool = True
     suffix_drafts: bool = False
+    history_tokens: int = 0
     logprobs: bool = False
     synthetic_acceptance: float | None = None
 
@@ -54,6 +57,12 @@ class DecodeOptions:
                 raise ValueError(f"row_budget is {self.row_budget}, wanted at least 1 row per request")
         if self.suffix_drafts and self.rule != "match":
             raise ValueError("suffix drafts have no distribution to divide by: use rule='match'")
+        if isinstance(self.history_tokens, bool) or not isinstance(self.history_tokens, int):
+            raise TypeError(f"history_tokens must be an int, got {type(self.history_tokens).__name__}")
+        if self.history_tokens < 0:
+            raise ValueError(f"history_tokens is {shown(self.history_tokens)}, wanted at least 0 (which keeps none)")
+        if self.history_tokens and self.rule != "match":
+            raise ValueError("drafts from finished outputs have no distribution to divide by: use rule='match'")
         for name in ("rerank", "suffix_drafts", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {type(getattr(self, name)).__name__}")

@@ -12,9 +12,9 @@ from idlm_kernels._deprecated import warn_renamed
 from idlm_kernels.generate.params import SamplingParams
 from idlm_kernels.generate.state import FAILED, LENGTH, RUNNING, STOPPED
 from idlm_kernels.model.tokenizer import Detokenizer, Tokenizer
-from python_ref.contract import MASK_DRAFTS, SUFFIX_DRAFTS
+from python_ref.contract import HISTORY_DRAFTS, MASK_DRAFTS, SUFFIX_DRAFTS
 
-SOURCES = {MASK_DRAFTS: "mask", SUFFIX_DRAFTS: "suffix"}
+SOURCES = {MASK_DRAFTS: "mask", SUFFIX_DRAFTS: "suffix", HISTORY_DRAFTS: "history"}
 _REASONS = {STOPPED: "stop", LENGTH: "length", FAILED: "error"}
 _LOGPROB = struct.Struct("d")
 
@@ -40,7 +40,8 @@ class GenerationResult:
     text: without special tokens and without the stop string. token_ids: committed tokens, the end token included.
     tokens: their number. forwards: decode steps that committed them, the one that rode on the prefill included. tpf:
     tokens / forwards. acceptance[j]: share of the verified drafts at index j that were accepted, given that all before
-    were; None where none was verified. acceptance_by_source: the same over all indices, for "mask" and "suffix" drafts.
+    were; None where none was verified. acceptance_by_source: the same over all indices, for "mask", "suffix" and
+    "history" drafts.
     tokens_per_second: prefill time included. finish_reason: "stop" (end token, stop id or stop string), "length",
     "cancelled" or "error" (then `error` says what happened). seed: the 64-bit seed in use. error_flags: bits of
     `verify_accept` seen on the way (0 is clean). logprobs: of the tokens under the model's own distribution (before

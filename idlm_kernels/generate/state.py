@@ -22,9 +22,10 @@ class DecodeState(StepState):
     """B requests. Pending is text[b, L - 1], whose KV is not in the cache yet.
 
     Besides the tensors of StepState: temperature, top_p, min_p fp32 [B], top_k int32 [B]; what `Penalties` has, by
-    longer names. mask_id: the id given to MASK rows (any valid one where a vector takes its place); noise_below: if not
-    0, MASK rows are given ids drawn from 1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be
-    sampled, -1 if none; id_limit: ids from here on are never sampled.
+    longer names. history int64 [B, H]: passages of finished outputs to draft from, -1 between them. mask_id: the id
+    given to MASK rows (any valid one where a vector takes its place); noise_below: if not 0, MASK rows are given ids
+    drawn from 1 .. noise_below - 1 instead; sampled_mask_id: the id that must never be sampled, -1 if none; id_limit:
+    ids from here on are never sampled.
     """
 
     temperature: Tensor
@@ -37,6 +38,7 @@ class DecodeState(StepState):
     repetition_penalty: Tensor
     bias_ids: Tensor
     bias: Tensor
+    history: Tensor
     mask_id: int
     sampled_mask_id: int
     id_limit: int
@@ -70,9 +72,10 @@ class DecodeState(StepState):
         id_limit: int,
         device: torch.device,
         mask_input: MaskInput | None = None,
+        handed_over: int = 0,
     ) -> DecodeState:
         """A batch without requests. mask_token_id: of the model, never sampled; what MASK rows embed, too, when
-        mask_input is None."""
+        mask_input is None. handed_over: H, the ids of finished outputs that a request can draft from."""
         if mask_input is None:
             mask_input = MaskInput("mean" if mask_token_id is None else "token", mask_token_id)
 
@@ -102,6 +105,7 @@ class DecodeState(StepState):
             bias_ids=zeros(torch.int64, MAX_LOGIT_BIAS) - 1,
             bias=zeros(torch.float32, MAX_LOGIT_BIAS),
             seed=zeros(torch.int64),
+            history=zeros(torch.int64, handed_over) - 1,
             mask_id=mask_input.row_id,
             sampled_mask_id=-1 if mask_token_id is None else mask_token_id,
             id_limit=id_limit,

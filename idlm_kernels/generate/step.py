@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idlm_kernels import ops
+from idlm_kernels.generate.history import draft_from_history
 from idlm_kernels.generate.plan import StepPlan, plan_rows, prefill_rows
 from idlm_kernels.generate.rerank import rerank_drafts
 from idlm_kernels.generate.state import DecodeState
@@ -137,6 +138,8 @@ def _commit(decoder: Decoder, state: DecodeState, logits: Tensor, hidden: Tensor
         logits=raw if decoder.logprobs else None,
         query_start_loc=query_start_loc if decoder.logprobs else None,
     )
+    if state.history.shape[1] > 0 and decoder.plan.num_drafts > 0:
+        draft_from_history(state)
     return outcome if listed is None else torch.cat([outcome, listed[0].flatten(1), _bits(listed[1]).flatten(1)], dim=1)
 
 

@@ -33,7 +33,7 @@ _MAX_LINE = 64 << 20  # bytes; a longer one is no trace
 @dataclass(frozen=True)
 class Cycle:
     """A step that verified drafts. at: the index in the answer of the first one; drafts: their ids; accepted: how many
-    of them, from the first, became text; source: `MASK_DRAFTS` or `SUFFIX_DRAFTS` of the contract; adapter: of the
+    of them, from the first, became text; source: `MASK_DRAFTS` or another one of the contract; adapter: of the
     trace's adapters, the index of the one that was in use.
     """
 

@@ -1,6 +1,6 @@
 """strided_attention of backend `cuda`. The kernel: csrc/attention/kernel.cuh.
 
-It takes bf16 and fp16, head_dim 64 and 128, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
+It takes bf16 and fp16, head_dim up to 128, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
 bytes (`refusal`). Every other problem goes to the next backend in line, or is refused where backend `cuda` is forced.
 The rule looks at what a model's calls have in common alone, so the rows of a layer never change between the two.
 """
@@ -17,11 +17,11 @@ from idlm_kernels.native import load
 from idlm_kernels.native.gemm import stream_of
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_HEAD_DIMS = (64, 128)
+_MAX_HEAD_DIM = 128
 _VECTOR = 8  # values of 16 bits in 16 bytes
 _MIN_FLAGS = 4096  # one for each tile of 64 packed rows
 
-LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim 64 and 128, strides in multiples of 16 bytes"}
+LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim up to 128, rows and strides of whole 16 bytes"}
 
 # CTAs of a launch (0: one on every SM), for tests and tuning. No result depends on it.
 max_ctas = 0
@@ -33,8 +33,9 @@ def refusal(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
         return f"it takes bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
     if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
         return f"it takes a cache of q's dtype or of float8_e4m3fn, not {str(k_cache.dtype).removeprefix('torch.')}"
-    if q.shape[2] not in _HEAD_DIMS:
-        return f"it takes head_dim 64 and 128, not {q.shape[2]}"
+    vector = 16 // k_cache.element_size()
+    if q.shape[2] > _MAX_HEAD_DIM or q.shape[2] % vector:
+        return f"it takes a head_dim that is a multiple of {vector} and at most {_MAX_HEAD_DIM}, not {q.shape[2]}"
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.data_ptr() % 16 or any(stride * cache.element_size() % 16 for stride in cache.stride()[:3]):
             return f"it takes a {name} whose address and strides are multiples of 16 bytes"
@@ -96,7 +97,9 @@ def strided_attention(
         query_start_loc=query_start_loc.data_ptr(),
         tree_mask=_address(tree_mask),
         k_scale=_address(k_scale),
+        k_scale_stride=_stride(k_scale),
         v_scale=_address(v_scale),
+        v_scale_stride=_stride(v_scale),
         out=y.data_ptr(),
         out_stride_row=y.stride(0),
         out_stride_head=y.stride(1),
@@ -127,6 +130,11 @@ def strided_attention(
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _stride(scale: Tensor | None) -> int:
+    """Between the scales of KV heads; 0 where there is one for all."""
+    return 0 if scale is None or scale.dim() == 0 else 1
 
 
 def _flags(count: int, device: torch.device) -> Tensor:

@@ -180,7 +180,10 @@ def number(op: str, name: str, value: float) -> None:
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
-def broadcastable_scale(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
-    """A KV scale: one fp32 number on the device."""
-    if x is not None:
-        tensor(op, name, x, (), (torch.float32,), device)
+def kv_scale(op: str, name: str, x: Tensor | None, num_kv_heads: int, device: torch.device) -> None:
+    """A KV scale: one fp32 number, or one for each KV head."""
+    if x is None:
+        return
+    if isinstance(x, Tensor) and x.dim() > 0 and x.shape != (num_kv_heads,):
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, wanted [] or [{num_kv_heads}]")
+    tensor(op, name, x, (None,) * x.dim() if isinstance(x, Tensor) else (), (torch.float32,), device)

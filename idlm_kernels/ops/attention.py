@@ -45,7 +45,7 @@ def strided_attention(
     slot < seq_len - m, and step slot seq_len - m + j iff bit j of its mask is set (quadratic plans, draft trees).
 
     Args:
-        q: [T, Hq, D], fp16, bf16, fp32 or fp64; D is 64, 128 or 256 on GPU backends.
+        q: [T, Hq, D], fp16, bf16, fp32 or fp64; D of any size, by GPU kernels up to 256.
         k_cache, v_cache: [num_pages, page_size, Hkv, D], q's dtype (or fp8 e4m3), Hq a multiple of Hkv, any page
             size from 1, any strides with a unit inner one: views of other engines' caches pass unchanged.
         page_table: int32 [B, max_pages]; slot s of request b is in page page_table[b, s // page_size].
@@ -57,7 +57,7 @@ def strided_attention(
             are treated as padding.
         sm_scale: factor of q K^T; 1 / sqrt(D) when None.
         window: with w >= 0 a row also sees nothing older than w slots before its own.
-        k_scale, v_scale: fp32 scalars (shape []) that multiply K and V.
+        k_scale, v_scale: fp32 [] or [Hkv], multiply K and V: all of it, or that of each KV head.
         out: [T, Hq, D], q's dtype; allocated when None.
         lse: fp32 [T, Hq], receives the natural log of the softmax denominator.
 
@@ -106,8 +106,8 @@ def strided_attention(
             raise ValueError(f"{op}: window = {window} with a tree_mask, wanted one of the two")
         if max_query_len > MAX_TREE_ROWS:
             raise ValueError(f"{op}: max_query_len is {max_query_len}, wanted at most {MAX_TREE_ROWS} with a tree_mask")
-    check.broadcastable_scale(op, "k_scale", k_scale, device)
-    check.broadcastable_scale(op, "v_scale", v_scale, device)
+    check.kv_scale(op, "k_scale", k_scale, num_kv_heads, device)
+    check.kv_scale(op, "v_scale", v_scale, num_kv_heads, device)
     if out is not None:
         check.tensor(op, "out", out, (num_rows, num_heads, head_dim), (q.dtype,), device)
     if lse is not None:

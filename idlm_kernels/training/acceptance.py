@@ -89,16 +89,29 @@ class Predictions:
 
     def steps(self, *, quadratic: bool, reranked: bool = False, stride: int | None = None) -> list[int]:
         """Tokens that each step of the plan commits, from sample to sample."""
+        most = self.num_spec_tokens if stride is None else stride - 1
+        return self.budgeted_steps([most if quadratic else 0] * most, reranked=reranked)
+
+    def budgeted_steps(self, widths: Sequence[int], *, reranked: bool = False) -> list[int]:
+        """Tokens that each step of a budgeted plan commits, from sample to sample.
+
+        widths[b]: the MASK rows of branch b, at most M = len(widths). The branch after a step's last draft has M
+        whatever the widths, so that widths of 0 are the chain and widths of M the quadratic plan.
+        """
+        most = len(widths)
+        if not 0 < most <= self.num_spec_tokens:
+            raise ValueError(f"widths has {most} entries, wanted 1 to {self.num_spec_tokens}, the drafts of a row")
+        if not all(0 <= width <= most for width in widths):
+            raise ValueError(f"widths is {list(widths)}, wanted 0 to {most} MASK rows in each branch")
         committed = []
         for stands in self.reranked if reranked else self.plain:
-            width = stands.shape[1] if stride is None else stride - 1
-            accepted = stands[:, :width].long().cumprod(1).sum(1).tolist()
-            i, drafted = 0, True  # the prefill samples token 0 and drafts from there
+            accepted = stands[:, :most].long().cumprod(1).sum(1).tolist()
+            i, n = 0, most  # the prefill samples token 0 and drafts from there
             while i + 1 < len(accepted):
-                a = accepted[i] if drafted else 0
+                a = min(n, accepted[i])
                 committed.append(min(a + 1, len(accepted) - 1 - i))
                 i += committed[-1]
-                drafted = quadratic or not drafted or a == width
+                n = most if a == n else widths[a]
         return committed
 
 

@@ -44,8 +44,8 @@ class Rows(NamedTuple):
 class PagedCache(NamedTuple):
     k: Any  # [num_pages, PAGE_SIZE, HKV, D]
     v: Any
-    k_scale: Any  # [1] or None
-    v_scale: Any
+    k_scale: Any  # [K_SCALES] or None
+    v_scale: Any  # [V_SCALES] or None
     stride_k_page: Any
     stride_k_slot: Any
     stride_k_head: Any
@@ -73,7 +73,7 @@ class Output(NamedTuple):
     rows: Rows
     lse: Any  # fp32 [T, Hq] or None
     stride_lse: Any
-    v_scale: Any
+    v_scale: Any  # of the tile's KV head, or None
 
 
 class Context(NamedTuple):
@@ -123,8 +123,8 @@ class Shape(NamedTuple):
     SPLITS: int
     WINDOW: int
     HAS_TAIL: bool
-    HAS_K_SCALE: bool
-    HAS_V_SCALE: bool
+    K_SCALES: int  # 0, 1 for all KV heads, or HKV
+    V_SCALES: int
     HAS_LSE: bool
     SAME_STRIDES: bool
     NUM_STAGES: int
@@ -137,7 +137,7 @@ def _store_rows(output, row, head, is_row, m, total, o, shape: tl.constexpr):
     """o / total, 0 for a row that saw nothing; row (int64), head, is_row, m, total are [rows], o is [rows, BLOCK_D].
     Zeros come out positive: masked tiles may turn a -0.0 into 0.0."""
     y = tl.div_rn(o, tl.where(total == 0.0, 1.0, total)[:, None])
-    if shape.HAS_V_SCALE:
+    if shape.V_SCALES > 0:
         y = y * tl.load(output.v_scale)
     y = tl.where(y == 0.0, 0.0, y)
     out = output.rows
@@ -360,7 +360,6 @@ def _attention_kernel(
     GROUP: tl.constexpr = shape.GROUP
     HKV: tl.constexpr = shape.HKV
     D: tl.constexpr = shape.D
-    output = Output(rows=out, lse=gLse, stride_lse=stride_lse, v_scale=cache.v_scale)
     chunks = Chunks(o=gChunkO, ml=gChunkML, num_chunks=num_chunks)
     requests = Requests(query_start=gQueryStart, seq_lens=gSeqLens, max_rows=max_rows, max_slots=max_slots)
     row_tile = tl.program_id(0) % row_tiles
@@ -369,6 +368,10 @@ def _attention_kernel(
     kv_head = (tile % HKV).to(tl.int64 if shape.INDEX_BITS == 64 else tl.int32)
     packed = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + packed % GROUP
+    v_scale = cache.v_scale
+    if shape.V_SCALES > 1:
+        v_scale += kv_head
+    output = Output(rows=out, lse=gLse, stride_lse=stride_lse, v_scale=v_scale)
     d = tl.arange(0, BLOCK_D)
     has_d = (d < D)[None, :]
 
@@ -403,8 +406,8 @@ def _attention_kernel(
     if shape.HAS_TAIL:
         tail = tl.load(gTail + row, mask=is_row, other=0)
     scale_log2 = sm_scale * 1.4426950408889634
-    if shape.HAS_K_SCALE:
-        scale_log2 = scale_log2 * tl.load(cache.k_scale)
+    if shape.K_SCALES > 0:
+        scale_log2 = scale_log2 * tl.load(cache.k_scale + (kv_head if shape.K_SCALES > 1 else 0))
     gPages = gPageTable + request.to(tl.int64) * stride_table
     first_row = row_tile * BLOCK_M // GROUP
     mine = Tile(q=q, tail=tail, i=i, row=row, head=head, is_row=is_row, first_row=first_row)

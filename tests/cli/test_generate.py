@@ -181,6 +181,8 @@ def test_every_flag_reaches_the_generator(idlm: Idlm, fake: type[Generator], mon
     assert threads == [2]
     assert idlm("-p", "x", "--suffix-drafts").exit_code == 0
     assert streamed(fake, 1)[2] == DecodeOptions(suffix_drafts=True)
+    assert idlm("-p", "x", "--history-tokens", "99").exit_code == 0
+    assert streamed(fake, 2)[2] == DecodeOptions(history_tokens=99)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +328,7 @@ def test_grammars_are_refused_by_name(idlm: Idlm, fake: type[Generator]) -> None
         (["-p", "x", "--temperature", "-1"], None, "temperature is -1"),
         (["-p", "x", "--stride", "1"], None, "stride is 1"),
         (["-p", "x", "--rule", "rejection", "--suffix-drafts"], None, "rule='match'"),
+        (["-p", "x", "--rule", "rejection", "--history-tokens", "9"], None, "rule='match'"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(

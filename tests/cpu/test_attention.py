@@ -129,9 +129,10 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert ((out - want).abs() <= (want.to(dtype) - want).abs() + 1e-6).all()
 
 
-def test_scales_and_fp8() -> None:
-    args, options = arguments([request((4, 2, 64), 200, 7)], Paging())
-    options |= {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0), "sm_scale": 0.2}
+@pytest.mark.parametrize("k_scale, v_scale", [(0.5, 3.0), ([0.5, 0.1], [3.0, -1.0]), (0.5, [3.0, 0.1])])
+def test_scales_and_fp8(k_scale: float | list[float], v_scale: float | list[float]) -> None:
+    args, options = arguments([request((4, 2, 64), 200, 7), request((4, 2, 64), 300, 4)], Paging())
+    options |= {"k_scale": torch.tensor(k_scale), "v_scale": torch.tensor(v_scale), "sm_scale": 0.2}
     q, k, v, *rest = args
     k, v = (c.nan_to_num().to(torch.float8_e4m3fn) for c in (k, v))
     want = python_ref.strided_attention(q.double(), k.double(), v.double(), *rest, **options)

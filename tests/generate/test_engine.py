@@ -124,6 +124,7 @@ def test_any_schedule_gives_the_same_tokens(
         lag=rng.choice((0, 1, 3)),
         suffix_drafts=rng.random() < (0.5 if max_len == 48 else 0.8),
         logprobs=rng.random() < 0.3,
+        history_tokens=rng.choice((0, 0, 30, 1000)),
     )
     recorder = EagerRecorder() if rng.random() < 0.3 else None
     engine = Engine(generator.model, None, RandomPolicy(rng), options, recorder=recorder)

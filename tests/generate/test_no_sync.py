@@ -78,7 +78,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("rule", "options"),
-    [("rejection", {}), ("rejection", {"rerank": True}), *(("match", o) for o in OPTIONS)],
+    [
+        ("rejection", {}),
+        ("rejection", {"rerank": True}),
+        *(("match", o) for o in [*OPTIONS, {"history_tokens": 99}]),
+    ],
     ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("plan", ["ar", "chain", "quadratic"])

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from idlm_kernels import _semaphores, testing
 from idlm_kernels.native import attention
@@ -105,15 +106,52 @@ def check_window(softgpu: ModuleType | None = None) -> None:
 
 
 def check_scales(softgpu: ModuleType | None = None) -> None:
-    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0)}
+    one, each = torch.tensor(0.5), torch.tensor([0.5, 0.1])
     for ctas in (MANY, ONE):
-        check(attend((600, 70), (7, 4)).changed(**scales, sm_scale=0.3), ctas)
-        check(of_fp8(attend((600, 70), (7, 4))).changed(**scales), ctas)
+        for scales in ({"k_scale": one, "v_scale": 6 * one}, {"k_scale": each, "v_scale": 7 - 60 * each}):
+            check(attend((600, 70), (7, 4)).changed(**scales, sm_scale=0.3), ctas)
+            check(of_fp8(attend((600, 70), (7, 4))).changed(**scales), ctas)
+        alike = attend((600, 70), (7, 4))
+        same = alike.changed(k_scale=one.expand(2).clone(), v_scale=one.expand(2).clone())
+        check_same(run(same, ctas), run(alike.changed(k_scale=one, v_scale=one), ctas))
 
 
 def of_fp8(call: Call) -> Call:
     """The call over caches of e4m3."""
     return call.changed(**{name: call[name].to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")})
+
+
+def among_nan(x: torch.Tensor) -> torch.Tensor:
+    """x, with 16 columns of NaN behind those of each head, in memory that it does not show."""
+    room = torch.full((*x.shape[:-1], x.shape[-1] + 16), torch.nan).to(x.dtype)
+    return room[..., : x.shape[-1]].copy_(x)
+
+
+def check_columns(softgpu: ModuleType | None = None) -> None:
+    check_filled_up(80, torch.bfloat16, fp8=False)
+
+
+def check_filled_up(dim: int, dtype: torch.dtype, fp8: bool) -> None:
+    """A head_dim between those of tiles: right, with the bits of the same problem filled up with zeros. What lies
+    behind the columns of a head is neither read nor written."""
+    columns = (0, (64 if dim <= 64 else 128) - dim)
+    for call in (
+        attend((600, 70, 0), heads=(6, 2, dim), dtype=dtype, page_size=3),
+        attend((90,), (16,), heads=(4, 1, dim), dtype=dtype, tail="quadratic"),
+    ):
+        call = of_fp8(call) if fp8 else call
+        tensors = {name: call[name] for name in ("q", "k_cache", "v_cache")}
+        filled_up = {name: functional.pad(x.float(), columns).to(x.dtype) for name, x in tensors.items()}
+        apart = {name: among_nan(x) for name, x in tensors.items()}
+        for ctas in (MANY, ONE):
+            found, wanted = check(call, ctas), run(call.changed(**filled_up, sm_scale=dim**-0.5), ctas)
+            check_bits(found.result, wanted.result[..., :dim])
+            check_bits(found.left["lse"], wanted.left["lse"], "lse")
+            out = among_nan(torch.zeros_like(call["q"]))
+            with with_ctas(ctas):
+                attention.strided_attention(**{**call.arguments, **apart}, out=out)
+            check_bits(out, found.result)
+            assert out._base is not None and out._base[..., dim:].isnan().all()
 
 
 def check_max_query_len(softgpu: ModuleType | None = None) -> None:
@@ -151,12 +189,16 @@ def check_quadratic_row_bits(softgpu: ModuleType | None = None) -> None:
     whole = run(call)
     for row in range(4):
         check_same(run(request_rows(call, 0, slice(row, row + 1))), whole, among=slice(row, row + 1))
-    chain = attend((700,), (64,), heads=(4, 1, 128))
-    whole = run(chain)
+    check_rows_of_chain(attend((700,), (64,), heads=(4, 1, 128)))
+
+
+def check_rows_of_chain(call: Call) -> None:
+    """1, 7 and 16 rows have the bits that they have among 64."""
+    whole = run(call)
     for count in (1, 7, 16):
         for first in (0, 31, 64 - count):
             rows = slice(first, first + count)
-            check_same(run(request_rows(chain, 0, rows)), whole, among=rows)
+            check_same(run(request_rows(call, 0, rows)), whole, among=rows)
 
 
 def check_hidden(softgpu: ModuleType | None = None) -> None:

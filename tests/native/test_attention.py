@@ -11,6 +11,7 @@ import torch
 import idlm_kernels
 from idlm_kernels.native import attention
 from idlm_kernels.testing import Call, check_bits
+from idlm_kernels.testing.problems import request_rows
 from tests.native.attention_support import (
     MANY,
     ONE,
@@ -18,11 +19,14 @@ from tests.native.attention_support import (
     check,
     check_chain,
     check_edges,
+    check_filled_up,
     check_flags,
     check_hidden,
     check_max_query_len,
     check_quadratic_row_bits,
     check_row_bits,
+    check_row_bits_of,
+    check_rows_of_chain,
     check_same,
     check_scales,
     check_tail,
@@ -88,6 +92,21 @@ def test_fp8_caches(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
         wide = narrow.changed(**{name: narrow[name].to(dtype) for name in ("k_cache", "v_cache")})
         for ctas in (MANY, ONE):
             check_same(check(narrow, ctas), run(wide, ctas))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["wide", "fp8"])
+@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112])
+def test_head_dims_in_between(dim: int, fp8: bool) -> None:
+    check_filled_up(dim, FP16 if dim == 96 else BF16, fp8)
+
+
+def test_heads_of_one_vector() -> None:
+    check_filled_up(8, BF16, fp8=False)
+
+
+def test_rows_of_filled_up_heads_have_the_bits_of_one_row() -> None:
+    check_rows_of_chain(attend((700,), (64,), heads=(4, 1, 80)))
+    check_row_bits_of(attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, 112)))
 
 
 def test_prefill_chunk_of_many_rows() -> None:
@@ -175,25 +194,63 @@ def test_nothing() -> None:
     assert (run(empty).result == 0).all()
 
 
-def test_offsets_beyond_32_bits() -> None:
-    """Pages, slots and heads so far apart that products with their strides pass 2^31 elements."""
-    call = attend((40, 20), (3, 3), heads=(2, 2, 64), page_size=2, padding=0)
-    shape, wanted = call["k_cache"].shape, run(call).result
-    for far_apart in range(3):
-        strides = [128 * 2, 128, 64]
-        strides[far_apart] = (2**31 // (shape[far_apart] - 1) // 64 + 1) * 64
-        count = sum((n - 1) * stride for n, stride in zip(shape, (*strides, 1), strict=True)) + 1
-        far = torch.empty(count, dtype=BF16).as_strided(shape, (*strides, 1))  # untouched memory is free
-        far.copy_(call["k_cache"])
-        check_bits(direct(call, k_cache=far), wanted)
-        far.copy_(call["v_cache"])
-        check_bits(direct(call, v_cache=far), wanted)
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x in untouched memory, which is free, with a stride of `dim` whose products pass 2^31."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = (2**31 // (x.shape[dim] - 1) // 64 + 1) * 64
+    count = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    return torch.empty(count, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+STRIDED = {"k_cache": 3, "v_cache": 3, "q": 2, "out": 2, "lse": 1, "page_table": 1}  # dims of any stride
+
+
+@pytest.mark.parametrize("name, dim", [(name, dim) for name, count in STRIDED.items() for dim in range(count)])
+def test_offsets_beyond_32_bits(name: str, dim: int) -> None:
+    """Pages, slots, heads, rows and requests so far apart that products with their strides pass 2^31 elements."""
+    call = attend((300, 20), (3, 3), heads=(2, 2, 64), page_size=2, padding=1)
+    wanted = run(call)
+    far = far_apart(call["q"] if name == "out" else call[name], dim)
+    for ctas in (MANY, ONE):
+        if name in ("out", "lse"):
+            far.fill_(torch.nan)
+        check_bits(direct(call, ctas, **{name: far}), wanted.result)
+        check_bits(far if name == "lse" else call["lse"], wanted.left["lse"], "lse")
+
+
+def test_more_requests_and_heads_than_16_bits() -> None:
+    """10,000 x 8, of which the first, one in the middle and the last have rows, in several parts."""
+    few = attend((300, 700, 70), (3, 1, 4), heads=(8, 8, 64))
+    batch, places = 10_000, torch.tensor([0, 6_001, 9_999])
+    rows, lengths = torch.zeros(batch + 1).int(), torch.zeros(batch).int()
+    rows[places + 1], lengths[places] = few["query_start_loc"].diff(), few["seq_lens"]
+    table = torch.zeros(batch, few["page_table"].shape[1]).int()
+    table[places] = few["page_table"]
+    query_start_loc = rows.cumsum(0, dtype=torch.int32)
+    many = few.changed(query_start_loc=query_start_loc, seq_lens=lengths, page_table=table)
+    for ctas in (MANY, ONE):
+        check_same(run(many, ctas), run(few))
+    check_flags()
+
+
+def test_a_long_context_among_short_ones() -> None:
+    """128k slots beside a few: right, and every request has the bits that it has alone."""
+    call = attend((131_072, 1, 700, 64), (7, 1, 4, 1), heads=(4, 1, 64), padding=0)
+    found = {ctas: run(call, ctas) for ctas in (MANY, 7)}
+    for b in range(4):
+        start, end = call["query_start_loc"][b : b + 2].tolist()
+        alone = request_rows(call, b, slice(0, end - start))
+        wanted = check(alone, ONE) if b == 0 else run(alone)
+        for whole in found.values():
+            check_same(wanted, whole, among=slice(start, end))
 
 
 def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         "it takes bf16 and fp16, not float32": attend(dtype=torch.float32),
-        "it takes head_dim 64 and 128, not 48": attend(heads=(4, 2, 48)),
+        "it takes a head_dim that is a multiple of 8 and at most 128, not 20": attend(heads=(4, 2, 20)),
+        "it takes a head_dim that is a multiple of 8 and at most 128, not 136": attend(heads=(4, 2, 136)),
+        "it takes a head_dim that is a multiple of 16 and at most 128, not 24": of_fp8(attend(heads=(4, 2, 24))),
         "it takes a k_cache whose address and strides are multiples of 16 bytes": attend(),
         "it takes a v_cache whose address and strides are multiples of 16 bytes": attend(),
     }
@@ -222,8 +279,11 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
         check_unseen(attend((90,), (9,), heads=(2, 1, 64)))
 
 
-def test_stays_inside_its_tensors(softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = attend((600, 70, 0))
+@pytest.mark.parametrize("dim", [80, 128])
+def test_stays_inside_its_tensors(
+    dim: int, softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = attend((600, 70, 0), heads=(8, 2, dim))
     keep: list[torch.Tensor] = []
 
     def registered(x: torch.Tensor) -> torch.Tensor:
@@ -260,11 +320,12 @@ def test_many_tiles() -> None:
     check_bits(run(call).result, torch.where(value == 0, 0, value))
 
 
-def test_kv_is_read_once(softgpu: ModuleType, module: ModuleType) -> None:
-    call = attend((1024, 512), (16, 7), heads=(8, 2, 128), padding=0)
+@pytest.mark.parametrize("dim", [80, 128])
+def test_kv_is_read_once(dim: int, softgpu: ModuleType, module: ModuleType) -> None:
+    call = attend((1024, 512), (16, 7), heads=(8, 2, dim), padding=0)
     run(call)
     counted = softgpu.counters()
-    assert counted["cp_async_bytes"] == 1536 * 2 * 128 * 2 * 2
+    assert counted["cp_async_bytes"] == 1536 * 2 * dim * 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,10 @@ def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> 
     found, recorded = measure(case, softgpu), RECORDED[case.name]
     assert found["kv_bytes_over_floor"] <= 1.02
     assert found["load_sector_efficiency"] >= 0.95
-    assert found["stored_sectors_over_floor"] <= 1.07  # m and t of parts are 8 bytes of a sector
+    numbers = 4 * case.head_dim  # bytes of a row of a part, beside which m and t are 8 bytes of a sector
+    assert found["stored_sectors_over_floor"] <= 1.023 * (numbers + 32) / (numbers + 8)
     assert found["shared_waves_over_ideal"] <= 1.05
-    assert found["flops_over_tiles"] <= 1.05
+    assert found["flops_over_tiles"] <= 1.05 * (64 if case.head_dim <= 64 else 128) / case.head_dim
     assert found["ctas"] == recorded["ctas"]
     for key in ("warp_instructions", "other_mb_read", "mb_written"):
         assert found[key] <= 1.02 * recorded[key], key

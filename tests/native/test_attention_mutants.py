@@ -16,6 +16,7 @@ from idlm_kernels import _semaphores
 from idlm_kernels.native import attention
 from tests.native.attention_support import (
     check_chain,
+    check_columns,
     check_edges,
     check_max_query_len,
     check_order,
@@ -153,6 +154,30 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
         "softmax.cuh",
         "head = u.kv_head * p.group + static_cast<int32_t>(packed_row % p.group);",
         "head = u.kv_head + static_cast<int32_t>(packed_row % p.group) * p.num_kv_heads;",
+    ),
+    "columns behind those of a head are read": (
+        check_columns,
+        "copy.cuh",
+        "filled_up = piece * 8 >= p.head_dim;",
+        "filled_up = false;",
+    ),
+    "columns behind those of a head are written": (
+        check_columns,
+        "kernel.cuh",
+        "if (which.exists && piece * 8 < p.head_dim)\n        store_piece",
+        "if (which.exists)\n        store_piece",
+    ),
+    "parts of heads overlap": (
+        check_columns,
+        "kernel.cuh",
+        "if (panel * 64 + 8 * j < p.head_dim)",
+        "if (p.head_dim > 0)",
+    ),
+    "all heads have the scale of the first": (
+        check_scales,
+        "softmax.cuh",
+        "scales[kv_head * stride]",
+        "scales[0 * kv_head * stride]",
     ),
     "scale of V forgotten": (check_scales, "softmax.cuh", "factor = __fdiv_rn(v_scale,", "factor = __fdiv_rn(1.0f,"),
     "units of a tile begin half a leaf late": (

@@ -52,7 +52,7 @@ def _attention(variant: str) -> Arguments:
         "max_query_len": 4,
     }
     if variant == "tree_mask":
-        args |= {"tree_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor(0.5)}
+        args |= {"tree_mask": torch.tensor([1, 3, 5, 1, 3, 0]), "sm_scale": 0.3, "k_scale": torch.tensor([0.5, 2.0])}
         args |= {"v_scale": torch.tensor(2.0), "lse": torch.zeros(6, 4)}
     if variant == "window":
         args |= {"window": 2}

@@ -145,7 +145,7 @@ def test_wrong_rank(op, name):
     x = dict(tensors(args))[name]
     message = refused(op, replaced(args, name, x.unsqueeze(0)), ValueError, name)
     assert str([1, *x.shape]) in message and "wanted" in message
-    if x.dim():
+    if x.dim() and (op, name) != ("strided_attention", "k_scale"):  # which may be one number as well
         refused(op, replaced(args, name, x[0]), ValueError, name)
 
 
@@ -380,6 +380,10 @@ def test_bad_combinations():
     odd_heads = arguments("strided_attention")
     odd_heads["q"] = torch.zeros(6, 3, 8)
     refused("strided_attention", odd_heads, ValueError, "heads")
+    for name in ("k_scale", "v_scale"):
+        for shape in ([3], [1], [2, 1]):
+            message = refused("strided_attention", attention | {name: torch.ones(shape)}, ValueError, name)
+            assert f"has shape {shape}, wanted [] or [2]" in message
     no_pages = arguments("strided_attention")
     no_pages |= {"k_cache": torch.zeros(0, 3, 2, 8), "v_cache": torch.zeros(0, 3, 2, 8)}
     refused("strided_attention", no_pages, ValueError, "k_cache")

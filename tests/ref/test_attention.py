@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -111,11 +112,12 @@ def brute_force(
     tree_mask: Tensor | None = None,
     sm_scale: float | None = None,
     window: int = -1,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Sequence[float] | None = None,
+    v_scale: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) in fp64."""
+    """(out, lse) in fp64. k_scale, v_scale: of each KV head."""
     rows, num_heads, head_dim = p.q.shape
+    k_scales, v_scales = (scales or [1.0] * num_heads for scales in (k_scale, v_scale))
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out = torch.zeros(rows, num_heads, head_dim, dtype=torch.float64)
     lse = torch.full((rows, num_heads), -math.inf, dtype=torch.float64)
@@ -130,12 +132,12 @@ def brute_force(
             for h in range(num_heads):
                 kv_head = h // (num_heads // keys.shape[1])
                 query = p.q[start + i, h].double()
-                scores = [float(query @ keys[s, kv_head].double()) * k_scale * scale for s in slots]
+                scores = [float(query @ keys[s, kv_head].double()) * k_scales[kv_head] * scale for s in slots]
                 top = max(scores)
                 weights = [math.exp(x - top) for x in scores]
                 total = math.fsum(weights)
                 for weight, s in zip(weights, slots, strict=True):
-                    out[start + i, h] += weight / total * v_scale * values[s, kv_head].double()
+                    out[start + i, h] += weight / total * v_scales[kv_head] * values[s, kv_head].double()
                 lse[start + i, h] = top + math.log(total)
     return out, lse
 
@@ -147,7 +149,8 @@ def check(p: Problem, tree_mask: Tensor | None = None, **options) -> None:
     out = torch.full_like(p.q, math.nan)
     got = p.run(tree_mask=tree_mask, lse=lse, out=out, **options)
     assert got is out
-    scales = {name: float(options[name]) for name in ("k_scale", "v_scale") if options.get(name) is not None}
+    num_kv_heads = p.keys[0].shape[1]
+    scales = {name: options[name].expand(num_kv_heads).tolist() for name in ("k_scale", "v_scale") if name in options}
     plain = {name: value for name, value in options.items() if name not in ("k_scale", "v_scale")}
     want, want_lse = brute_force(p, tree_mask=tree_mask, **plain, **scales)
     torch.testing.assert_close(out, want, **FP64)
@@ -267,13 +270,16 @@ def test_sm_scale(scale):
 def test_kv_scales():
     check(problem(RAGGED), k_scale=torch.tensor(0.25), v_scale=torch.tensor(3.0))
     check(problem(RAGGED), v_scale=torch.tensor(-0.5))
+    for_heads = {"k_scale": torch.tensor([0.25, 2.0]), "v_scale": torch.tensor([3.0, -0.5])}
+    check(problem(RAGGED, heads=(4, 2)), **for_heads)
+    check(problem(RAGGED, heads=(4, 2)), v_scale=for_heads["v_scale"])
 
 
 def test_fp8_cache():
     p = problem(RAGGED, dtype=torch.float32, cache_dtype=torch.float8_e4m3fn, page_size=4)
     options = {"k_scale": 0.5, "v_scale": 2.0}
     got = p.run(**{name: torch.tensor(value) for name, value in options.items()})
-    want, _ = brute_force(p, **options)
+    want, _ = brute_force(p, **{name: [value] * p.q.shape[1] for name, value in options.items()})
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.explorer import budgeted_tpf
 from idlm_kernels.generate import Generator, SamplingParams
 from idlm_kernels.model import Transformer
 from idlm_kernels.training.acceptance import Predictions
@@ -70,6 +71,37 @@ def test_tokens_per_forward_are_those_of_a_walk(num_spec_tokens: int, share: flo
                     walk.over(one, num_spec_tokens if stride is None else stride - 1, quadratic)
                 found = predictions.tpf(quadratic=quadratic, reranked=reranked, stride=stride)
                 assert found == walk.tokens / walk.forwards
+
+
+@pytest.mark.parametrize("widths", [[1], [0, 2], [1, 0], [2, 0, 3], [3, 2, 1], [5, 0, 4, 1, 2]])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])
+def test_steps_of_budgeted_plans_are_those_of_a_walk(widths: list[int], share: float) -> None:
+    predictions = Predictions(*(random_stands([1, 2, 3, 4, 9, 40, 77], 5, share, seed) for seed in (0, 1)))
+    for reranked, samples in ((False, predictions.plain), (True, predictions.reranked)):
+        want = []
+        for stands in samples:
+            left, drafts = stands.tolist(), stands[0, : len(widths)].tolist()
+            while len(left) > 1:
+                accepted = drafts.index(False) if False in drafts else len(drafts)
+                want.append(min(accepted + 1, len(left) - 1))
+                left = left[want[-1] :]
+                # All stood, so the branch after the last draft goes on: it is never cut.
+                drafts = left[0][: len(widths) if accepted == len(drafts) else widths[accepted]]
+        assert predictions.budgeted_steps(widths, reranked=reranked) == want
+
+
+def test_budgeted_plans_between_the_two() -> None:
+    """Their formula, and their walk over drafts that are as independent as the formula takes them to be."""
+    predictions = Predictions(*([random_stands([60_000], 3, 0.7)] * 2))
+    for widths in ([0, 0, 0], [1, 0, 0], [2, 0, 3], [3, 2, 1], [3, 3, 3]):
+        steps = predictions.budgeted_steps(widths)
+        assert sum(steps) / len(steps) == pytest.approx(float(budgeted_tpf(torch.tensor([widths]), [0.7])), rel=0.015)
+
+
+@pytest.mark.parametrize("widths", [[], [1, 1, 1, 1], [3, 0], [0, -1]])
+def test_widths_that_no_plan_has(widths: list[int]) -> None:
+    with pytest.raises(ValueError, match="widths"):
+        Predictions([torch.ones(4, 3, dtype=torch.bool)], []).budgeted_steps(widths)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.0])

@@ -49,7 +49,7 @@ def check(module: ModuleType, call: Call | None = None, target: int = SPLIT) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "heads, page_size",
-    [((16, 2, 128), 256), ((8, 2, 128), 16), ((9, 3, 64), 1), ((1, 1, 256), 64), ((6, 2, 48), 3)],
+    [((16, 2, 128), 256), ((8, 2, 128), 16), ((9, 3, 64), 1), ((1, 1, 256), 64), ((6, 2, 80), 3)],
 )
 def test_attention(heads: tuple[int, int, int], page_size: int, dtype: torch.dtype, target: int) -> None:
     check(attention, attend(heads=heads, page_size=page_size, dtype=dtype), target)
@@ -160,10 +160,13 @@ def test_there_is_a_word_for_every_tile_that_is_shared() -> None:
 
 
 def check_scales(module: ModuleType) -> None:
-    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(3.0)}
-    check(module, attend().changed(**scales, sm_scale=0.3))
-    if not INTERPRETED:
-        check(module, of_fp8(attend()).changed(**scales))
+    one, each = torch.tensor(0.5), torch.tensor([0.5, 0.1])
+    for scales in ({"k_scale": one, "v_scale": 6 * one}, {"k_scale": each, "v_scale": 7 - 60 * each}):
+        check(module, attend().changed(**scales, sm_scale=0.3))
+        if not INTERPRETED:
+            check(module, of_fp8(attend()).changed(**scales))
+    both = [attend().changed(k_scale=x, v_scale=x).run(module.strided_attention) for x in (one, one.expand(2).clone())]
+    check_same(*both)
 
 
 def of_fp8(call: Call) -> Call:
@@ -399,9 +402,10 @@ MUTANTS = {
     ),
     "scale of K forgotten": (
         check_scales,
-        "scale_log2 = scale_log2 * tl.load(cache.k_scale)",
-        "scale_log2 = scale_log2 * 1.0",
+        "scale_log2 = scale_log2 * tl.load(cache.k_scale",
+        "scale_log2 = scale_log2 + 0 * tl.load(cache.k_scale",
     ),
+    "all heads have the scale of the first": (check_scales, "v_scale += kv_head", "v_scale += 0"),
     "scale of V forgotten": (check_scales, "y = y * tl.load(output.v_scale)", "y = y * 1.0"),
     "sum not rescaled": (check, "total = total * old_share + tl.sum(p, axis=1)", "total = total + tl.sum(p, axis=1)"),
     "chunks relative to the length": (

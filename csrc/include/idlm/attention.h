@@ -13,7 +13,7 @@
 namespace idlm {
 
 // Rows of request b are query_start_loc[b] .. [b + 1] - 1; their keys and values are the last of seq_lens[b] slots. K and V
-// are read in pieces of 16 bytes: their addresses and strides are multiples of that, and so are those of q.
+// are read in pieces of 16 bytes: their addresses, strides and rows are multiples of that, and so are those of q.
 struct AttentionParams {
   DType dtype = DType::kBFloat16;  // of q, K, V and out: bf16 or fp16
   bool cache_is_fp8 = false;       // K and V are e4m3 instead
@@ -33,8 +33,10 @@ struct AttentionParams {
   const int32_t* seq_lens = nullptr;         // [batch], the step's rows included; 0: no request
   const int32_t* query_start_loc = nullptr;  // [batch + 1]
   const int64_t* tree_mask = nullptr;        // [num_rows], 64 bits each; nullptr: a chain
-  const float* k_scale = nullptr;            // one value; nullptr: 1
+  const float* k_scale = nullptr;            // of K; nullptr: 1
+  int64_t k_scale_stride = 0;                // between KV heads; 0: one value for all of them
   const float* v_scale = nullptr;
+  int64_t v_scale_stride = 0;
   void* out = nullptr;  // [num_rows, num_heads, head_dim]; rows of no request become 0
   int64_t out_stride_row = 0;
   int64_t out_stride_head = 0;
@@ -44,7 +46,7 @@ struct AttentionParams {
   int32_t num_rows = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;  // at most 128
   int32_t batch = 0;
   int32_t num_pages = 0;
   int32_t page_size = 0;
