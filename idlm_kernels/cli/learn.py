@@ -31,6 +31,13 @@ def learn(
         Path | None,
         typer.Option(help="The first adapter, which the versions come after.", show_default="the default model's"),
     ] = None,
+    mask_token_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Of an adapter whose MASK rows embed random ids, as Uno's: the id below which they are drawn.",
+            show_default="what the adapter says",
+        ),
+    ] = None,
     watch: Annotated[
         float | None,
         typer.Option(
@@ -104,6 +111,7 @@ def learn(
         settings,
         base_name=checkpoint.name,
         base_sha256=file_sha256(checkpoint.path),
+        noise_below=mask_token_id,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
@@ -112,15 +120,15 @@ def learn(
             done = _round(learner, bar, steps)
             if done is not None:
                 bar.console.print(words(done), highlight=False, soft_wrap=True)
-            elif watch is None:
-                raise ValueError(
-                    f"{traces}: {new} new texts, wanted {min_new} and a held-out one among them: serve some more, or"
-                    " lower --min-new"
-                )
             if watch is None:
                 break
             if done is None:
                 time.sleep(watch)
+    if done is None:
+        raise ValueError(
+            f"{traces}: {new} new texts, wanted {min_new} and a held-out one among them: serve some more, or lower"
+            " --min-new"
+        )
     if newest := max(versions(output), default=None):
         print(f"the newest version; try: idlm generate --adapter {output / newest} -p '...'", file=sys.stderr)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from idlm_kernels.learning.lessons import Lesson, Lessons, weight_of
 from idlm_kernels.learning.traces import TraceReader
 from idlm_kernels.model.adapter import Adapter, load_adapter
+from idlm_kernels.model.mask_input import MaskInput
 from idlm_kernels.training.acceptance import Predictions
 from idlm_kernels.training.data import Sample
 from idlm_kernels.training.dense import DenseModel
@@ -83,8 +84,11 @@ class Round:
 class Learner:
     """Learns in `output` from the traces in `traces`.
 
-    adapter: the folder of the first one; versions in `output` come after it. base_name: for the card of a version.
-    Raises CheckpointError, FileNotFoundError as the readers of these folders do.
+    adapter: the folder of the first one; versions in `output` come after it. base_name, base_sha256: for the record of
+    a version. noise_below: of an adapter whose MASK rows embed ids drawn below it and that does not say so.
+
+    Raises CheckpointError, FileNotFoundError as the readers of these folders do, ValueError for an adapter whose MASK
+    rows embed neither a vector of its own nor such ids.
     """
 
     def __init__(
@@ -97,11 +101,13 @@ class Learner:
         *,
         base_name: str = "",
         base_sha256: str = "",
+        noise_below: int | None = None,
     ):
         self.base, self.settings, self._reader, self.output = base, settings, traces, output
         self._base_name, self._base_sha256 = base_name, base_sha256
         output.mkdir(parents=True, exist_ok=True)
         self._first = load_adapter(adapter, base.config)
+        self._noise_below = _noise_below(self._first, base, noise_below)
         newest = max(versions(output), default=None)
         self._parent_folder = adapter if newest is None else output / newest
         self.parent = self._first if newest is None else load_adapter(self._parent_folder, base.config)
@@ -151,7 +157,6 @@ class Learner:
     def _training_settings(self) -> TrainSettings:
         parent, settings = self.parent, self.settings
         stride = 4 if parent.acceptance is None else len(parent.acceptance) + 1
-        embeds = None if parent.mask_input is None else parent.mask_input.within(self.base.config)
         return TrainSettings(
             stride=stride,
             rank=parent.rank,
@@ -163,7 +168,7 @@ class Learner:
             loss="tv",
             kl=0.01,
             rerank_width=0 if parent.rerank_head is None else len(parent.rerank_head.from_hidden),
-            noise_below=0 if embeds is None else embeds.noise_below,
+            noise_below=self._noise_below,
             seed=settings.seed + self._rounds,
             start=file_sha256(self._parent_folder),
         )
@@ -201,6 +206,21 @@ class Learner:
         self._parent_folder = self.output / name
         self.parent = load_adapter(self._parent_folder, self.base.config)
         return name
+
+
+def _noise_below(adapter: Adapter, base: DenseModel, given: int | None) -> int:
+    """0 where MASK rows embed a vector that is learned too."""
+    said = adapter.mask_input
+    if adapter.mask_embedding is not None:
+        return 0
+    if said is not None and said.kind == "uniform":
+        return said.within(base.config).noise_below
+    if given is None:
+        raise ValueError(
+            f"{adapter.name} has no MASK embedding of its own: say with --mask-token-id below which its MASK rows draw"
+            " their ids (151669 for Qwen3), or start from an adapter of `idlm train-adapter`"
+        )
+    return MaskInput("uniform", given).within(base.config).noise_below
 
 
 def versions(folder: Path) -> list[str]:
