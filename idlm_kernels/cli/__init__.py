@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm_kernels._version import __version__
-from idlm_kernels.cli import chat, convert, doctor, evaluate, generate, serve, train_adapter, warm
+from idlm_kernels.cli import chat, convert, doctor, evaluate, generate, learn, serve, train_adapter, warm
 from idlm_kernels.cli.errors import EXIT_BAD_INPUT
 
 # Plain help and plain tracebacks: rich's own are slower to load and print a bug over a hundred lines.
@@ -26,6 +26,7 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(train_adapter.train_adapter)
+app.command()(learn.learn)
 app.command()(convert.convert)
 app.command("eval", context_settings=evaluate.CONTEXT, add_help_option=False)(evaluate.evaluate)
 app.command()(doctor.doctor)

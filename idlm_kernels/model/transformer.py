@@ -29,7 +29,7 @@ from python_ref import rotary_table
 
 logger = logging.getLogger(__name__)
 
-_FORM = ("linears", "ranks", "scale", "MASK input", "width of the re-ranking head")
+_FORM = ("linears", "ranks", "scale", "width of the re-ranking head")
 _LINEARS = (MODULES[:3], MODULES[3:4], MODULES[4:6], MODULES[6:])  # computed as one each
 
 
@@ -170,6 +170,7 @@ class Transformer:
         if self.rerank_head is None and self.stack is None:
             del self.head_rows
         self._form = None if adapter is None else _form(adapter)
+        self._said = None if adapter is None else _said(adapter)
         self.adapter = None if adapter is None else self._in_use(adapter)
         del self._checkpoint, self._adapter
 
@@ -318,6 +319,12 @@ class Transformer:
                     f"{adapter.name}: its {name} {'are' if name.endswith('s') else 'is'} {short(found)}, wanted"
                     f" {short(wanted)}: an adapter is exchanged for one of the same form"
                 )
+        said = _said(adapter)
+        if said != self._said and (said is None or said != self.mask_input):
+            raise ValueError(
+                f"{adapter.name}: its MASK rows embed {_words(said)}, wanted {_words(self._said)}: an adapter is"
+                " exchanged for one of the same form"
+            )
         loras: PackedLora | list[tuple[Tensor, Tensor] | None]
         if self.stack is not None:
             loras = self.stack.packed_lora(adapter, 1)
@@ -447,9 +454,17 @@ def _form(adapter: Adapter) -> tuple[object, ...]:
         len(adapter.pairs),
         sorted((*key, len(pair[0])) for key, pair in adapter.pairs.items()),
         adapter.scale,
-        "vector" if adapter.mask_embedding is not None else adapter.mask_input and adapter.mask_input.record(),
         0 if head is None else len(head.from_hidden),
     )
+
+
+def _said(adapter: Adapter) -> MaskInput | None:
+    """What its MASK rows embed, as far as it says so."""
+    return MaskInput("vector") if adapter.mask_embedding is not None else adapter.mask_input
+
+
+def _words(said: MaskInput | None) -> str:
+    return "what it does not say" if said is None else str(said.record())
 
 
 def _copy(targets: Iterable[Tensor | None] | None, values: Iterable[Tensor | None] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -54,10 +55,11 @@ def export(
     steps: int,
     predictions: Predictions | None,
     dtype: torch.dtype = torch.bfloat16,
+    history: Mapping[str, object] | None = None,
 ) -> None:
     """Write the adapter; each file in one piece. What an earlier one left in the folder does not stay.
 
-    predictions: on held-out samples, for the card and for planning.
+    predictions: on held-out samples, for the card and for planning. history: what else its record says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lora, head = trainee.lora, trainee.rerank
@@ -82,7 +84,7 @@ def export(
         "inference_mode": True,
     }
     _write(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    record = {**asdict(provenance), "steps": steps, "settings": asdict(settings)}
+    record = {**asdict(provenance), "steps": steps, "settings": asdict(settings), **(history or {})}
     if settings.noise_below:  # a vector says it by being there
         record["mask_input"] = MaskInput("uniform", settings.noise_below).record()
     if predictions is not None:

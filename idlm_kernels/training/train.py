@@ -121,7 +121,8 @@ class Batch:
 
     ids int64 [B, T]; next_ids int64 [B, T]: what clean rows predict, -1 outside of the answers; anchors int64 [B, A]:
     the clean row before each block; labels int64 [B, A, K]: what MASK rows predict, -1 where the answer ends before;
-    noise int64 [B, A * K]: ids that MASK rows embed, None where that is the adapter's vector.
+    noise int64 [B, A * K]: ids that MASK rows embed, None where that is the adapter's vector; weight fp32 [B, A, K]: of
+    each label in the loss, besides that of its place in the block, None where all weigh the same.
     """
 
     ids: Tensor
@@ -129,6 +130,7 @@ class Batch:
     anchors: Tensor
     labels: Tensor
     noise: Tensor | None = None
+    weight: Tensor | None = None
 
 
 def make_batch(
@@ -264,6 +266,8 @@ def loss_of(
     rows = batch.labels >= 0
     weight = settings.offset_decay ** torch.arange(num_spec_tokens, device=model.device, dtype=torch.float32)
     weight = weight.expand(rows.shape)[rows]
+    if batch.weight is not None:
+        weight = weight * batch.weight[rows]
     labels = vocabulary.index(batch.labels[rows])
     teacher = _teacher(model, clean, batch)
     # Short answers at an unlucky offset may leave no label at all: no gradient then, and no NaN.
@@ -344,13 +348,15 @@ def train(
     *,
     start: Adapter | None = None,
     until: int | None = None,
+    weigh: Callable[[Sequence[int], Batch], Tensor] | None = None,
     evaluate_every: int = 50,
     save_every: int = 25,
     report: Callable[[Trainee, int, float, Predictions | None], None] = lambda trainee, step, loss, predictions: None,
 ) -> Trainee:
     """Train, from `start` where it is given, or go on from `checkpoint` where it exists, until settings.steps.
 
-    until: stop after so many steps already; what was learned is that of a longer run that was stopped there.
+    until: stop after so many steps already; what was learned is that of a longer run that was stopped there. weigh: the
+    weight of a batch, made of the indices of its samples and the batch.
 
     report(trainee, steps taken, loss, predictions on held_out or None) is called after each step. The same seed gives
     the same adapter, whether or not the run was interrupted.
@@ -363,11 +369,14 @@ def train(
     end = settings.steps if until is None else min(until, settings.steps)
     while step < end:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        chosen = [samples[i] for i in order.batch(step)]
+        indices = order.batch(step)
+        chosen = [samples[i] for i in indices]
         batch = make_batch(chosen, settings.stride_at(step) - 1, settings.spacing, generator, model.device)
         if settings.noise_below:
             shape = len(chosen), batch.labels[0].numel()
             batch.noise = torch.randint(1, settings.noise_below, shape, generator=generator).to(model.device)
+        if weigh is not None:
+            batch.weight = weigh(indices, batch)
         loss = loss_of(model, trainee, batch, vocabulary, settings, step)
         trainee.optimizer.zero_grad()
         loss.backward()

@@ -90,7 +90,7 @@ def test_recorded_steps_find_the_numbers_where_they_were(make_model: MakeModel) 
     ("change", "named"),
     [
         ({"scale": 1.0}, "its scale is 1.0, wanted 0.5"),
-        ({"mask_embedding": None}, "its MASK input is None, wanted 'vector'"),
+        ({"mask_embedding": None}, "its MASK rows embed what it does not say, wanted {'kind': 'vector'}"),
         ({"rerank_head": None}, "its width of the re-ranking head is 0, wanted 4"),
         ({"pairs": {}}, "its linears are 0, wanted 14"),
         ({"rank": 2}, "its ranks are"),
