@@ -63,7 +63,7 @@ def cases() -> Iterator[Case]:
         yield Case("quadratic", 16, (length,))
     yield Case("quadratic", 16, (1024,) * 8)
     yield Case("chain", 7, (8192, 256, 256, 256))
-    for head_dim in (64, 80, 96, 112):
+    for head_dim in (64, 80, 96, 112, 256):
         yield Case("chain", 7, (1024,), head_dim)
 
 

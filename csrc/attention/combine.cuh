@@ -39,10 +39,11 @@ struct Node {
 template <class Element, int kDim>
 __device__ __forceinline__ void join_parts(const Params& p, const Request& r, const Unit& u, int32_t level) {
   constexpr int32_t kLanes = kDim / 4;  // of a row
+  constexpr int32_t kLevels = tree_levels(kDim), kSuperLeaves = 1 << kLevels;
   const float v_scale = scale_of(p.v_scale, p.v_scale_stride, u.kv_head);
   const int32_t thread = static_cast<int32_t>(threadIdx.x), column = thread % kLanes * 4;
   if (column >= p.head_dim) return;
-  const int32_t first = r.first_part(level), end = first + u.parts, shift = kTreeLevels - level;
+  const int32_t first = r.first_part(level), end = first + u.parts, shift = kLevels - level;
   for (int32_t row = thread / kLanes; row < kTileRows; row += kGroupThreads / kLanes) {
     const Row which(p, r, u, row);
     if (!which.exists) break;

@@ -9,22 +9,29 @@
 
 namespace idlm::attention {
 
-constexpr int32_t kBlocks = 6;      // of the ring: K and V in turn
 constexpr int32_t kPanelBytes = kTileSlots * kSwizzleBytes;  // 64 slots or rows of 64 columns
 
-__device__ __forceinline__ int32_t thread_of_group() { return static_cast<int32_t>(threadIdx.x) % kGroupThreads; }
+// Asked for anew each time: what follows from it would take registers all the way through the loops.
+__device__ __forceinline__ int32_t thread_of_group() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int32_t>(thread) % kGroupThreads;
+}
 // Where piece `piece` (16 bytes) of a row lies in a block: panels of 128-byte rows, with the swizzle of wgmma.
 __device__ __forceinline__ int32_t place(int32_t row, int32_t piece) {
   return piece / 8 * kPanelBytes + row * kSwizzleBytes + ((piece % 8) ^ (row % 8)) * 16;
 }
 
+template <int kDim>
 struct Ring {
+  static constexpr int32_t kBlocks = kDim <= 128 ? 6 : 4;  // K and V in turn
+  static constexpr int32_t kBlockBytes = kDim / 64 * kPanelBytes;
+
   uint32_t blocks, barriers;  // addresses
-  int32_t block_bytes;
   int32_t index = 0;
   uint32_t parity = 0;
 
-  __device__ uint32_t block() const { return blocks + index * block_bytes; }
+  __device__ uint32_t block() const { return blocks + index * kBlockBytes; }
   __device__ uint32_t full() const { return barriers + 16 * index; }
   __device__ uint32_t empty() const { return full() + 8; }
   __device__ void next() {
@@ -33,7 +40,7 @@ struct Ring {
 };
 
 template <class Element, int kDim>
-__device__ __forceinline__ void produce(const Params& p, Ring ring) {
+__device__ __forceinline__ void produce(const Params& p, Ring<kDim> ring) {
   constexpr int32_t kPieces = kDim / 8;                      // of a slot
   constexpr int32_t kStep = kGroupThreads / kPieces;         // slots between those of a thread
   constexpr int32_t kCount = kTileSlots / kStep;
@@ -95,7 +102,7 @@ __device__ __forceinline__ uint32_t widened(uint32_t two) {
 
 // The same by way of registers, where the numbers are widened; those of a tile are asked for while the one before is stored.
 template <class Element, int kDim>
-__device__ __forceinline__ void produce_from_fp8(const Params& p, Ring ring) {
+__device__ __forceinline__ void produce_from_fp8(const Params& p, Ring<kDim> ring) {
   constexpr int32_t kChunks = kDim / 16;  // of 16 numbers, of a slot
   constexpr int32_t kStep = kGroupThreads / kChunks;
   constexpr int32_t kCount = kTileSlots / kStep;

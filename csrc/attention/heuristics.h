@@ -1,5 +1,5 @@
 // How attention is cut into units of work. Pure. What a row's bits depend on is kTileRows, kTileSlots, kLeafSlots and
-// kSuperLeaves, and nothing else here: they are frozen.
+// tree_levels, and nothing else here: they are frozen.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,19 @@ constexpr int32_t kTileRows = 64;    // packed rows: the 64-row side of wgmma
 constexpr int32_t kTileSlots = 64;   // slots of a step of the online softmax
 constexpr int32_t kLeafSlots = 256;  // an online softmax starts at every multiple
 constexpr int32_t kLeafTiles = kLeafSlots / kTileSlots;
-constexpr int32_t kTreeLevels = 2;  // leaves are joined in a binary tree up to the 4 of 1024 slots, those in their order
-constexpr int32_t kSuperLeaves = 1 << kTreeLevels;
+
+// Leaves are joined in a binary tree up to the 4 of 1024 slots, those in their order. Beyond 128 columns shared memory has
+// room for one result that waits, not three: all leaves are joined in their order.
+constexpr int32_t kMaxTreeLevels = 2;
+IDLM_ANYWHERE constexpr int32_t tree_levels(int32_t head_dim) { return head_dim <= 128 ? kMaxTreeLevels : 0; }
 
 // Columns of a tile, of which the last may be zeros. 0: head_dim is too large, or no whole vectors of 16 bytes.
 IDLM_ANYWHERE constexpr int32_t tile_columns(int32_t head_dim) {
-  return head_dim < 8 || head_dim > 128 || head_dim % 8 ? 0 : head_dim <= 64 ? 64 : 128;
+  return head_dim < 8 || head_dim > 256 || head_dim % 8 ? 0 : head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 
-// A unit is 2^level leaves of a tile of rows, or all of them.
-constexpr int32_t kWhole = kTreeLevels + 1;
+// A unit is 2^level leaves of a tile of rows, level <= tree_levels, or all of them.
+constexpr int32_t kWhole = kMaxTreeLevels + 1;
 
 // What a unit costs beside its leaves, in leaves: q, the end of the pipeline, the result.
 constexpr int32_t kUnitCost = 1;
@@ -41,7 +44,8 @@ constexpr int64_t scratch_bytes(int64_t packed_rows, int64_t max_leaves, int32_t
 // The finest level whose results fit: kWhole if none does (prefill; there tiles of rows fill the machine).
 constexpr int32_t min_level(int64_t packed_rows, int64_t max_leaves, int32_t head_dim) {
   int32_t level = 0;
-  while (level < kWhole && scratch_bytes(packed_rows, max_leaves, level, head_dim) > kMaxScratchBytes) ++level;
+  while (level < kWhole && scratch_bytes(packed_rows, max_leaves, level, head_dim) > kMaxScratchBytes)
+    level = level < tree_levels(head_dim) ? level + 1 : kWhole;
   return level;
 }
 

@@ -10,7 +10,8 @@
 //   to the 4 of 1024 slots, and those in their order. The halves of the tree that wait lie in shared memory. A tile that
 //   several CTAs share is joined, by the same tree, by the one that comes last.
 //
-// head_dim is filled up to 64 or 128 columns, with zeros that are neither read from memory nor written to it.
+// head_dim is filled up to 64, 128 or 256 columns, with zeros that are neither read from memory nor written to it. With 256
+// registers and shared memory are short: products and softmax take turns, and leaves are joined in their order, no tree.
 //
 // So the bits of a row depend on what it sees alone. Where a row sees less than others of its tile, a V that is not finite
 // is taken out of the block and added to the rows that see it: 0 * NaN never happens.
@@ -27,17 +28,27 @@
 
 namespace idlm::attention {
 
-constexpr int32_t kStackSlots = kTreeLevels + 1;
-constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
+// What the multiplying warps tell one another of a unit.
+struct Board {
+  Unit unit;
+  int32_t last;  // is this CTA the last of its tile?
+};
 
 // What depends on the columns of a tile: kDim, of which p.head_dim are the caller's.
 template <int kDim>
 struct Size {
   static constexpr int kPanels = kDim / 64;
-  static constexpr int32_t kBlockBytes = kPanels * kPanelBytes;  // of q, and of 64 slots of K or V
+  static constexpr int32_t kBlocks = Ring<kDim>::kBlocks;
+  static constexpr int32_t kBlockBytes = Ring<kDim>::kBlockBytes;  // of q, and of 64 slots of K or V
+  static constexpr int32_t kTreeLevels = tree_levels(kDim);
+  static constexpr int32_t kSuperLeaves = 1 << kTreeLevels;
+  static constexpr bool kOverlaps = kDim <= 128;  // beyond, scores and weights and o are too many registers at once
+  static constexpr int32_t kStackSlots = kTreeLevels + 1;
   static constexpr int32_t kStackVectors = kPanels * 8 + 1;      // float4 of a thread
   static constexpr int32_t kStackBytes = kStackVectors * kGroupThreads * 16;
-  static constexpr int32_t kBytes = (1 + kBlocks) * kBlockBytes + kStackSlots * kStackBytes + kBarrierBytes + 16;
+  static constexpr int32_t kBarrierBytes = 2 * kBlocks * 8;
+  static constexpr int32_t kBytes =
+      (1 + kBlocks) * kBlockBytes + kStackSlots * kStackBytes + kBarrierBytes + int32_t{sizeof(Board)};
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -64,14 +75,14 @@ struct Multiplier {
   const Params& p;
   uint8_t* sQ;      // a block; the output on its way out
   uint8_t* sStack;  // [kStackSlots][kStackVectors][threads] float4
-  int32_t* sLast;   // of the group: is this CTA the last of its tile?
-  Ring ring;
+  Board* sBoard;
+  Ring<kDim> ring;
   float o[S::kPanels][32];
   float m[2], t[2];  // of the thread's rows; t of its own columns until the leaf ends
   uint32_t have = 0;  // slots of the stack in use
 
-  __device__ Multiplier(const Params& params, uint8_t* q, uint8_t* stack, int32_t* last, const Ring& r)
-      : p(params), sQ(q), sStack(stack), sLast(last), ring(r) {}
+  __device__ Multiplier(const Params& params, uint8_t* q, uint8_t* stack, Board* board, const Ring<kDim>& r)
+      : p(params), sQ(q), sStack(stack), sBoard(board), ring(r) {}
 
   // Of the tile: the two that this thread holds numbers of.
   static __device__ int32_t row(int32_t h) {
@@ -80,6 +91,7 @@ struct Multiplier {
 
   __device__ void load_q(const Request& r, const Unit& u) {
     group_sync();  // the output of the unit before has been read from there
+    if (thread_of_group() == 0) sBoard->unit = u;
     constexpr int32_t kPieces = kDim / 8;
 #pragma unroll 4
     for (int32_t j = 0; j < kTileRows * kPieces / kGroupThreads; ++j) {
@@ -96,7 +108,7 @@ struct Multiplier {
   }
 
   // s = q K^T of a block; on its way when this returns.
-  __device__ void start_scores(const Ring& at, float (&s)[32]) {
+  __device__ void start_scores(const Ring<kDim>& at, float (&s)[32]) {
     barrier_wait(at.full(), at.parity);
     fence_async_shared();  // what was copied
 #pragma unroll
@@ -261,9 +273,10 @@ struct Multiplier {
     const float4* s = slot(index);
     const float4 before = s[S::kPanels * 8 * kGroupThreads];
     const Join first(before.x, m[0]), second(before.y, m[1]);
+    constexpr int32_t kAtOnce = kDim <= 128 ? 4 : 1;  // vectors on their way: registers are short
 #pragma unroll
     for (int32_t i = 0; i < S::kPanels * 8; ++i) {
-      if (i % 4 == 0) asm volatile("" ::: "memory");  // four vectors on their way at a time, or registers are short
+      if (i % kAtOnce == 0) asm volatile("" ::: "memory");
       const float4 y = s[i * kGroupThreads];
       float* x = &o[i / 8][i % 8 * 4];
       x[0] = first(y.x, x[0]), x[1] = first(y.y, x[1]);
@@ -280,50 +293,87 @@ struct Multiplier {
       for (int32_t e = 0; e < 32; ++e) o[panel][e] = 0.0f;
     }
   }
+  __device__ void rescale(const float (&share)[2]) {
+#pragma unroll
+    for (int32_t panel = 0; panel < S::kPanels; ++panel) {
+#pragma unroll
+      for (int32_t e = 0; e < 32; ++e) o[panel][e] *= share[e / 2 % 2];
+    }
+  }
   __device__ void end_leaf(int32_t leaf, bool last) {
 #pragma unroll
     for (int32_t h = 0; h < 2; ++h) {
       t[h] += __shfl_xor_sync(~0u, t[h], 1);
       t[h] += __shfl_xor_sync(~0u, t[h], 2);
     }
-    const bool super = last || leaf % kSuperLeaves == kSuperLeaves - 1;
+    const bool super = last || leaf % S::kSuperLeaves == S::kSuperLeaves - 1;
 #pragma unroll
-    for (int32_t level = 0; level < kTreeLevels; ++level)
+    for (int32_t level = 0; level < S::kTreeLevels; ++level)
       if (super || (leaf >> level & 1)) pop(level);
       else break;
-    if (super) pop(kTreeLevels);
-    if (!last) push(super ? kTreeLevels : leaf & 1);
+    if (super) pop(S::kTreeLevels);
+    if (!last) push(super ? S::kTreeLevels : leaf & 1);
   }
 
   // ---- a unit
 
-  // The softmax of the scores in s, of a tile's slots.
-  __device__ void weigh(const Request& r, const Extent& x, const Sight (&rows)[2], float scale, int32_t tile, float (&s)[32],
-                        float (&share)[2]) {
-    const bool all = all_see(p, r, x, tile * kTileSlots);
-    uint64_t sees[2] = {~uint64_t{0}, ~uint64_t{0}};
-    if (!all) {
+  // What the thread's rows see of a tile that not all rows see whole. Looked up again, since registers are short.
+  __device__ void look(const int32_t (&i)[2], int32_t tile, uint64_t (&sees)[2]) {
+    const Request r(p, sBoard->unit.request);
 #pragma unroll
-      for (int32_t h = 0; h < 2; ++h) sees[h] = rows[h].sees(p, r, tile * kTileSlots);
-    }
+    for (int32_t h = 0; h < 2; ++h) sees[h] = Sight(p, r, i[h]).sees(p, r, tile * kTileSlots);
+  }
+
+  // The softmax of the scores in s, of a tile's slots.
+  __device__ void weigh(const Extent& x, const int32_t (&i)[2], float scale, int32_t tile, float (&s)[32],
+                        float (&share)[2]) {
+    const bool all = x.whole(tile);
+    uint64_t sees[2] = {~uint64_t{0}, ~uint64_t{0}};
+    if (!all) look(i, tile, sees);
     softmax(s, sees, all, scale, share);
   }
 
   // Returns once V of a tile is there, without what is not finite where a row must not meet it.
-  __device__ void await_v(const Request& r, const Extent& x, const Sight (&rows)[2], int32_t tile,
-                          const uint32_t (&weights)[16]) {
+  __device__ void await_v(const Extent& x, const int32_t (&i)[2], int32_t tile, const uint32_t (&weights)[16]) {
     barrier_wait(ring.full(), ring.parity);
     fence_async_shared();
-    if (!all_see(p, r, x, tile * kTileSlots))
-      take_out({rows[0].sees(p, r, tile * kTileSlots), rows[1].sees(p, r, tile * kTileSlots)}, weights);
+    if (x.whole(tile)) return;
+    uint64_t sees[2];
+    look(i, tile, sees);
+    take_out(sees, weights);
   }
 
-  // k_scale: of K.
-  __device__ void attend(const Request& r, const Extent& x, const Sight (&rows)[2], float k_scale) {
-    const float scale = p.sm_scale * 1.44269504088896341f * k_scale;
-    begin_leaf();
-    clear();
-    if (x.first_tile >= x.end_tile) return;
+  // All tiles of a unit, one after the other.
+  __device__ void attend_in_turns(const Extent& x, const int32_t (&i)[2], float scale) {
+#pragma unroll 1
+    for (int32_t tile = x.first_tile; tile < x.end_tile; ++tile) {
+      uint32_t weights[16];
+      {
+        float s[32], share[2];
+        start_scores(ring, s);
+        products_wait<0>();
+        pin(s);
+        give_back(ring.empty());
+        ring.next();
+        weigh(x, i, scale, tile, s, share);
+        rescale(share);
+        pack(s, weights);
+      }
+      await_v(x, i, tile, weights);
+      start_update(weights);
+      products_wait<0>();
+      settle();
+      ring.next();
+      const bool last = tile + 1 == x.end_tile;
+      if (last || tile % kLeafTiles == kLeafTiles - 1) {
+        end_leaf(tile / kLeafTiles, last);
+        if (!last) begin_leaf(), clear();
+      }
+    }
+  }
+
+  // The same, to the bit, with the softmax of a tile beside the update of the one before.
+  __device__ void attend_overlapping(const Extent& x, const int32_t (&i)[2], float scale) {
     float s[32], share[2];
     uint32_t weights[16];
     start_scores(ring, s);
@@ -331,14 +381,14 @@ struct Multiplier {
     pin(s);
     give_back(ring.empty());
     ring.next();
-    weigh(r, x, rows, scale, x.first_tile, s, share);
+    weigh(x, i, scale, x.first_tile, s, share);
     pack(s, weights);
     const int32_t last = x.end_tile - 1;
 #pragma unroll 1
     for (int32_t tile = x.first_tile; tile < last; ++tile) {
-      Ring ahead = ring;  // ring: V of this tile; behind it lies K of the next
+      Ring<kDim> ahead = ring;  // ring: V of this tile; behind it lies K of the next
       ahead.next();
-      await_v(r, x, rows, tile, weights);
+      await_v(x, i, tile, weights);
       start_scores(ahead, s);
       start_update(weights);
       products_wait<1>();
@@ -348,7 +398,7 @@ struct Multiplier {
       const bool leaf_ends = tile % kLeafTiles == kLeafTiles - 1;
       const float of_leaf[4] = {m[0], m[1], t[0], t[1]};
       if (leaf_ends) begin_leaf();
-      weigh(r, x, rows, scale, tile + 1, s, share);
+      weigh(x, i, scale, tile + 1, s, share);
       products_wait<0>();
       settle();
       if (leaf_ends) {
@@ -358,22 +408,28 @@ struct Multiplier {
         m[0] = of_next[0], m[1] = of_next[1], t[0] = of_next[2], t[1] = of_next[3];
         clear();
       } else {
-#pragma unroll
-        for (int32_t panel = 0; panel < S::kPanels; ++panel) {
-#pragma unroll
-          for (int32_t e = 0; e < 32; ++e) o[panel][e] *= share[e / 2 % 2];
-        }
+        rescale(share);
       }
       pack(s, weights);
       ring = ahead;
       ring.next();
     }
-    await_v(r, x, rows, last, weights);
+    await_v(x, i, last, weights);
     start_update(weights);
     products_wait<0>();
     settle();
     ring.next();
     end_leaf(last / kLeafTiles, true);
+  }
+
+  // i: the thread's rows, of the step. k_scale: of K.
+  __device__ void attend(const Extent& x, const int32_t (&i)[2], float k_scale) {
+    const float scale = p.sm_scale * 1.44269504088896341f * k_scale;
+    begin_leaf();
+    clear();
+    if (x.first_tile >= x.end_tile) return;
+    if constexpr (S::kOverlaps) attend_overlapping(x, i, scale);
+    else attend_in_turns(x, i, scale);
   }
 
   // The tile's rows, by way of the place of q.
@@ -436,26 +492,29 @@ struct Multiplier {
       int32_t* word = p.flags + (int64_t{u.request} * p.row_tiles + u.row_tile) * p.num_kv_heads + u.kv_head;
       const bool last = add_acquire_release(word, 1) == u.parts - 1;
       if (last) *word = 0;  // nobody looks any more; the next launch comes after this one's end
-      *sLast = last;
+      sBoard->last = last;
     }
     group_sync();
-    return *sLast != 0;
+    return sBoard->last != 0;
   }
 
   __device__ void run() {
     Schedule schedule(p);
     Unit u;
     while (schedule.next(p, u)) {
-      const Request r(p, u.request);
-      const Extent x(p, r, u, schedule.level);
-      load_q(r, u);
-      attend(r, x, {Sight(p, Row(p, r, u, row(0))), Sight(p, Row(p, r, u, row(1)))},
-             scale_of(p.k_scale, p.k_scale_stride, u.kv_head));
-      if (u.parts == 1) {
-        store_rows(r, u);
+      {
+        const Request r(p, u.request);
+        load_q(r, u);
+        attend(Extent(p, r, u, schedule.level), {Row(p, r, u, row(0)).i, Row(p, r, u, row(1)).i},
+               scale_of(p.k_scale, p.k_scale_stride, u.kv_head));
+      }
+      const Unit done = sBoard->unit;  // and not u, which would take registers all the while
+      const Request r(p, done.request);
+      if (done.parts == 1) {
+        store_rows(r, done);
       } else {
-        store_part(r, u);
-        if (comes_last(u)) join_parts<Element, kDim>(p, r, u, schedule.level);
+        store_part(r, done);
+        if (comes_last(done)) join_parts<Element, kDim>(p, r, done, schedule.level);
       }
     }
   }
@@ -466,12 +525,12 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   using S = Size<kDim>;
   extern __shared__ __align__(1024) uint8_t sQ[];
   uint8_t* sBlocks = sQ + S::kBlockBytes;
-  uint8_t* sStack = sBlocks + kBlocks * S::kBlockBytes;
-  uint8_t* sBarriers = sStack + kStackSlots * S::kStackBytes;
-  const Ring ring{shared_address(sBlocks), shared_address(sBarriers), S::kBlockBytes};
+  uint8_t* sStack = sBlocks + S::kBlocks * S::kBlockBytes;
+  uint8_t* sBarriers = sStack + S::kStackSlots * S::kStackBytes;
+  const Ring<kDim> ring{shared_address(sBlocks), shared_address(sBarriers)};
   wait_for_previous_kernel();
   if (threadIdx.x == 0) {
-    for (int32_t i = 0; i < kBlocks; ++i) {
+    for (int32_t i = 0; i < S::kBlocks; ++i) {
       barrier_init(ring.barriers + 16 * i, kGroupThreads);
       barrier_init(ring.barriers + 16 * i + 8, kGroupThreads / 32);
     }
@@ -479,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   }
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
-    Multiplier<Element, kDim>(p, sQ, sStack, reinterpret_cast<int32_t*>(sBarriers + kBarrierBytes), ring).run();
+    Multiplier<Element, kDim>(p, sQ, sStack, reinterpret_cast<Board*>(sBarriers + S::kBarrierBytes), ring).run();
   } else {
     zero_padding<Element, kDim>(p);
     if (p.cache_is_fp8) produce_from_fp8<Element, kDim>(p, ring);
@@ -489,10 +548,13 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
 
 template <class Element>
 Kernel kernel_of(int32_t head_dim) {
-  return tile_columns(head_dim) == 64 ? attention_kernel<Element, 64> : attention_kernel<Element, 128>;
+  const int32_t columns = tile_columns(head_dim);
+  return columns == 64 ? attention_kernel<Element, 64>
+                       : columns == 128 ? attention_kernel<Element, 128> : attention_kernel<Element, 256>;
 }
 constexpr int32_t bytes_of(int32_t head_dim) {
-  return tile_columns(head_dim) == 64 ? Size<64>::kBytes : Size<128>::kBytes;
+  const int32_t columns = tile_columns(head_dim);
+  return columns == 64 ? Size<64>::kBytes : columns == 128 ? Size<128>::kBytes : Size<256>::kBytes;
 }
 
 }  // namespace idlm::attention

@@ -9,7 +9,7 @@ namespace idlm {
 namespace attention {
 namespace {
 
-constexpr int32_t kMaxSlots = 0x7fffffff - 2 * kSuperLeaves * kLeafSlots;  // ends of ranges are 32-bit numbers
+constexpr int32_t kMaxSlots = 0x7fffffff - 2 * (kLeafSlots << kMaxTreeLevels);  // ends of ranges are 32-bit numbers
 
 int32_t max_slots(const AttentionParams& p) {
   return static_cast<int32_t>(std::min<int64_t>(int64_t{p.max_pages} * p.page_size, kMaxSlots));
@@ -29,7 +29,7 @@ Status check(const AttentionParams& p) {
     return failure(Code::kUnsupported, "strided_attention: fp32 is not computed here, bf16 and fp16 are");
   const int32_t vector = p.cache_is_fp8 ? 16 : 8;  // numbers of a cache in 16 bytes
   if (tile_columns(p.head_dim) == 0 || p.head_dim % vector)
-    return failure(Code::kUnsupported, "strided_attention: head_dim %d, this kernel takes multiples of %d up to 128",
+    return failure(Code::kUnsupported, "strided_attention: head_dim %d, this kernel takes multiples of %d up to 256",
                    p.head_dim, vector);
   if (p.num_kv_heads < 1 || p.num_heads < 1 || p.num_heads % p.num_kv_heads)
     return invalid("num_heads must be a positive multiple of num_kv_heads");

@@ -75,7 +75,7 @@ class Schedule {
     for (int32_t l = kWhole; l >= 0; --l) {
       const int64_t all = __shfl_sync(~0u, warp_scan(units[l]), 31) * p.num_kv_heads;
       const int64_t c = cost(all, l == kWhole ? longest : 1 << l, gridDim.x);
-      if (l == kWhole || (l >= p.min_level && c < least)) least = c, level = l;
+      if (l == kWhole || (l >= p.min_level && l <= tree_levels(p.head_dim) && c < least)) least = c, level = l;
     }
   }
 
@@ -120,13 +120,14 @@ class Schedule {
 
 // The slots of a unit, as tiles: first_tile .. end_tile - 1.
 struct Extent {
-  int32_t first_row, last_row;  // of the step, that the tile holds
-  int32_t low, end;             // slots that some row of the tile sees, at most
+  int32_t low, end;  // slots that some row of the tile sees, at most
   int32_t first_tile, end_tile;
+  int32_t first_whole, end_whole;  // tiles of which every row sees every slot
 
   __device__ Extent(const Params& p, const Request& r, const Unit& u, int32_t level) {
-    first_row = static_cast<int32_t>(int64_t{u.row_tile} * kTileRows / p.group);
-    last_row = min(static_cast<int32_t>((int64_t{u.row_tile} * kTileRows + kTileRows - 1) / p.group), r.rows - 1);
+    const int32_t first_row = static_cast<int32_t>(int64_t{u.row_tile} * kTileRows / p.group);
+    const int32_t last_row =
+        min(static_cast<int32_t>((int64_t{u.row_tile} * kTileRows + kTileRows - 1) / p.group), r.rows - 1);
     low = Request::lowest(p, r.first + first_row);
     end = p.tree_mask != nullptr ? r.length : min(r.first + last_row + 1, r.length);
     int32_t begin = low, stop = end;
@@ -137,7 +138,10 @@ struct Extent {
     }
     first_tile = begin / kTileSlots;
     end_tile = stop <= begin ? first_tile : (stop - 1) / kTileSlots + 1;
+    first_whole = (Request::lowest(p, r.first + last_row) + kTileSlots - 1) / kTileSlots;
+    end_whole = min(p.tree_mask != nullptr ? r.first : r.first + first_row + 1, r.length) / kTileSlots;
   }
+  __device__ bool whole(int32_t tile) const { return tile >= first_whole && tile < end_whole; }
 };
 
 }  // namespace idlm::attention

@@ -56,8 +56,8 @@ struct Sight {
   int32_t i;      // of the step
   uint64_t tail;  // step slots that it sees, with a tree mask
 
-  __device__ Sight(const Params& p, const Row& row) : i(row.i) {
-    tail = row.exists && p.tree_mask != nullptr ? static_cast<uint64_t>(p.tree_mask[row.row]) : 0;
+  __device__ Sight(const Params& p, const Request& r, int32_t row) : i(row) {
+    tail = i < r.rows && p.tree_mask != nullptr ? static_cast<uint64_t>(p.tree_mask[int64_t{r.start} + i]) : 0;
   }
 
   // Bit c: it sees slot first_slot + c.
@@ -77,15 +77,6 @@ struct Sight {
  private:
   static __device__ uint64_t below(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 };
-
-// Does every row of the tile see every slot from first_slot on?
-__device__ __forceinline__ bool all_see(const Params& p, const Request& r, const Extent& x, int32_t first_slot) {
-  const int64_t end = int64_t{first_slot} + kTileSlots;
-  if (end > r.length) return false;
-  if (p.tree_mask != nullptr) return end <= r.first;
-  return end <= int64_t{r.first} + x.first_row + 1 &&
-         (p.window < 0 || first_slot >= int64_t{r.first} + x.last_row - p.window);
-}
 
 // ---- joining ranges
 

@@ -1,6 +1,6 @@
 """strided_attention of backend `cuda`. The kernel: csrc/attention/kernel.cuh.
 
-It takes bf16 and fp16, head_dim up to 128, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
+It takes bf16 and fp16, head_dim up to 256, and caches of the same dtype or of fp8 whose rows are whole vectors of 16
 bytes (`refusal`). Every other problem goes to the next backend in line, or is refused where backend `cuda` is forced.
 The rule looks at what a model's calls have in common alone, so the rows of a layer never change between the two.
 """
@@ -17,11 +17,11 @@ from idlm_kernels.native import load
 from idlm_kernels.native.gemm import stream_of
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 256
 _VECTOR = 8  # values of 16 bits in 16 bytes
 _MIN_FLAGS = 4096  # one for each tile of 64 packed rows
 
-LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim up to 128, rows and strides of whole 16 bytes"}
+LIMITS = {"strided_attention": "bf16, fp16, caches of fp8 too, head_dim up to 256, rows and strides of whole 16 bytes"}
 
 # CTAs of a launch (0: one on every SM), for tests and tuning. No result depends on it.
 max_ctas = 0

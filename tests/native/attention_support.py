@@ -80,12 +80,12 @@ def check_edges(softgpu: ModuleType | None = None, ctas: Sequence[int] = (MANY, 
         check(call, count)
 
 
-def check_tree(softgpu: ModuleType | None = None) -> None:
+def check_tree(softgpu: ModuleType | None = None, head_dim: int = 128) -> None:
     """Every way to cut a tile into parts has the same bits: whole, 1024, 512 and 256 slots.
 
     A full tile, for the fp32 of its 128 lse: another order of sums hardly ever shows in an output of 16 bits.
     """
-    call = attend((2900,), (64,), heads=(2, 2, 128))
+    call = attend((2900,), (64,), heads=(2, 2, head_dim))
     counts = (1, 5, 12, 132)  # of 2 tiles of 12 leaves
     found = [run(call, count) for count in counts]
     for other in found[1:]:
@@ -134,7 +134,7 @@ def check_columns(softgpu: ModuleType | None = None) -> None:
 def check_filled_up(dim: int, dtype: torch.dtype, fp8: bool) -> None:
     """A head_dim between those of tiles: right, with the bits of the same problem filled up with zeros. What lies
     behind the columns of a head is neither read nor written."""
-    columns = (0, (64 if dim <= 64 else 128) - dim)
+    columns = (0, (64 if dim <= 64 else 128 if dim <= 128 else 256) - dim)
     for call in (
         attend((600, 70, 0), heads=(6, 2, dim), dtype=dtype, page_size=3),
         attend((90,), (16,), heads=(4, 1, dim), dtype=dtype, tail="quadratic"),
@@ -264,9 +264,10 @@ def check_spoilt(softgpu: ModuleType | None = None) -> None:
     check_unseen(attend((270,), (40,), heads=(4, 1, 128)))
 
 
-def check_order(softgpu: ModuleType) -> None:
+def check_order(softgpu: ModuleType, head_dim: int = 128) -> None:
     """Asynchrony and schedules varied; units so many that every block of the ring is filled often."""
-    call, tail = attend((1300, 70, 0), (7, 4, 0), heads=(4, 1, 128)), attend((90,), (16,), tail="quadratic")
+    call = attend((1300, 70, 0), (7, 4, 0), heads=(4, 1, head_dim))
+    tail = attend((90,), (16,), heads=(8, 2, head_dim), tail="quadratic")
     random = {"async_": "random", "sched": "random", "quantum": 40}
     checks = {"race": 1, "uninit": 1, "proxy": 1}
     for options in (

@@ -23,6 +23,7 @@ from tests.native.attention_support import (
     check_flags,
     check_hidden,
     check_max_query_len,
+    check_order,
     check_quadratic_row_bits,
     check_row_bits,
     check_row_bits_of,
@@ -54,7 +55,15 @@ def on_device(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     "heads, page_size",
-    [((16, 2, 128), 256), ((8, 2, 128), 16), ((9, 3, 64), 1), ((7, 1, 128), 3), ((70, 1, 64), 64), ((2, 2, 64), 24)],
+    [
+        ((16, 2, 128), 256),
+        ((8, 2, 128), 16),
+        ((9, 3, 64), 1),
+        ((7, 1, 128), 3),
+        ((70, 1, 64), 64),
+        ((2, 2, 64), 24),
+        ((4, 2, 256), 16),
+    ],
 )
 def test_attention(heads: tuple[int, int, int], page_size: int, dtype: torch.dtype, ctas: int) -> None:
     check(attend(heads=heads, page_size=page_size, dtype=dtype), ctas)
@@ -64,8 +73,9 @@ def test_edges() -> None:
     check_edges()
 
 
-def test_tree() -> None:
-    check_tree()
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_tree(head_dim: int) -> None:
+    check_tree(head_dim=head_dim)
 
 
 def test_tree_masks() -> None:
@@ -81,7 +91,7 @@ def test_scales() -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("heads", [(8, 2, 128), (9, 3, 64)])
+@pytest.mark.parametrize("heads", [(8, 2, 128), (9, 3, 64), (2, 1, 256)])
 def test_fp8_caches(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Right, and with the bits of the same numbers in q's dtype, which holds them exactly."""
     for call in (
@@ -95,7 +105,7 @@ def test_fp8_caches(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["wide", "fp8"])
-@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112])
+@pytest.mark.parametrize("dim", [16, 48, 80, 96, 112, 192])
 def test_head_dims_in_between(dim: int, fp8: bool) -> None:
     check_filled_up(dim, FP16 if dim == 96 else BF16, fp8)
 
@@ -104,9 +114,10 @@ def test_heads_of_one_vector() -> None:
     check_filled_up(8, BF16, fp8=False)
 
 
-def test_rows_of_filled_up_heads_have_the_bits_of_one_row() -> None:
-    check_rows_of_chain(attend((700,), (64,), heads=(4, 1, 80)))
-    check_row_bits_of(attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, 112)))
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_rows_have_the_bits_of_one_row(head_dim: int) -> None:
+    check_rows_of_chain(attend((700,), (64,), heads=(4, 1, head_dim)))
+    check_row_bits_of(attend((1100, 70, 257), (40, 7, 16), heads=(4, 1, head_dim)))
 
 
 def test_prefill_chunk_of_many_rows() -> None:
@@ -136,6 +147,7 @@ UNSEEN = {
     "quadratic": lambda: attend((270, 20), (16, 4), heads=(4, 1, 128), tail="quadratic"),
     "window": lambda: attend((270, 40), (9, 3), window=11),
     "fp16": lambda: attend((270, 40), (9, 3), dtype=FP16, heads=(2, 1, 64)),
+    "256 columns": lambda: attend((270, 40), (9, 3), heads=(2, 1, 256)),
 }
 
 
@@ -248,9 +260,9 @@ def test_a_long_context_among_short_ones() -> None:
 def test_what_the_kernel_does_not_take_the_next_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = {
         "it takes bf16 and fp16, not float32": attend(dtype=torch.float32),
-        "it takes a head_dim that is a multiple of 8 and at most 128, not 20": attend(heads=(4, 2, 20)),
-        "it takes a head_dim that is a multiple of 8 and at most 128, not 136": attend(heads=(4, 2, 136)),
-        "it takes a head_dim that is a multiple of 16 and at most 128, not 24": of_fp8(attend(heads=(4, 2, 24))),
+        "it takes a head_dim that is a multiple of 8 and at most 256, not 20": attend(heads=(4, 2, 20)),
+        "it takes a head_dim that is a multiple of 8 and at most 256, not 264": attend(heads=(4, 2, 264)),
+        "it takes a head_dim that is a multiple of 16 and at most 256, not 24": of_fp8(attend(heads=(4, 2, 24))),
         "it takes a k_cache whose address and strides are multiples of 16 bytes": attend(),
         "it takes a v_cache whose address and strides are multiples of 16 bytes": attend(),
     }
@@ -276,10 +288,11 @@ def test_schedules(schedule: str, softgpu: ModuleType, module: ModuleType) -> No
             check(attend((1300,), (7,), heads=(4, 1, 64)), ctas)
             check(attend((90,), (16,), tail="quadratic"), ctas)
             check(of_fp8(attend((600, 70, 0))), ctas)
+            check(attend((600, 70), (7, 4), heads=(2, 1, 256)), ctas)
         check_unseen(attend((90,), (9,), heads=(2, 1, 64)))
 
 
-@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.parametrize("dim", [80, 128, 256])
 def test_stays_inside_its_tensors(
     dim: int, softgpu: ModuleType, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +321,10 @@ def test_stays_inside_its_tensors(
             softgpu.unregister(x)
 
 
+def test_order_of_256_columns(softgpu: ModuleType, module: ModuleType) -> None:
+    check_order(softgpu, head_dim=256)
+
+
 def test_launches_in_a_row_under_early_dependent_launch(softgpu: ModuleType, module: ModuleType) -> None:
     check_chain(softgpu)
 
@@ -320,7 +337,7 @@ def test_many_tiles() -> None:
     check_bits(run(call).result, torch.where(value == 0, 0, value))
 
 
-@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.parametrize("dim", [80, 128, 256])
 def test_kv_is_read_once(dim: int, softgpu: ModuleType, module: ModuleType) -> None:
     call = attend((1024, 512), (16, 7), heads=(8, 2, dim), padding=0)
     run(call)
@@ -351,8 +368,8 @@ def test_work_is_cut_by_length(
 def test_room_for_parts(module: ModuleType) -> None:
     """At most 256 MiB, with coarser units if need be, and none where whole tiles fill the machine."""
 
-    def scratch(batch: int, rows: int, slots: int) -> int:
-        fields = {"num_rows": batch * rows, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "batch": batch}
+    def scratch(batch: int, rows: int, slots: int, dim: int = 128) -> int:
+        fields = {"num_rows": batch * rows, "num_heads": 32, "num_kv_heads": 8, "head_dim": dim, "batch": batch}
         params = module.AttentionParams(**fields, page_size=64, max_pages=slots // 64, max_query_len=rows)
         return module.attention_scratch_bytes(params)
 
@@ -360,6 +377,8 @@ def test_room_for_parts(module: ModuleType) -> None:
     assert scratch(8, 16, 4096) == 8 * 16 * 32 * 16 * 520
     assert scratch(8, 16, 32768) == 8 * 16 * 32 * 64 * 520  # units of 512 slots
     assert scratch(1, 8192, 32768) == 0
+    assert scratch(8, 16, 4096, dim=256) == 8 * 16 * 32 * 16 * 1032
+    assert scratch(8, 16, 32768, dim=256) == 0  # there units are 256 slots or all of them
     assert all(scratch(b, r, s) <= 256 << 20 for b in (1, 64) for r in (1, 7, 16, 64) for s in (1, 4096, 131072))
 
 

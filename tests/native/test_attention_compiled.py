@@ -24,7 +24,7 @@ def kernels(module: ModuleType, toolkit: Toolkit, tmp_path_factory: pytest.TempP
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     pieces = re.split(r"\.entry (\S+?)\(", text)[1:]
     found = {name: body for name, body in zip(pieces[::2], pieces[1::2], strict=True) if "attention_kernel" in name}
-    assert len(found) == 4
+    assert len(found) == 6
     return found
 
 
@@ -80,8 +80,9 @@ def check_meeting(text: str) -> None:
 
 
 def test_the_softmax_runs_beside_products(kernels: dict[str, str]) -> None:
-    for text in kernels.values():
-        check_overlap(text)
+    for name, text in kernels.items():
+        if "Li256E" not in name:  # where registers are short, and they take turns
+            check_overlap(text)
 
 
 def test_parts_are_handed_over_in_order(kernels: dict[str, str]) -> None:
@@ -104,7 +105,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_order_are_seen(name: str, kernels: dict[str, str]) -> None:
     check, old, new = FAULTS[name]
-    for text in kernels.values():
+    for kernel, text in kernels.items():
+        if "Li256E" in kernel and check is check_overlap:
+            continue
         changed, count = re.subn(old, new, text, flags=re.S)
         assert count
         with pytest.raises((AssertionError, ValueError)):
@@ -120,7 +123,7 @@ def test_memory_traffic(case: Case, softgpu: ModuleType, module: ModuleType) -> 
     numbers = 4 * case.head_dim  # bytes of a row of a part, beside which m and t are 8 bytes of a sector
     assert found["stored_sectors_over_floor"] <= 1.023 * (numbers + 32) / (numbers + 8)
     assert found["shared_waves_over_ideal"] <= 1.05
-    assert found["flops_over_tiles"] <= 1.05 * (64 if case.head_dim <= 64 else 128) / case.head_dim
+    assert found["flops_over_tiles"] <= 1.05 * next(n for n in (64, 128, 256) if n >= case.head_dim) / case.head_dim
     assert found["ctas"] == recorded["ctas"]
     for key in ("warp_instructions", "other_mb_read", "mb_written"):
         assert found[key] <= 1.02 * recorded[key], key

@@ -62,16 +62,16 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     ),
     "a tile is whole though its window begins in it": (
         check_window,
-        "softmax.cuh",
-        "(p.window < 0 || first_slot >= int64_t{r.first} + x.last_row - p.window)",
-        "true",
+        "schedule.cuh",
+        "first_whole = (Request::lowest(p, r.first + last_row) + kTileSlots - 1) / kTileSlots;",
+        "first_whole = 0;",
     ),
     "tail bit of the neighbour": (check_tail, "softmax.cuh", "tail << step :", "tail << step << 1 :"),
     "a tree mask hides nothing from a tile": (
         check_tail,
-        "softmax.cuh",
-        "if (p.tree_mask != nullptr) return end <= r.first;",
-        "if (p.tree_mask != nullptr) return end <= r.length;",
+        "schedule.cuh",
+        "end_whole = min(p.tree_mask != nullptr ? r.first :",
+        "end_whole = min(p.tree_mask != nullptr ? r.length :",
     ),
     "sum not rescaled": (check_values, "kernel.cuh", "t[h] = __fmaf_rn(t[h], share[h], sum);", "t[h] += sum;"),
     "o not rescaled": (check_values, "kernel.cuh", "o[panel][e] *= share[e / 2 % 2];", "o[panel][e] *= 1.0f;"),
@@ -90,14 +90,14 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     "the tree is a chain": (
         check_tree,
         "kernel.cuh",
-        "if (!last) push(super ? kTreeLevels : leaf & 1);",
+        "if (!last) push(super ? S::kTreeLevels : leaf & 1);",
         "if (!last) push(2);",
     ),
     "the last super is not joined": (
         check_tree,
         "kernel.cuh",
-        "if (super) pop(kTreeLevels);",
-        "if (super && !last) pop(kTreeLevels);",
+        "if (super) pop(S::kTreeLevels);",
+        "if (super && !last) pop(S::kTreeLevels);",
     ),
     "parts are joined in another order": (
         check_tree,
@@ -116,8 +116,8 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     "a V that is not finite is multiplied": (
         check_spoilt,
         "kernel.cuh",
-        "if (!all_see(p, r, x, tile * kTileSlots))\n      take_out",
-        "if (p.batch < 0)\n      take_out",
+        "if (x.whole(tile)) return;",
+        "if (p.batch >= 0) return;",
     ),
     "a V that is not finite reaches every row": (
         check_spoilt,
@@ -146,8 +146,8 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     "page table by physical page": (
         check_values,
         "copy.cuh",
-        "slot < x.end ? min(max(table[slot / p.page_size], 0)",
-        "slot < x.end ? min(max(slot / p.page_size, 0)",
+        "none ? -1 : min(max(table[slot / p.page_size], 0)",
+        "none ? -1 : min(max(slot / p.page_size, 0)",
     ),
     "head of the wrong group": (
         check_values,
@@ -195,14 +195,14 @@ MUTANTS: dict[str, tuple[Check, str, str, str]] = {
     "V is read before it is there": (
         check_order,
         "kernel.cuh",
-        "    barrier_wait(ring.full(), ring.parity);\n    fence_async_shared();\n    if (!all_see",
-        "    fence_async_shared();\n    if (!all_see",
+        "    barrier_wait(ring.full(), ring.parity);\n    fence_async_shared();\n    if (x.whole",
+        "    fence_async_shared();\n    if (x.whole",
     ),
     "the tile is joined before all threads know": (
         check_order,
         "kernel.cuh",
-        "    group_sync();\n    return *sLast != 0;",
-        "    return *sLast != 0;",
+        "    group_sync();\n    return sBoard->last != 0;",
+        "    return sBoard->last != 0;",
     ),
     "q is read before it is written": (check_chain, "kernel.cuh", "  wait_for_previous_kernel();\n", ""),
 }

@@ -46,7 +46,7 @@ struct AttentionParams {
   int32_t num_rows = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;  // at most 128
+  int32_t head_dim = 0;  // at most 256
   int32_t batch = 0;
   int32_t num_pages = 0;
   int32_t page_size = 0;
