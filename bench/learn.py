@@ -83,6 +83,7 @@ class Traffic:
     def __init__(self, generator: Generator, sizes: EngineOptions, max_tokens: int, folder: AdapterFolder):
         self.engine = Engine(generator.model, generator.tokenizer, options=sizes)
         self._params, self._folder, self._looked = SamplingParams(max_tokens=max_tokens), folder, 0.0
+        self.takes_versions = True
         self.served: list[Served] = []
         self.taken: list[tuple[float, str]] = []
         self.shift = time.monotonic()
@@ -95,7 +96,7 @@ class Traffic:
         """Decode what was asked for, and wait where that is nothing; returns the tokens."""
         end, tokens = time.monotonic() + seconds, 0
         while (now := time.monotonic()) < end:
-            if now > self._looked + _LOOK_SECONDS:
+            if self.takes_versions and now > self._looked + _LOOK_SECONDS:
                 self._looked = now
                 self._folder.look(self.engine, take_newest=True)
             if not self.engine.busy:
@@ -243,10 +244,11 @@ def measured(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             for _ in engine.events():  # what is still under way; noted by nobody
                 pass
             served, taken = list(traffic.served), list(traffic.taken)
+            traffic.takes_versions = False  # tokens/s are to be compared of one adapter
             share = price(traffic, process, new_texts, arguments.price_seconds)
         finally:
             process.send_signal(signal.SIGCONT)
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # a shell may have had it ignore Ctrl-C
             said = process.communicate()[1]
     list(engine.events())
     last = engine.model.adapter

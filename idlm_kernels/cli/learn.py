@@ -55,7 +55,7 @@ def learn(
     ] = 2.0,
     share_of_older: Annotated[
         float, typer.Option(min=0, max=0.95, help="Of the texts of a round: so that older traffic is not forgotten.")
-    ] = 0.3,
+    ] = 0.4,
     max_tokens: Annotated[int, typer.Option(min=16, help="Of a text that is learned from, prompt included.")] = 192,
     min_new: Annotated[int, typer.Option(min=1, help="New texts that make a round.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="The same seed and traces give the same versions.")] = 0,

@@ -45,10 +45,10 @@ class LearnSettings:
     batch: int = 8
     learning_rate: float = 1e-3
     rejected: float = 2.0
-    share_of_older: float = 0.3
-    recent: int = 512
+    share_of_older: float = 0.4
+    recent: int = 64
     older: int = 512
-    judges: int = 24
+    judges: int = 12
     max_tokens: int = 192
     min_new: int = 16
     better: float = 0.005
